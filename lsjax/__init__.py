@@ -1,0 +1,1 @@
+"""Long-sequence language models in JAX and Flax."""

@@ -1,0 +1,1 @@
+"""Attention's arithmetic, without parameters: partial results, and ways to compute and merge them."""

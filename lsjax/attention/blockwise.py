@@ -1,0 +1,109 @@
+"""Attention over a cache, block by block: no [queries, keys] matrix is ever whole.
+
+Causality, the sliding window and the end of what has been written bound the loop over key
+blocks; a mask does the rest inside the blocks at the edges.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.attention.partial import Partial, from_sums
+from lsjax.cache import LayerCache, Store
+from lsjax.precision import einsum
+
+# Rows of queries and keys whose scores stay in a core's cache.
+_QUERY_BLOCK = 256
+_KEY_BLOCK = 512
+_KEY_BLOCK_FOR_ONE_TOKEN = 4096
+
+
+def attend(
+    q: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array,
+    first: jax.Array,
+    window: int | None,
+) -> Partial:
+    """Causal attention of some queries to the keys in (a shard of) a layer's cache.
+
+    A query at position p sees the keys at positions <= p, and > p - window where there is one.
+
+    Args:
+      q: [batch, kv_heads, group, length, head_dim], already scaled by 1/sqrt(head_dim).
+      cache: keys and values; slot s holds global position first + s.
+      positions: [batch, length] global positions of the queries, increasing along the length.
+      first: global position of the first slot.
+      window: sliding window in tokens, or None.
+
+    Returns:
+      Partial with values [batch, kv_heads, group, length, head_dim].
+    """
+    length = q.shape[3]
+    if length <= _QUERY_BLOCK:
+        return _attend_block(q, cache, positions, first, window)
+    blocks = -(-length // _QUERY_BLOCK)
+    pad = blocks * _QUERY_BLOCK - length
+    if pad:  # repeat the last query: it bounds the loop as it did
+        q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
+        positions = jnp.pad(positions, ((0, 0), (0, pad)), mode="edge")
+
+    def one(i: jax.Array) -> Partial:
+        take = lambda x, axis: jax.lax.dynamic_slice_in_dim(  # noqa: E731
+            x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis
+        )
+        return _attend_block(take(q, 3), cache, take(positions, 1), first, window)
+
+    parts = jax.lax.map(one, jnp.arange(blocks))
+    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]  # noqa: E731
+    return jax.tree.map(join, parts)
+
+
+def _attend_block(
+    q: jax.Array, cache: LayerCache, positions: jax.Array, first: jax.Array, window: int | None
+) -> Partial:
+    capacity = cache.k.capacity
+    size = key_block(capacity, _KEY_BLOCK_FOR_ONE_TOKEN if q.shape[3] == 1 else _KEY_BLOCK)
+    end = jnp.clip(jnp.max(positions) + 1 - first, 0, capacity)
+    start = jnp.zeros_like(end)
+    if window is not None:
+        start = jnp.clip(jnp.min(positions) + 1 - window - first, 0, capacity)
+
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        weighted, total, highest = state
+        k, v = cache.k.block(i * size, size), cache.v.block(i * size, size)
+        scores = _scores(q, k)
+        slots = first + i * size + jnp.arange(size)
+        visible = slots <= positions[:, :, None]
+        if window is not None:
+            visible &= slots > positions[:, :, None] - window
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
+        weights = jnp.exp(scores - finite[..., None])
+        keep = jnp.exp(highest - finite)
+        total = keep * total + jnp.sum(weights, axis=-1)
+        weighted = keep[..., None] * weighted + _weigh(weights, v)
+        return weighted, total, new_highest
+
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    state = (zeros, zeros[..., 0], jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
+    return from_sums(*jax.lax.fori_loop(start // size, -(-end // size), step, state))
+
+
+def _scores(q: jax.Array, k: Store) -> jax.Array:
+    """[batch, kv_heads, group, length, block] float32; an int8 key's scale is applied to its score."""
+    scores = einsum("bkgld,bksd->bkgls", q, k.data.astype(q.dtype))
+    return scores if k.scale is None else scores * k.scale[:, :, None, None, :]
+
+
+def _weigh(weights: jax.Array, v: Store) -> jax.Array:
+    """Sum of weighted values; an int8 value's scale is applied to its weight."""
+    if v.scale is not None:
+        weights = weights * v.scale[:, :, None, None, :]
+    dtype = weights.dtype if v.scale is not None else v.data.dtype
+    return einsum("bkgls,bksd->bkgld", weights.astype(dtype), v.data.astype(dtype))
+
+
+def key_block(capacity: int, largest: int) -> int:
+    """The largest power of two, up to `largest`, that divides a cache's capacity."""
+    return min(largest, capacity & -capacity)

@@ -1,0 +1,79 @@
+"""The model families: what differs between them, as data."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families.family import Family, Tensor
+from lsjax.families.fields import Fields
+from lsjax.families.glm import CHATGLM, GLM
+from lsjax.families.llama import LLAMA
+from lsjax.families.qwen import QWEN2, QWEN3
+
+__all__ = ["FAMILIES", "Family", "Tensor", "family_of", "parse_config", "read_config"]
+
+FAMILIES = {
+    name: family for family in (QWEN2, QWEN3, LLAMA, GLM, CHATGLM) for name in family.architectures
+}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a parsed model belongs to."""
+    return FAMILIES[config.architecture]
+
+
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The object in a config.json -> ModelConfig.
+
+    Raises:
+      UserError: an unknown architecture, or a field that is missing, wrong or contradictory.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError("config.json must hold a JSON object.")
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise UserError(
+            f"config.json lacks the field 'architectures'; supported are {', '.join(FAMILIES)}."
+        )
+    name = names[0]
+    if name not in FAMILIES:
+        raise UserError(
+            f"config.json names the architecture {name!r}, which is not supported; supported are "
+            f"{', '.join(FAMILIES)}."
+        )
+    config = FAMILIES[name].parse(Fields(raw), name)
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(
+            f"config.json asks for {config.num_heads} query heads over {config.num_kv_heads} KV "
+            "heads; the first must be a multiple of the second."
+        )
+    if config.rotary_dim % 2 or not 2 <= config.rotary_dim <= config.head_dim:
+        raise UserError(
+            f"config.json rotates {config.rotary_dim} of {config.head_dim} channels; it must be an "
+            "even number up to head_dim."
+        )
+    return config
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """Reads a config.json, or the one in a model folder.
+
+    Raises:
+      UserError: no such file, or its content is wrong.
+    """
+    path = os.fspath(path)
+    file = os.path.join(path, "config.json") if os.path.isdir(path) else path
+    try:
+        with open(file, encoding="utf-8") as f:
+            raw = json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; a model folder holds config.json.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from None
+    try:
+        return parse_config(raw)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None

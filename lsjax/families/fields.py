@@ -1,0 +1,77 @@
+"""Reading config.json: typed fields, and errors that name the field."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lsjax.config import DTYPES
+from lsjax.errors import UserError
+
+_MISSING = object()
+
+
+class Fields:
+    """The object in config.json, read field by field."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+
+    def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
+        """The field `name`, or `default` where it is absent or null.
+
+        Raises:
+          UserError: no such field and no default, or a value that is not of `kind`.
+        """
+        value = self.raw.get(name)
+        if value is None:
+            if default is _MISSING:
+                raise UserError(f"config.json lacks the field {name!r}, which this family needs.")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise UserError(f"config.json field {name!r} must be a {kind.__name__}, not {value!r}.")
+        return value
+
+    def size(self, name: str, default: Any = _MISSING) -> Any:
+        """A whole number of at least 1, or `default`."""
+        value = self.get(name, int, default)
+        if value is not default and value < 1:
+            raise UserError(f"config.json field {name!r} must be at least 1, not {value}.")
+        return value
+
+    def expect(self, name: str, allowed: Any, default: Any) -> None:
+        """Refuses a setting that the family's code does not implement."""
+        value = self.raw.get(name, default)
+        if value != allowed:
+            raise UserError(
+                f"config.json says {name} = {value!r}; only {allowed!r} is supported here."
+            )
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        value = self.raw.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise UserError(
+                f"config.json field 'eos_token_id' must be a token id or a list of them, "
+                f"not {value!r}."
+            )
+        return tuple(ids)
+
+    def dtype(self) -> str:
+        value = self.get("dtype", str, None) or self.get("torch_dtype", str, "float32")
+        if value not in DTYPES:
+            raise UserError(
+                f"config.json says the weights are {value!r}; supported are {', '.join(DTYPES)}."
+            )
+        return value
+
+    def rope_block(self) -> Mapping[str, Any] | None:
+        """`rope_parameters` (transformers 5) or `rope_scaling` (transformers 4)."""
+        return self.raw.get("rope_parameters") or self.raw.get("rope_scaling")
+
+    def rope(self, name: str, default: float) -> float:
+        """A rope field that transformers 5 keeps in the block and 4 beside it."""
+        block = self.rope_block()
+        if isinstance(block, Mapping) and block.get(name) is not None:
+            return Fields(block).get(name, float)
+        return self.get(name, float, default)

@@ -1,0 +1,50 @@
+"""Config fields that the families of transformers share."""
+
+from typing import Any
+
+from lsjax.config import ModelConfig
+from lsjax.families.fields import Fields
+from lsjax.positions.scaling import parse_rope_scaling
+
+
+def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConfig:
+    """ModelConfig from the common field names.
+
+    Args:
+      fields: config.json.
+      architecture: the name in `architectures`.
+      **differences: fields of ModelConfig that this family settles otherwise; besides them
+        `rotary_factor`, the share of head_dim that is rotated where config.json is silent.
+    """
+    fields.expect("hidden_act", "silu", "silu")
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    num_layers = fields.size("num_hidden_layers")
+    head_dim = fields.size("head_dim", hidden // heads)
+    max_position_embeddings = fields.size("max_position_embeddings")
+    rotary_factor = fields.rope("partial_rotary_factor", differences.pop("rotary_factor", 1.0))
+    values = {
+        "architecture": architecture,
+        "vocab_size": fields.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.size("intermediate_size"),
+        "num_layers": num_layers,
+        "num_heads": heads,
+        "num_kv_heads": fields.size("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": max_position_embeddings,
+        "norm_eps": fields.get("rms_norm_eps", float, 1e-6),
+        "rope_theta": fields.rope("rope_theta", 10000.0),
+        "rotary_dim": int(head_dim * rotary_factor),
+        "rope_interleaved": False,
+        "rope_scaling": parse_rope_scaling(fields.rope_block(), max_position_embeddings),
+        "qkv_bias": fields.get("attention_bias", bool, False),
+        "out_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "post_norms": False,
+        "tie_embeddings": fields.get("tie_word_embeddings", bool, False),
+        "windows": (None,) * num_layers,
+        "eos_token_ids": fields.eos_token_ids(),
+        "dtype": fields.dtype(),
+    }
+    return ModelConfig(**values | differences)

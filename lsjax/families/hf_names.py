@@ -1,0 +1,44 @@
+"""Tensor names of the layouts that transformers itself writes."""
+
+from lsjax.config import ModelConfig
+from lsjax.families.family import Tensor, with_bias
+
+
+def hf_tensors(
+    config: ModelConfig,
+    norms: dict[str, str],
+    fused_gate_up: bool = False,
+) -> tuple[Tensor, ...]:
+    """Tensors under `model.layers.N`.
+
+    Args:
+      config: the model.
+      norms: name in a layer of the checkpoint -> norm of the block.
+      fused_gate_up: gate and up stand in one tensor, gate first.
+    """
+    tensors = [Tensor("model.embed_tokens.weight", ("embed/weight",))]
+    for i in range(config.num_layers):
+        layer, block = f"model.layers.{i}", f"layers_{i}"
+        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        for p in ("q", "k", "v"):
+            tensors += with_bias(f"{attn}.{p}_proj", (f"{block}/attn/{p}",), config.qkv_bias)
+        tensors += with_bias(f"{attn}.o_proj", (f"{block}/attn/o",), config.out_bias)
+        if config.qk_norm:
+            for p in ("q", "k"):
+                tensors += with_bias(f"{attn}.{p}_norm", (f"{block}/attn/{p}_norm",), False)
+        if fused_gate_up:
+            gate_up = (f"{block}/mlp/gate", f"{block}/mlp/up")
+            tensors += with_bias(f"{mlp}.gate_up_proj", gate_up, config.mlp_bias)
+        else:
+            for p in ("gate", "up"):
+                tensors += with_bias(f"{mlp}.{p}_proj", (f"{block}/mlp/{p}",), config.mlp_bias)
+        tensors += with_bias(f"{mlp}.down_proj", (f"{block}/mlp/down",), config.mlp_bias)
+        for name, norm in norms.items():
+            tensors += with_bias(f"{layer}.{name}", (f"{block}/{norm}",), False)
+    tensors += with_bias("model.norm", ("final_norm",), False)
+    if not config.tie_embeddings:
+        tensors += with_bias("lm_head", ("lm_head",), False)
+    return tuple(tensors)
+
+
+PRE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}

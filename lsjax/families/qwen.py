@@ -1,0 +1,58 @@
+"""Qwen2, Qwen2.5 and Qwen3.
+
+Source: transformers' modeling_qwen2.py and modeling_qwen3.py.
+"""
+
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families.family import Family
+from lsjax.families.fields import Fields
+from lsjax.families.hf_fields import parse_hf
+from lsjax.families.hf_names import PRE_NORMS, hf_tensors
+
+
+def _parse_qwen2(fields: Fields, architecture: str) -> ModelConfig:
+    # Qwen2 has query, key and value biases whatever config.json says.
+    return parse_hf(fields, architecture, qkv_bias=True, windows=_windows(fields))
+
+
+def _parse_qwen3(fields: Fields, architecture: str) -> ModelConfig:
+    bias = fields.get("attention_bias", bool, False)
+    head_dim = fields.size("head_dim", 128)
+    return parse_hf(
+        Fields({**fields.raw, "head_dim": head_dim}),
+        architecture,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        windows=_windows(fields),
+    )
+
+
+def _windows(fields: Fields) -> tuple[int | None, ...]:
+    """A layer slides where `layer_types` says so, or from max_window_layers on.
+
+    `sliding_window` alone does nothing: Qwen's files carry it with use_sliding_window false.
+    """
+    num_layers = fields.size("num_hidden_layers")
+    if not fields.get("use_sliding_window", bool, False):
+        return (None,) * num_layers
+    window = fields.size("sliding_window")
+    types = fields.get("layer_types", list, None)
+    if types is None:
+        first = fields.get("max_window_layers", int, num_layers)
+        types = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"config.json field 'layer_types' must hold 'full_attention' or 'sliding_attention' "
+            f"for each of the {num_layers} layers."
+        )
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+def _tensors(config: ModelConfig):
+    return hf_tensors(config, PRE_NORMS)
+
+
+QWEN2 = Family(("Qwen2ForCausalLM",), _parse_qwen2, _tensors)
+QWEN3 = Family(("Qwen3ForCausalLM",), _parse_qwen3, _tensors)

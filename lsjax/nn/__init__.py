@@ -1,0 +1,1 @@
+"""The Flax modules: parameters and the order of operations, nothing else."""

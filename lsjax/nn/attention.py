@@ -1,0 +1,59 @@
+"""Grouped-query attention with rotary positions and an explicit cache."""
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from lsjax.attention.cached import write_and_attend
+from lsjax.attention.plain import causal_attention
+from lsjax.cache import LayerCache
+from lsjax.config import ModelConfig
+from lsjax.nn.linear import Linear, RMSNorm
+from lsjax.positions.rotary import rotate
+
+
+class Attention(nn.Module):
+    """Projections, optional norms of q and k, rotation, attention over the cache, projection.
+
+    Attributes:
+      config: the model.
+      mesh: see lsjax.sharding.
+      window: this layer's sliding window, or None.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    window: int | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cos_sin: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[batch, length, hidden] -> the same, and the cache with these tokens written.
+
+        Without a cache the tokens are the whole sequence, and gradients flow.
+        """
+        c = self.config
+
+        def heads(name: str, count: int, axis: str) -> jax.Array:
+            y = Linear(count * c.head_dim, (axis, "embed"), c.qkv_bias, name=name)(x)
+            return y.reshape(*y.shape[:2], count, c.head_dim)
+
+        q = heads("q", c.num_heads, "heads")
+        k = heads("k", c.num_kv_heads, "kv_heads")
+        v = heads("v", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, name="k_norm")(k)
+        q = rotate(q, *cos_sin, c.rope_interleaved)
+        k = rotate(k, *cos_sin, c.rope_interleaved)
+        if cache is None:
+            y = causal_attention(q, k, v, self.window)
+        else:
+            y, cache = write_and_attend(self.mesh, q, k, v, positions, cache, self.window)
+        y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
+        return Linear(c.hidden_size, ("embed", "heads"), c.out_bias, name="o")(y), cache

@@ -1,0 +1,66 @@
+"""The decoder: token ids and a cache in, hidden states and the cache out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lsjax.cache import KVCache
+from lsjax.config import ModelConfig
+from lsjax.nn.block import Block
+from lsjax.nn.linear import Embedding, RMSNorm
+from lsjax.positions.rotary import RotaryTables, cos_sin
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer of any of the families.
+
+    Layers are unrolled, each with a cache entry of its own: scanning over stacked layers would
+    copy the cache into and out of the loop.
+
+    Attributes:
+      config: the model.
+      mesh: see lsjax.sharding.
+      dtype: of parameters and activations.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: jnp.dtype
+
+    def setup(self):
+        c = self.config
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+        self.layers = [Block(c, self.mesh, window) for window in c.windows]
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, tables: RotaryTables, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs new tokens.
+
+        Args:
+          tokens: [batch, length] ids.
+          positions: [batch, length]; see lsjax.cache.write for what they may be.
+          tables: of the requests in the batch.
+          cache: holding everything before; None where the tokens are the whole sequence and
+            gradients are wanted.
+
+        Returns:
+          [batch, length, hidden] hidden states after the last norm, and the cache with the new
+          tokens written.
+        """
+        x = self.embed(tokens)
+        angles = cos_sin(tables, positions)
+        entries = []
+        for i, layer in enumerate(self.layers):
+            x, entry = layer(x, positions, angles, None if cache is None else cache[i])
+            entries.append(entry)
+        return self.final_norm(x), None if cache is None else tuple(entries)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[batch, length, hidden] -> [batch, length, vocab] float32."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        return head.logits(hidden)

@@ -1,0 +1,68 @@
+"""Projection, embedding and norm."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lsjax.precision import einsum
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias, the weight laid out [out, in] as checkpoints have it.
+
+    Attributes:
+      features: out.
+      axes: what the weight's axes mean, see lsjax.sharding.
+      use_bias: whether there is a bias.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_partitioning(nn.initializers.normal(0.02), self.axes)
+        weight = self.param("weight", init, (self.features, x.shape[-1]), x.dtype)
+        y = einsum("bli,oi->blo", x, weight)
+        if self.use_bias:
+            zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[:1])
+            y = y + self.param("bias", zeros, (self.features,), x.dtype)
+        return y.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """A vector for each token of the vocabulary: looked up going in, a product going out."""
+
+    vocab_size: int
+    features: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.weight = self.param("weight", init, (self.vocab_size, self.features), self.dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[batch, length] ids -> [batch, length, features]."""
+        return self.weight[tokens]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[batch, length, features] -> [batch, length, vocab_size] float32."""
+        return einsum("bli,oi->blo", x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, the mean taken in float32.
+
+    Source: arXiv 1910.07467; the order of casts is that of transformers' LlamaRMSNorm.
+    """
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_partitioning(nn.initializers.ones, (None,))
+        weight = self.param("weight", init, (x.shape[-1],), x.dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return weight * y.astype(x.dtype)

@@ -1,0 +1,60 @@
+"""The parameter tree: its shapes, dtypes and shardings, known before any weight is."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from lsjax.config import ModelConfig
+from lsjax.nn.decoder import Decoder
+from lsjax.positions.rotary import rotary_tables
+from lsjax.sharding import parameter_spec, sharding
+
+
+def abstract_parameters(
+    config: ModelConfig, mesh: Mesh, dtype: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path in the parameter tree ("layers_0/attn/q/weight") -> shape, dtype and sharding."""
+    boxed = jax.eval_shape(lambda: _initialise(config, mesh, dtype, jax.random.key(0)))
+    flat = traverse_util.flatten_dict(boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x))
+    return {
+        path: jax.ShapeDtypeStruct(
+            box.value.shape, box.value.dtype, sharding=sharding(mesh, parameter_spec(box.names))
+        )
+        for path, box in flat.items()
+    }
+
+
+def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:
+    """A tree of random parameters, made on the mesh: to train from, or to measure speed."""
+    abstract = abstract_parameters(config, mesh, dtype)
+    shardings = unflatten({path: leaf.sharding for path, leaf in abstract.items()})
+
+    def init(key: jax.Array) -> dict:
+        return nn.meta.unbox(_initialise(config, mesh, dtype, key))
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def flatten(params: dict) -> dict[str, jax.Array]:
+    """Nested tree -> {"layers_0/attn/q/weight": leaf}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of flatten."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _initialise(config: ModelConfig, mesh: Mesh, dtype: str, key: jax.Array) -> dict:
+    """Parameters boxed with what their axes mean; the smallest call reaches them all."""
+    decoder = Decoder(config, mesh, jnp.dtype(dtype))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    tables = rotary_tables(config, [1])
+
+    def everything(module: Decoder) -> jax.Array:
+        hidden, _ = module(tokens, tokens, tables, None)
+        return module.logits(hidden)
+
+    return nn.init(everything, decoder)(key)["params"]

@@ -1,0 +1,1 @@
+"""Where a token stands: rotary frequencies, their scaling, and the rotation."""

@@ -1,0 +1,77 @@
+"""Rotary frequencies, computed in float64 on the host.
+
+Source: transformers' modeling_rope_utils.py; YaRN (arXiv 2309.00071); Llama 3.1.
+"""
+
+import math
+
+import numpy as np
+
+from lsjax.config import ModelConfig, RopeScaling
+
+
+def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.ndarray, float]:
+    """The frequencies a whole request is served with.
+
+    Args:
+      config: the model.
+      request_length: prompt plus requested output, in tokens. Only dynamic scaling looks at it;
+        it is fixed before the first token so that no key in the cache was rotated otherwise.
+
+    Returns:
+      inv_freq: [rotary_dim / 2] float64, radians a token.
+      attention_factor: multiplies cos and sin.
+    """
+    scaling, dim, theta = config.rope_scaling, config.rotary_dim, config.rope_theta
+    if scaling.kind == "dynamic":
+        trained = config.max_position_embeddings
+        stretch = scaling.factor * max(request_length, trained) / trained - (scaling.factor - 1)
+        return _inverse(theta * stretch ** (dim / (dim - 2)), dim), 1.0
+    inv = _inverse(theta, dim)
+    if scaling.kind == "linear":
+        return inv / scaling.factor, 1.0
+    if scaling.kind == "yarn":
+        return _yarn(inv, scaling, theta), _yarn_attention_factor(scaling)
+    if scaling.kind == "llama3":
+        return _llama3(inv, scaling), 1.0
+    return inv, 1.0
+
+
+def _inverse(theta: float, dim: int) -> np.ndarray:
+    return theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+def _yarn(inv: np.ndarray, scaling: RopeScaling, theta: float) -> np.ndarray:
+    dim = 2 * inv.size
+
+    def channel_turning(rotations: float) -> float:
+        """The channel whose angle makes this many turns over the original length."""
+        turns = scaling.original_length / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(theta))
+
+    low, high = channel_turning(scaling.beta_fast), channel_turning(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(inv.size) - low) / (high - low), 0, 1)
+    return inv / scaling.factor * ramp + inv * (1 - ramp)
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
+    return magnitude(1.0)
+
+
+def _llama3(inv: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    turns = scaling.original_length * inv / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * inv / scaling.factor + smooth * inv

@@ -1,0 +1,124 @@
+"""`rope_scaling` as Hugging Face's config.json writes it -> RopeScaling.
+
+Both spellings of the kind (`type`, `rope_type`) and both formats are read: the `rope_scaling`
+block of transformers 4 and the `rope_parameters` block of transformers 5.
+"""
+
+import logging
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from lsjax.config import RopeScaling
+from lsjax.errors import UserError
+
+# Each kind: field of the JSON block -> (field of RopeScaling, is it required).
+_FACTOR = {"factor": ("factor", True)}
+KINDS: dict[str, dict[str, tuple[str, bool]]] = {
+    "default": {},
+    "linear": _FACTOR,
+    "dynamic": _FACTOR,
+    "yarn": _FACTOR
+    | {
+        "original_max_position_embeddings": ("original_length", False),
+        "attention_factor": ("attention_factor", False),
+        "beta_fast": ("beta_fast", False),
+        "beta_slow": ("beta_slow", False),
+        "mscale": ("mscale", False),
+        "mscale_all_dim": ("mscale_all_dim", False),
+        "truncate": ("truncate", False),
+    },
+    "llama3": _FACTOR
+    | {
+        "original_max_position_embeddings": ("original_length", True),
+        "low_freq_factor": ("low_freq_factor", True),
+        "high_freq_factor": ("high_freq_factor", True),
+    },
+}
+# Read elsewhere: they say what is rotated, not how it is scaled.
+_SHARED = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
+# transformers writes null for "not set" here.
+_NULLABLE = ("attention_factor", "mscale", "mscale_all_dim")
+
+
+def parse_rope_scaling(block: Mapping[str, Any] | None, max_position_embeddings: int) -> RopeScaling:
+    """Reads a `rope_scaling` (or `rope_parameters`) block.
+
+    Args:
+      block: the parsed JSON object; None or {} means no scaling.
+      max_position_embeddings: stands in for original_max_position_embeddings where yarn's block
+        does not give it, as in transformers.
+
+    Raises:
+      UserError: an unknown kind, a missing or null field, or a value of the wrong sort.
+    """
+    if block is None:
+        return RopeScaling()
+    if not isinstance(block, Mapping):
+        raise UserError(
+            f"rope_scaling must be a JSON object such as "
+            f'{{"rope_type": "yarn", "factor": 4.0}} or null, not {block!r}.'
+        )
+    kind = _kind(block)
+    fields = KINDS[kind]
+    unread = sorted(set(block) - set(fields) - set(_SHARED))
+    if unread:
+        logging.getLogger("lsjax").warning(
+            "rope_scaling of kind %r does not use %s: ignored.", kind, ", ".join(unread)
+        )
+    values: dict[str, Any] = {}
+    for name, (target, required) in fields.items():
+        if name not in block or (block[name] is None and name in _NULLABLE):
+            if required:
+                raise UserError(
+                    f"rope_scaling of kind {kind!r} needs the field {name!r}; its fields are "
+                    f"{', '.join(fields)}."
+                )
+            continue
+        values[target] = _check(kind, name, block[name])
+    if "original_length" in values:
+        values["original_length"] = int(values["original_length"])
+    elif kind == "yarn":
+        values["original_length"] = max_position_embeddings
+    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise UserError(
+            "rope_scaling of kind 'llama3' needs high_freq_factor greater than low_freq_factor, "
+            f"not {values['high_freq_factor']} and {values['low_freq_factor']}."
+        )
+    return RopeScaling(kind=kind, **values)
+
+
+def _kind(block: Mapping[str, Any]) -> str:
+    given = {name: block[name] for name in ("rope_type", "type") if name in block}
+    if len(set(given.values())) > 1:
+        raise UserError(
+            f"rope_scaling names two kinds: rope_type is {given['rope_type']!r} but type is "
+            f"{given['type']!r}; keep one of them."
+        )
+    if not given:
+        # The v5 block of an unscaled model may hold rope_theta alone.
+        if set(block) <= set(_SHARED):
+            return "default"
+        raise UserError(
+            f"rope_scaling does not say its kind: add the field 'rope_type', one of "
+            f"{', '.join(KINDS)}."
+        )
+    kind = next(iter(given.values()))
+    if kind not in KINDS:
+        raise UserError(f"rope_scaling of kind {kind!r} is not known; use one of {', '.join(KINDS)}.")
+    return kind
+
+
+def _check(kind: str, name: str, value: Any) -> Any:
+    if name == "truncate":
+        if not isinstance(value, bool):
+            raise UserError(f"rope_scaling field 'truncate' must be true or false, not {value!r}.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+        raise UserError(
+            f"rope_scaling of kind {kind!r}: the field {name!r} must be a number above 0, "
+            f"not {value!r}."
+        )
+    if name == "factor" and value < 1:
+        raise UserError(f"rope_scaling field 'factor' must be at least 1, not {value!r}.")
+    return float(value)

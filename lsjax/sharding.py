@@ -1,0 +1,111 @@
+"""The mesh, and the one table from what an array's axes mean to the mesh axes they lie on.
+
+Mesh axes: `data` (rows of a batch), `context` (the sequence), `model` (heads and hidden). One
+device is a mesh of size one: there is one code path.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lsjax.cache import KVCache, LayerCache, Store
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+
+AXES = ("data", "context", "model")
+
+# What a parameter's axis means -> the mesh axes it is split over.
+PARAMETER_AXES = {
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+    "embed": "context",
+    None: None,
+}
+
+CACHE = PartitionSpec("data", "model", "context")
+QUERIES = PartitionSpec("data", None, "model", None)
+TOKENS = PartitionSpec("data")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`context=4,model=2` -> {"data": 1, "context": 4, "model": 2}.
+
+    Raises:
+      UserError: an unknown axis, or a size that is not a positive whole number.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    seen = set()
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, size = (s.strip() for s in part.partition("="))
+        if name not in AXES:
+            raise UserError(f"mesh axis {name!r} is not known; use {', '.join(AXES)} as in context=4,model=2.")
+        if name in seen:
+            raise UserError(f"mesh axis {name!r} is given twice in {text!r}; give it once.")
+        if not size.isdecimal() or int(size) < 1:
+            raise UserError(f"mesh axis {name!r} needs a size of at least 1, as in {name}=2, not {size!r}.")
+        seen.add(name)
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh over the first devices of this machine (or of all hosts).
+
+    Raises:
+      UserError: fewer devices than the mesh needs.
+    """
+    count = 1
+    for size in sizes.values():
+        count *= size
+    devices = jax.devices()
+    if count > len(devices):
+        asked = ",".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
+        raise UserError(
+            f"the mesh {asked} needs {count} devices, but {len(devices)} {devices[0].platform} "
+            f"device{'s are' if len(devices) > 1 else ' is'} here; ask for a smaller mesh."
+        )
+    return jax.make_mesh(
+        tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
+    )
+
+
+def check_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Refuses a mesh that does not divide the model.
+
+    Raises:
+      UserError: naming the sizes that do not divide.
+    """
+    for what, size, axis in (
+        ("KV heads", config.num_kv_heads, "model"),
+        ("query heads", config.num_heads, "model"),
+        ("MLP channels", config.intermediate_size, "model"),
+        ("vocabulary entries", config.vocab_size, "model"),
+        ("hidden channels", config.hidden_size, "context"),
+    ):
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"the model's {size} {what} cannot be split over {axis}={mesh.shape[axis]}; choose a "
+                f"size of {axis} that divides {size}."
+            )
+
+
+def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(mesh, spec)
+
+
+def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Where a parameter whose axes mean `axes` lies."""
+    return PartitionSpec(*(PARAMETER_AXES[a] for a in axes))
+
+
+def layer_cache_spec(quantised: bool) -> LayerCache:
+    """The specs of one layer's cache, in the cache's own structure."""
+    store = Store(data=CACHE, scale=CACHE if quantised else None)
+    return LayerCache(k=store, v=store)
+
+
+def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str) -> KVCache:
+    """The shardings of a whole cache."""
+    layer = jax.tree.map(lambda spec: sharding(mesh, spec), layer_cache_spec(dtype == "int8"))
+    return (layer,) * config.num_layers

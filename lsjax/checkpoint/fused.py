@@ -1,0 +1,48 @@
+"""Fused tensors: several parameters in one, one below the other along the first axis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lsjax.families import Tensor
+
+
+def abstract_tensor(
+    tensor: Tensor, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> jax.ShapeDtypeStruct:
+    """The shape, dtype and sharding to read a tensor with.
+
+    One parameter is read as it will lie. The parts of a fused tensor are not where their
+    parameters' shards are, so its first axis stays whole.
+    """
+    parts = [abstract[path] for path in tensor.params]
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    spec = PartitionSpec(None, *first.sharding.spec[1:])
+    return jax.ShapeDtypeStruct(
+        (sum(part.shape[0] for part in parts), *first.shape[1:]),
+        first.dtype,
+        sharding=NamedSharding(first.sharding.mesh, spec),
+    )
+
+
+def split(
+    tensor: Tensor, value: jax.Array, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The parameters that a tensor holds, each in its own sharding."""
+    if len(tensor.params) == 1:
+        return {tensor.params[0]: value}
+    parts = [abstract[path] for path in tensor.params]
+    sizes = tuple(part.shape[0] for part in parts)
+    splitter = _splitter(sizes, tuple(part.sharding for part in parts))
+    return dict(zip(tensor.params, splitter(value), strict=True))
+
+
+@functools.cache
+def _splitter(sizes: tuple[int, ...], shardings: tuple[NamedSharding, ...]):
+    ends = np.cumsum(sizes)[:-1].tolist()
+    return jax.jit(lambda value: tuple(jnp.split(value, ends)), out_shardings=shardings)

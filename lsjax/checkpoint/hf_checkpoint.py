@@ -1,0 +1,107 @@
+"""Reading the parameters of a Hugging Face folder, through Orbax."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from lsjax.checkpoint.fused import abstract_tensor, split
+from lsjax.checkpoint.hf_folder import stored_tensors
+from lsjax.checkpoint.stored import GROUP_BYTES, Stored, in_groups
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families import Tensor, family_of
+
+
+@dataclasses.dataclass(frozen=True)
+class HFCheckpoint:
+    """The tensors of a Hugging Face folder that the model reads.
+
+    Attributes:
+      tensors: what each tensor holds, by its name.
+      stored: where each tensor lies, by its name.
+      unread: names of the tensors that nothing reads.
+    """
+
+    tensors: dict[str, Tensor]
+    stored: dict[str, Stored]
+    unread: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.stored.values())
+
+    def dtypes(self) -> dict[str, jax.numpy.dtype]:
+        """Parameter path -> the dtype that it is stored in."""
+        return {
+            path: stored.numpy_dtype
+            for name, stored in self.stored.items()
+            for path in self.tensors[name].params
+        }
+
+    def read(
+        self, abstract: dict[str, jax.ShapeDtypeStruct]
+    ) -> Iterator[tuple[dict[str, jax.Array], int]]:
+        """Parameters by path in the dtypes and shardings asked for, and the bytes they took.
+
+        They come a few at a time. Each process reads only the bytes of its own shards.
+        """
+        for group in in_groups(self.stored.values()):
+            tensors = {item.name: self.tensors[item.name] for item in group}
+            values = _load(
+                group[0].path, {n: abstract_tensor(t, abstract) for n, t in tensors.items()}
+            )
+            params: dict[str, jax.Array] = {}
+            for name, tensor in tensors.items():
+                params |= split(tensor, values.pop(name), abstract)
+            yield params, sum(item.nbytes for item in group)
+
+
+def open_hf(
+    folder: str, config: ModelConfig, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> HFCheckpoint:
+    """Checks a Hugging Face folder against the model, from the headers of its files.
+
+    Raises:
+      UserError: whatever keeps it from being read, naming the file and the tensor.
+    """
+    found = stored_tensors(folder)
+    tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
+    for name, tensor in tensors.items():
+        if name not in found:
+            raise UserError(
+                f"{folder} lacks the tensor {name!r} of {config.architecture}; download the "
+                "checkpoint again, or use the config.json that belongs to it."
+            )
+        found[name].check(abstract_tensor(tensor, abstract).shape)
+    return HFCheckpoint(
+        tensors,
+        {name: stored for name, stored in found.items() if name in tensors},
+        tuple(name for name in found if name not in tensors),
+    )
+
+
+def warn_unread(folder: str, names: tuple[str, ...]) -> None:
+    """Names the tensors that are left out, in one warning."""
+    if names:
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
+        logging.getLogger("lsjax").warning("%s: not part of the model, left out: %s", folder, shown)
+
+
+def expendable(config: ModelConfig) -> set[str]:
+    """Tensors that may stay unread without a word: buffers, and a tied head written out."""
+    family = family_of(config)
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    names = {tensor.name for tensor in family.tensors(untied)}
+    return names.union(family.ignored) - {tensor.name for tensor in family.tensors(config)}
+
+
+def _load(file: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    context = ocp.Context()
+    context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
+    context.memory.read_concurrent_bytes = GROUP_BYTES
+    with context:
+        return ocp.load(os.path.abspath(file), abstract)

@@ -1,0 +1,85 @@
+"""A Hugging Face folder: which tensors it holds, and in which of its files."""
+
+import json
+import os
+
+from lsjax.checkpoint.safetensors_header import read_header
+from lsjax.checkpoint.stored import Stored
+from lsjax.errors import UserError
+
+SUFFIX = ".safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth")
+
+
+def stored_tensors(folder: str) -> dict[str, Stored]:
+    """The tensors of all the safetensors files by name, read from their headers alone.
+
+    Where the folder has an index, it says which tensors there are.
+
+    Raises:
+      UserError: no safetensors files, one that is missing or corrupt, or a tensor given twice.
+    """
+    files = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
+    if os.path.exists(os.path.join(folder, INDEX)):
+        return _by_index(folder)
+    if not files:
+        raise UserError(_no_weights(folder))
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in read_header(os.path.join(folder, file)).items():
+            if name in tensors:
+                raise UserError(
+                    f"{name!r} is both in {tensors[name].path} and in {stored.path}, and no "
+                    f"{INDEX} says which counts; remove the file that is not part of the model."
+                )
+            tensors[name] = stored
+    return tensors
+
+
+def _by_index(folder: str) -> dict[str, Stored]:
+    weight_map = _read_index(os.path.join(folder, INDEX))
+    headers = {}
+    for file in sorted(set(weight_map.values())):
+        path = os.path.join(folder, file)
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing, but {INDEX} names it; download it.")
+        headers[file] = read_header(path)
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise UserError(
+                f"{os.path.join(folder, file)} lacks {name!r}, which {INDEX} places there; "
+                "download both files again."
+            )
+    # In the order of the data, so that files are read from their start to their end.
+    return {
+        name: stored
+        for file, header in headers.items()
+        for name, stored in header.items()
+        if weight_map.get(name) == file
+    }
+
+
+def _read_index(path: str) -> dict[str, str]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            weight_map = json.load(f)["weight_map"]
+        if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path} is corrupt: it must hold a JSON object whose 'weight_map' gives each tensor's "
+            "file; download it again."
+        ) from None
+    return weight_map
+
+
+def _no_weights(folder: str) -> str:
+    pickles = sorted(name for name in os.listdir(folder) if name.endswith(PICKLES))
+    if pickles:
+        return (
+            f"{folder} holds its weights as pickle ({pickles[0]}), which can run code and is not "
+            "read; convert it to safetensors with transformers' "
+            "save_pretrained(safe_serialization=True)."
+        )
+    return f"{folder} holds no weights: give a folder with *{SUFFIX} files, or a converted one."

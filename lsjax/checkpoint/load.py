@@ -1,0 +1,95 @@
+"""A model folder, of either layout -> the parameter tree on a mesh."""
+
+import os
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, expendable, open_hf, warn_unread
+from lsjax.checkpoint.hf_folder import stored_tensors
+from lsjax.checkpoint.orbax_checkpoint import (
+    OrbaxCheckpoint,
+    is_orbax,
+    open_orbax,
+    stored_parameters,
+)
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families import family_of, read_config
+from lsjax.nn.parameters import abstract_parameters, unflatten
+
+
+def load_parameters(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    progress: Callable[[int], None] | None = None,
+) -> dict:
+    """Reads a model's parameters onto a mesh.
+
+    Host memory is bounded by a few tensors beyond what the parameters themselves take, and each
+    process reads only what its own devices hold.
+
+    Args:
+      folder: a Hugging Face folder with safetensors files, or a converted one.
+      config: the model, from read_config(folder).
+      mesh: the devices; check_fits_mesh(config, mesh) has passed.
+      dtype: the dtype that the parameters are wanted in, whatever they are stored in.
+      progress: called with the bytes that were read since the last call; they sum up to
+        checkpoint_bytes(folder).
+
+    Returns:
+      The nested tree of abstract_parameters(config, mesh, dtype), filled.
+
+    Raises:
+      UserError: whatever is wrong with the folder, naming the file and the tensor; found before
+        any weight is read, except for damage within the data of a converted folder.
+    """
+    folder = os.fspath(folder)
+    abstract = abstract_parameters(config, mesh, dtype)
+    checkpoint = _open(folder, config, abstract)
+    params: dict[str, jax.Array] = {}
+    for part, nbytes in checkpoint.read(abstract):
+        params |= part
+        if progress is not None:
+            progress(nbytes)
+    return unflatten(params)
+
+
+def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
+    """The bytes that load_parameters will read from a model folder.
+
+    Raises:
+      UserError: its config.json or its checkpoint cannot be read.
+    """
+    folder = os.fspath(folder)
+    config = read_config(folder)
+    tensors = family_of(config).tensors(config)
+    if is_orbax(folder):
+        found = stored_parameters(folder)
+        names = {path for tensor in tensors for path in tensor.params}
+    else:
+        found = stored_tensors(folder)
+        names = {tensor.name for tensor in tensors}
+    return sum(stored.nbytes for name, stored in found.items() if name in names)
+
+
+def _open(
+    folder: str, config: ModelConfig, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> HFCheckpoint | OrbaxCheckpoint:
+    # config.json is the last file that a conversion writes, so a folder without it is unfinished.
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(
+            f"{folder} is not a model folder: it holds no config.json, or its conversion was "
+            "interrupted; give another folder or convert the model again."
+        )
+    if is_orbax(folder):
+        checkpoint = open_orbax(folder, abstract)
+        warn_unread(folder, checkpoint.unread)
+        return checkpoint
+    checkpoint = open_hf(folder, config, abstract)
+    silent = expendable(config)
+    warn_unread(folder, tuple(name for name in checkpoint.unread if name not in silent))
+    return checkpoint

@@ -1,0 +1,121 @@
+"""Reading and writing the parameters of a converted folder, which Orbax keeps."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+
+from lsjax.checkpoint.stored import GROUP_BYTES, Stored, in_groups
+from lsjax.errors import UserError
+from lsjax.nn.parameters import flatten, unflatten
+
+PARAMS = "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxCheckpoint:
+    """The parameters of a converted folder that the model reads.
+
+    Attributes:
+      stored: what each parameter is, by its path in the tree.
+      unread: paths of the parameters that nothing reads.
+    """
+
+    stored: dict[str, Stored]
+    unread: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.stored.values())
+
+    def dtypes(self) -> dict[str, jnp.dtype]:
+        """Parameter path -> the dtype that it is stored in."""
+        return {path: stored.numpy_dtype for path, stored in self.stored.items()}
+
+    def read(
+        self, abstract: dict[str, jax.ShapeDtypeStruct]
+    ) -> Iterator[tuple[dict[str, jax.Array], int]]:
+        """Parameters by path in the dtypes and shardings asked for, and the bytes they took.
+
+        They come a few at a time, in the order of `abstract`.
+
+        Raises:
+          UserError: Orbax cannot read them.
+        """
+        for group in in_groups(self.stored[path] for path in abstract):
+            wanted = unflatten({item.name: abstract[item.name] for item in group})
+            yield flatten(_load(group[0].path, wanted)), sum(item.nbytes for item in group)
+
+
+def is_orbax(folder: str) -> bool:
+    """Whether a model folder was converted."""
+    return os.path.isdir(os.path.join(folder, PARAMS))
+
+
+def stored_parameters(folder: str) -> dict[str, Stored]:
+    """The parameters of a converted folder by path, read from Orbax's metadata alone.
+
+    Raises:
+      UserError: Orbax cannot read it.
+    """
+    params = os.path.abspath(os.path.join(folder, PARAMS))
+    try:
+        leaves = flatten(ocp.metadata(params).metadata)
+        return {
+            path: Stored(
+                path,
+                params,
+                tuple(leaf.shape),
+                jnp.dtype(leaf.dtype).name,
+                leaf.dtype.itemsize * leaf.size,
+            )
+            for path, leaf in leaves.items()
+        }
+    except _UNREADABLE as error:
+        raise _corrupt(params, error) from error
+
+
+def open_orbax(folder: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> OrbaxCheckpoint:
+    """Checks a converted folder against the model, from Orbax's metadata.
+
+    Raises:
+      UserError: whatever keeps it from being read, naming the parameter.
+    """
+    found = stored_parameters(folder)
+    for path, wanted in abstract.items():
+        if path not in found:
+            raise UserError(
+                f"{os.path.join(folder, PARAMS)} lacks the parameter {path!r}; convert the model "
+                "again."
+            )
+        found[path].check(wanted.shape)
+    return OrbaxCheckpoint(
+        {path: found[path] for path in abstract},
+        tuple(path for path in found if path not in abstract),
+    )
+
+
+# What Orbax raises for files that are missing, cut off or overwritten. Running out of memory is
+# none of these.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _corrupt(params: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(
+        f"{params} cannot be read by Orbax, so it is damaged; convert the model again ({reason})."
+    )
+
+
+def _load(params: str, abstract: dict) -> dict:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    context.memory.read_concurrent_bytes = GROUP_BYTES
+    try:
+        with context:
+            return ocp.load(params, abstract)
+    except _UNREADABLE as error:
+        raise _corrupt(params, error) from error

@@ -1,0 +1,64 @@
+"""The header of a safetensors file: every fault of the file is found before its data is read."""
+
+import json
+import math
+import os
+
+import jax.numpy as jnp
+
+from lsjax.checkpoint.stored import Stored
+from lsjax.errors import UserError
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# The limit of the safetensors library; a larger figure means that this is another kind of file.
+_MAX_HEADER_BYTES = 100 * 10**6
+
+
+def read_header(file: str) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, in the order of their data.
+
+    Raises:
+      UserError: no safetensors file, a corrupt header, or a file that was cut off.
+    """
+    try:
+        with open(file, "rb") as f:
+            file_bytes = os.fstat(f.fileno()).st_size
+            header_bytes = int.from_bytes(f.read(8), "little")
+            if header_bytes > _MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
+                raise UserError(
+                    f"{file} is cut off within its header or is no safetensors file "
+                    f"({file_bytes} bytes); download it again."
+                )
+            header = f.read(header_bytes)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+    try:
+        return _parse(file, json.loads(header), file_bytes - 8 - header_bytes)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} has a corrupt safetensors header; download it again.") from None
+
+
+def _parse(file: str, header: dict, data_bytes: int) -> dict[str, Stored]:
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+        dtype = FLOATS.get(entry["dtype"], entry["dtype"])
+        if not 0 <= begin <= end or (
+            entry["dtype"] in FLOATS and end - begin != math.prod(shape) * jnp.dtype(dtype).itemsize
+        ):
+            raise UserError(
+                f"{file} has a corrupt safetensors header: {name!r} does not take the bytes of its "
+                "shape; download it again."
+            )
+        if end > data_bytes:
+            raise UserError(
+                f"{file} is cut off: {name!r} needs {end} bytes of data, but {data_bytes} are "
+                "there; download it again."
+            )
+        tensors[name] = Stored(name, file, shape, dtype, end - begin)
+    return tensors

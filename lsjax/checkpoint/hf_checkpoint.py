@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from lsjax.checkpoint.fused import abstract_tensor, split
+from lsjax.checkpoint.tensors import abstract_tensor, split
 from lsjax.checkpoint.hf_folder import stored_tensors
 from lsjax.checkpoint.stored import GROUP_BYTES, Stored, in_groups
 from lsjax.config import ModelConfig
@@ -57,7 +57,8 @@ class HFCheckpoint:
             params: dict[str, jax.Array] = {}
             for name, tensor in tensors.items():
                 params |= split(tensor, values.pop(name), abstract)
-            yield params, sum(item.nbytes for item in group)
+            # Waiting keeps the host's buffers of earlier groups from adding up.
+            yield jax.block_until_ready(params), sum(item.nbytes for item in group)
 
 
 def open_hf(

@@ -1,4 +1,7 @@
-"""Fused tensors: several parameters in one, one below the other along the first axis."""
+"""A checkpoint's tensor on its way to parameters: how it is read, and how it is laid out then.
+
+A fused tensor holds several parameters, one below the other along its first axis.
+"""
 
 import functools
 
@@ -15,18 +18,17 @@ def abstract_tensor(
 ) -> jax.ShapeDtypeStruct:
     """The shape, dtype and sharding to read a tensor with.
 
-    One parameter is read as it will lie. The parts of a fused tensor are not where their
-    parameters' shards are, so its first axis stays whole.
+    One parameter is read as it will lie. Shards of a fused tensor's rows would not be shards of
+    its parameters, so its rows stay together; splitting it then moves nothing between devices.
     """
     parts = [abstract[path] for path in tensor.params]
     first = parts[0]
     if len(parts) == 1:
         return first
-    spec = PartitionSpec(None, *first.sharding.spec[1:])
     return jax.ShapeDtypeStruct(
         (sum(part.shape[0] for part in parts), *first.shape[1:]),
         first.dtype,
-        sharding=NamedSharding(first.sharding.mesh, spec),
+        sharding=NamedSharding(first.sharding.mesh, PartitionSpec(None, *first.sharding.spec[1:])),
     )
 
 

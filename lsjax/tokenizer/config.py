@@ -1,0 +1,130 @@
+"""What a tokenizer folder says beside its vocabulary: special tokens, bos/eos, chat template."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lsjax.tokenizer.errors import TokenizerError
+
+CONFIG_NAME = "tokenizer_config.json"
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token recognised as a whole in text, before the vocabulary's own rules apply."""
+
+    id: int
+    content: str
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The settings of ``tokenizer_config.json`` that matter; absent ones are ``None`` or empty."""
+
+    tokenizer_class: str | None = None
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
+    extra_special_tokens: tuple[str, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    legacy: bool = True
+    chat_template: str | None = None
+
+
+def read_config(folder: Path) -> TokenizerConfig:
+    """Read ``tokenizer_config.json`` and ``chat_template.jinja``; either may be absent."""
+    path = folder / CONFIG_NAME
+    # Older folders name bos and eos in special_tokens_map.json alone.
+    raw = {**_read_json_object(folder / "special_tokens_map.json"), **_read_json_object(path)}
+    try:
+        return TokenizerConfig(
+            tokenizer_class=raw.get("tokenizer_class"),
+            named_tokens={
+                name: _content(raw[name]) for name in NAMED_TOKENS if raw.get(name) is not None
+            },
+            extra_special_tokens=_extra_special_tokens(raw),
+            added_tokens=_added_tokens(raw.get("added_tokens_decoder") or {}),
+            add_bos_token=raw.get("add_bos_token"),
+            add_eos_token=raw.get("add_eos_token"),
+            legacy=raw.get("legacy") is not False,
+            chat_template=_chat_template(folder, raw.get("chat_template")),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{path}: a setting has an unexpected form ({error!r}); "
+            "restore the file from the model's original release."
+        ) from error
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise TokenizerError(
+            f"{path} isn't valid JSON ({error}); restore it from the model's original release."
+        ) from error
+    if not isinstance(value, dict):
+        raise TokenizerError(
+            f"{path} should hold a JSON object but holds a {type(value).__name__}; "
+            "restore it from the model's original release."
+        )
+    return value
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    """A token is written either as its text or as an object with the text in ``content``."""
+    content = token if isinstance(token, str) else token["content"]
+    if not isinstance(content, str):
+        raise TypeError(f"token {token!r} isn't text")
+    return content
+
+
+def _extra_special_tokens(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    tokens = raw.get("additional_special_tokens") or raw.get("extra_special_tokens") or ()
+    return tuple(map(_content, tokens.values() if isinstance(tokens, dict) else tokens))
+
+
+def _added_tokens(decoder: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+    tokens = [
+        AddedToken(
+            id=int(token_id),
+            content=_content(token),
+            special=bool(token.get("special", False)),
+            lstrip=bool(token.get("lstrip", False)),
+            rstrip=bool(token.get("rstrip", False)),
+            single_word=bool(token.get("single_word", False)),
+            normalized=bool(token.get("normalized", False)),
+        )
+        for token_id, token in decoder.items()
+    ]
+    return tuple(sorted(tokens, key=lambda token: token.id))
+
+
+def _chat_template(folder: Path, setting: str | list[dict[str, str]] | None) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if isinstance(setting, list):
+        # The other names are for special uses (tool calls, retrieval); none stands for all.
+        return {entry["name"]: entry["template"] for entry in setting}.get("default")
+    if not isinstance(setting, str | None):
+        raise TypeError("chat_template is neither text nor a list of named templates")
+    return setting

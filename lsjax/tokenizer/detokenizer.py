@@ -1,0 +1,71 @@
+"""From token ids back to text, all at once or as the ids arrive."""
+
+import codecs
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+REPLACE = "replace"
+REPLACE_EACH_BYTE = "lsjax.replace_each_byte"
+codecs.register_error(REPLACE_EACH_BYTE, _replace_each_byte)
+
+
+@dataclass(frozen=True)
+class Detokenizer:
+    """How a vocabulary's ids become text.
+
+    ``token_bytes`` gives an id's UTF-8 bytes, none for an id outside the vocabulary (models pad
+    their embeddings, so they can produce such ids). ``errors`` names the handler for bytes that
+    are no UTF-8: byte-level vocabularies write one U+FFFD for each broken character, vocabularies
+    with byte fallback one for each byte. ``leading_spaces`` is how many spaces at the start of the
+    first token stem from the encoder rather than from the text.
+    """
+
+    token_bytes: Callable[[int], bytes]
+    special_ids: frozenset[int]
+    errors: str = REPLACE
+    leading_spaces: int = 0
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of ``ids``."""
+        stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+        return stream.push(ids) + stream.flush()
+
+
+class StreamDecoder:
+    """Turns ids into text as they arrive, holding back the bytes of unfinished characters.
+
+    All that ``push`` and a last ``flush`` return, joined, is the decoding of all ids at once.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, *, skip_special_tokens: bool = True):
+        self._detokenizer = detokenizer
+        self._skipped = detokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(detokenizer.errors)
+        self._at_start = True
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take the next ids and return the text they complete."""
+        return self._utf8.decode(b"".join(self._bytes(ids)))
+
+    def flush(self) -> str:
+        """Return what is still held back, and start anew."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        self._at_start = True
+        return text
+
+    def _bytes(self, ids: Iterable[int]) -> Iterator[bytes]:
+        for token_id in ids:
+            if token_id in self._skipped:
+                continue
+            token = self._detokenizer.token_bytes(token_id)
+            if token and self._at_start:
+                self._at_start = False
+                spaces = len(token) - len(token.lstrip(b" "))
+                token = token[min(spaces, self._detokenizer.leading_spaces) :]
+            yield token

@@ -39,11 +39,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, size = (s.strip() for s in part.partition("="))
         if name not in AXES:
-            raise UserError(f"mesh axis {name!r} is not known; use {', '.join(AXES)} as in context=4,model=2.")
+            raise UserError(
+                f"mesh axis {name!r} is not known; use {', '.join(AXES)} as in context=4,model=2."
+            )
         if name in seen:
             raise UserError(f"mesh axis {name!r} is given twice in {text!r}; give it once.")
         if not size.isdecimal() or int(size) < 1:
-            raise UserError(f"mesh axis {name!r} needs a size of at least 1, as in {name}=2, not {size!r}.")
+            raise UserError(
+                f"mesh axis {name!r} needs a size of at least 1, as in {name}=2, not {size!r}."
+            )
         seen.add(name)
         sizes[name] = int(size)
     return sizes
@@ -101,7 +105,8 @@ def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 def layer_cache_spec(quantised: bool) -> LayerCache:
     """The specs of one layer's cache, in the cache's own structure."""
-    store = Store(data=CACHE, scale=CACHE if quantised else None)
+    beside = CACHE if quantised else None
+    store = Store(data=CACHE, scale=beside, peak=beside)
     return LayerCache(k=store, v=store)
 
 

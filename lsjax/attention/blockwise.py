@@ -82,7 +82,7 @@ def _attend_block(
         weights = jnp.exp(scores - finite[..., None])
         keep = jnp.exp(highest - finite)
         total = keep * total + jnp.sum(weights, axis=-1)
-        weighted = keep[..., None] * weighted + _weigh(weights, v)
+        weighted = keep[..., None] * weighted + _weigh(weights, v, q.dtype)
         return weighted, total, new_highest
 
     zeros = jnp.zeros(q.shape, jnp.float32)
@@ -91,17 +91,20 @@ def _attend_block(
 
 
 def _scores(q: jax.Array, k: Store) -> jax.Array:
-    """[batch, kv_heads, group, length, block] float32; an int8 key's scale is applied to its score."""
-    scores = einsum("bkgld,bksd->bkgls", q, k.data.astype(q.dtype))
-    return scores if k.scale is None else scores * k.scale[:, :, None, None, :]
+    """[batch, kv_heads, group, length, block] float32; an int8 key's scale goes to its score."""
+    scores = einsum("bkgld,bksd->bkgls", q, k.steps(q.dtype))
+    return scores if k.scale is None else scores * _per_key(k.scale)
 
 
-def _weigh(weights: jax.Array, v: Store) -> jax.Array:
-    """Sum of weighted values; an int8 value's scale is applied to its weight."""
+def _weigh(weights: jax.Array, v: Store, dtype: jnp.dtype) -> jax.Array:
+    """Sum of weighted values; an int8 value's scale goes to its weight."""
     if v.scale is not None:
-        weights = weights * v.scale[:, :, None, None, :]
-    dtype = weights.dtype if v.scale is not None else v.data.dtype
-    return einsum("bkgls,bksd->bkgld", weights.astype(dtype), v.data.astype(dtype))
+        weights = weights * _per_key(v.scale)
+    return einsum("bkgls,bksd->bkgld", weights.astype(dtype), v.steps(dtype))
+
+
+def _per_key(scale: jax.Array) -> jax.Array:
+    return scale.astype(jnp.float32)[:, :, None, None, :]
 
 
 def key_block(capacity: int, largest: int) -> int:

@@ -7,7 +7,7 @@ float32 partials are merged. Queries and partials travel, keys and values never 
 import functools
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from lsjax.attention.blockwise import attend
 from lsjax.attention.partial import merge_over_axis

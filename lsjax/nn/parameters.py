@@ -17,7 +17,9 @@ def abstract_parameters(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Path in the parameter tree ("layers_0/attn/q/weight") -> shape, dtype and sharding."""
     boxed = jax.eval_shape(lambda: _initialise(config, mesh, dtype, jax.random.key(0)))
-    flat = traverse_util.flatten_dict(boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x))
+    flat = traverse_util.flatten_dict(
+        boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x)
+    )
     return {
         path: jax.ShapeDtypeStruct(
             box.value.shape, box.value.dtype, sharding=sharding(mesh, parameter_spec(box.names))

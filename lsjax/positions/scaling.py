@@ -4,12 +4,14 @@ Both spellings of the kind (`type`, `rope_type`) and both formats are read: the 
 block of transformers 4 and the `rope_parameters` block of transformers 5.
 """
 
+import dataclasses
+import json
 import logging
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from lsjax.config import RopeScaling
+from lsjax.config import ModelConfig, RopeScaling
 from lsjax.errors import UserError
 
 # Each kind: field of the JSON block -> (field of RopeScaling, is it required).
@@ -41,7 +43,9 @@ _SHARED = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
 _NULLABLE = ("attention_factor", "mscale", "mscale_all_dim")
 
 
-def parse_rope_scaling(block: Mapping[str, Any] | None, max_position_embeddings: int) -> RopeScaling:
+def parse_rope_scaling(
+    block: Mapping[str, Any] | None, max_position_embeddings: int
+) -> RopeScaling:
     """Reads a `rope_scaling` (or `rope_parameters`) block.
 
     Args:
@@ -88,6 +92,39 @@ def parse_rope_scaling(block: Mapping[str, Any] | None, max_position_embeddings:
     return RopeScaling(kind=kind, **values)
 
 
+def override_rope_scaling(
+    config: ModelConfig, rope_scaling: str | Mapping[str, Any] | None
+) -> ModelConfig:
+    """The model with the rope scaling that a user asks for.
+
+    Args:
+      config: as config.json says.
+      rope_scaling: an object as in config.json, its JSON, "off" for none, or None to leave
+        config.json's.
+
+    Raises:
+      UserError: see parse_rope_scaling; or text that is neither JSON nor "off".
+    """
+    if rope_scaling is None:
+        return config
+    if isinstance(rope_scaling, str):
+        rope_scaling = {} if rope_scaling == "off" else _json(rope_scaling)
+    scaling = parse_rope_scaling(rope_scaling, config.max_position_embeddings)
+    theta = rope_scaling.get("rope_theta") if rope_scaling else None
+    theta = config.rope_theta if theta is None else _check(scaling.kind, "rope_theta", theta)
+    return dataclasses.replace(config, rope_scaling=scaling, rope_theta=theta)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"rope_scaling {text!r} is neither 'off' nor JSON ({error}); write it as in "
+            'config.json: {"rope_type": "yarn", "factor": 4.0}.'
+        ) from None
+
+
 def _kind(block: Mapping[str, Any]) -> str:
     given = {name: block[name] for name in ("rope_type", "type") if name in block}
     if len(set(given.values())) > 1:
@@ -105,7 +142,9 @@ def _kind(block: Mapping[str, Any]) -> str:
         )
     kind = next(iter(given.values()))
     if kind not in KINDS:
-        raise UserError(f"rope_scaling of kind {kind!r} is not known; use one of {', '.join(KINDS)}.")
+        raise UserError(
+            f"rope_scaling of kind {kind!r} is not known; use one of {', '.join(KINDS)}."
+        )
     return kind
 
 

@@ -1,0 +1,56 @@
+"""Compiled programs, what compiling them cost, and the cache that spares it the next run."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class CompileClock:
+    """What compiling has cost so far.
+
+    Attributes:
+      seconds: spent tracing and compiling, or reading from the persistent cache.
+      programs: how many programs were asked for, whether compiled or read.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.programs = 0
+
+
+class Program:
+    """A function compiled once for each set of argument shapes, its compile time accounted.
+
+    The first argument (the parameters) never changes shape and is left out of the look-up.
+    """
+
+    def __init__(self, function: Callable, clock: CompileClock, **jit_options: Any):
+        self._jitted = jax.jit(function, **jit_options)
+        self._clock = clock
+        self._compiled: dict[Any, Callable] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args[1:])
+        key = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = self._jitted.lower(*args).compile()
+            self._clock.seconds += time.perf_counter() - start
+            self._clock.programs += 1
+        return self._compiled[key](*args)
+
+
+def enable_persistent_cache() -> None:
+    """Keeps compiled programs on disk, so that the same shapes never compile twice.
+
+    In the folder that JAX_COMPILATION_CACHE_DIR names, else in ~/.cache/lsjax/compiled.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(
+        os.path.expanduser("~"), ".cache", "lsjax", "compiled"
+    )
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

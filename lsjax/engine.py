@@ -1,0 +1,161 @@
+"""The compiled steps of inference: prefill a chunk, choose the first token, decode a segment."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from lsjax.cache import CacheSpec, KVCache, empty_cache
+from lsjax.compilation import CompileClock, Program
+from lsjax.config import ModelConfig
+from lsjax.nn.decoder import Decoder
+from lsjax.positions.rotary import RotaryTables
+from lsjax.sampling import Draw, next_token
+from lsjax.sharding import TOKENS, cache_shardings, sharding
+
+SEGMENT = 16  # tokens decoded between two looks at the end-of-sequence
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What one decode step hands to the next.
+
+    Attributes:
+      cache: holds every token before `token`.
+      token: [batch] the tokens chosen last, not yet in the cache.
+      position: [batch] where they stand.
+      step: how many tokens have been chosen for each row.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    position: jax.Array
+    step: jax.Array
+
+
+class Engine:
+    """A model's programs on a mesh, compiled for the shapes that come.
+
+    Attributes:
+      clock: what compiling them has cost.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: str):
+        self.config, self.mesh, self.dtype, self.cache_dtype = config, mesh, dtype, cache_dtype
+        self.clock = CompileClock()
+        self._decoder = Decoder(config, mesh, jnp.dtype(dtype))
+        self._rows = sharding(mesh, TOKENS)
+        whole = sharding(mesh, PartitionSpec())
+        cache = cache_shardings(config, mesh, cache_dtype)
+        state = DecodeState(cache=cache, token=self._rows, position=self._rows, step=whole)
+
+        def program(function, **options):
+            return Program(function, self.clock, **options)
+
+        self._prefill = program(
+            self._prefill_step, donate_argnums=2, out_shardings=(cache, self._rows)
+        )
+        self._score = program(self._score_step, donate_argnums=2, out_shardings=(cache, self._rows))
+        self._first = program(self._first_step, out_shardings=self._rows)
+        self._decode = program(
+            self._decode_segment, donate_argnums=2, out_shardings=(state, self._rows)
+        )
+        self._cache_shardings = cache
+
+    def new_cache(self, spec: CacheSpec) -> KVCache:
+        """An empty cache on the mesh."""
+        make = jax.jit(lambda: empty_cache(self.config, spec), out_shardings=self._cache_shardings)
+        return make()
+
+    def prefill(
+        self,
+        params: dict,
+        tables: RotaryTables,
+        cache: KVCache,
+        tokens: np.ndarray,
+        start: int,
+        lengths: np.ndarray,
+        last: jax.Array | None,
+    ) -> tuple[KVCache, jax.Array]:
+        """Runs one chunk of every prompt.
+
+        Args:
+          params: the model's.
+          tables: of the requests.
+          cache: holding the prompts before `start`; donated.
+          tokens: [batch, chunk] ids; anything after a prompt's end.
+          start: position of the chunk's first token.
+          lengths: [batch] tokens of each prompt.
+          last: [batch, hidden], from the chunk before; None for the first chunk.
+
+        Returns:
+          The cache, and the hidden state of each prompt's last token once it has been run.
+        """
+        if last is None:
+            shape = tokens.shape[0], self.config.hidden_size
+            last = jnp.zeros(shape, self.dtype, device=self._rows)
+        tokens, lengths = self._place(tokens), self._place(lengths)
+        return self._prefill(params, tables, cache, tokens, np.int32(start), lengths, last)
+
+    def score(
+        self, params: dict, tables: RotaryTables, cache: KVCache, tokens: np.ndarray, start: int
+    ) -> tuple[KVCache, jax.Array]:
+        """Like prefill, with the logits of every position: [batch, chunk, vocab] float32."""
+        return self._score(params, tables, cache, self._place(tokens), np.int32(start))
+
+    def first(
+        self, params: dict, cache: KVCache, last: jax.Array, lengths: np.ndarray, draw: Draw | None
+    ) -> DecodeState:
+        """Chooses each row's first token from the hidden state of its prompt's last."""
+        return DecodeState(
+            cache=cache,
+            token=self._first(params, last, draw),
+            position=self._place(lengths),
+            step=jnp.ones((), jnp.int32, device=sharding(self.mesh, PartitionSpec())),
+        )
+
+    def decode(
+        self, params: dict, tables: RotaryTables, state: DecodeState, draw: Draw | None
+    ) -> tuple[DecodeState, jax.Array]:
+        """Decodes one segment; the state is donated. Returns it and [batch, SEGMENT] new ids."""
+        return self._decode(params, tables, state, draw)
+
+    def _place(self, rows: np.ndarray) -> jax.Array:
+        return jax.device_put(np.asarray(rows, np.int32), self._rows)
+
+    def _run(self, params, tokens, positions, tables, cache):
+        return self._decoder.apply({"params": params}, tokens, positions, tables, cache)
+
+    def _logits(self, params, hidden):
+        return self._decoder.apply({"params": params}, hidden, method="logits")
+
+    def _prefill_step(self, params, tables, cache, tokens, start, lengths, last):
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, cache = self._run(params, tokens, positions, tables, cache)
+        index = lengths - 1 - start
+        here = (index >= 0) & (index < tokens.shape[1])
+        index = jnp.clip(index, 0, tokens.shape[1] - 1)
+        chosen = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+        return cache, jnp.where(here[:, None], chosen, last)
+
+    def _score_step(self, params, tables, cache, tokens, start):
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, cache = self._run(params, tokens, positions, tables, cache)
+        return cache, self._logits(params, hidden)
+
+    def _first_step(self, params, last, draw):
+        return next_token(self._logits(params, last[:, None])[:, 0], draw, jnp.int32(0))
+
+    def _decode_segment(self, params, tables, state, draw):
+        def step(state: DecodeState, _) -> tuple[DecodeState, jax.Array]:
+            tokens, positions = state.token[:, None], state.position[:, None]
+            hidden, cache = self._run(params, tokens, positions, tables, state.cache)
+            token = next_token(self._logits(params, hidden)[:, 0], draw, state.step)
+            state = DecodeState(
+                cache=cache, token=token, position=state.position + 1, step=state.step + 1
+            )
+            return state, token
+
+        state, tokens = jax.lax.scan(step, state, length=SEGMENT)
+        return state, tokens.T

@@ -1,0 +1,200 @@
+"""A loaded model: text in, text out."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lsjax.cache import CacheSpec
+from lsjax.checkpoint import load_parameters
+from lsjax.engine import Engine
+from lsjax.errors import UserError
+from lsjax.positions.rotary import rotary_tables
+from lsjax.requests import Request, batches, cache_capacity
+from lsjax.results import Completion
+from lsjax.run import Run
+from lsjax.sampling import Sampling
+from lsjax.settings import Settings, settle
+from lsjax.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    mesh: str | Mapping[str, int] | Mesh = "",
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    prefill_chunk: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> "LanguageModel":
+    """Loads a model onto the devices.
+
+    Args:
+      path: a Hugging Face folder, or one that hf_to_orbax.py has written; None for the small
+        model that comes with the package.
+      dtype: of weights and activations: float32, bfloat16, or auto (float32 on CPU, else what
+        the checkpoint was published in).
+      kv_cache_dtype: float32, bfloat16, int8, or auto (as dtype).
+      mesh: which devices do what: "context=4,model=2", {"context": 4, "model": 2}, or a Mesh
+        with the axes data, context and model. Nothing for one device.
+      rope_scaling: as in config.json, an object or its JSON; "off" for none; None for what
+        config.json says.
+      prefill_chunk: tokens of prompt run at once; None for 512 on CPU and 4096 elsewhere.
+      progress: called with the number of bytes read, again and again.
+
+    Raises:
+      UserError: the folder, or what was asked for, is wrong; says how.
+    """
+    settings = settle(
+        path,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        mesh=mesh,
+        rope_scaling=rope_scaling,
+        prefill_chunk=prefill_chunk,
+    )
+    return load_settled(settings, progress)
+
+
+def load_settled(
+    settings: Settings, progress: Callable[[int], None] | None = None
+) -> "LanguageModel":
+    """`load`, for settings that are settled already."""
+    s = settings
+    return LanguageModel(s, load_parameters(s.folder, s.config, s.mesh, s.dtype, progress))
+
+
+class LanguageModel:
+    """A model that answers.
+
+    Attributes:
+      settings: how it is run.
+      config: what it is.
+      params: its parameters, a nested dict of arrays on the mesh.
+    """
+
+    def __init__(self, settings: Settings, params: dict):
+        self.settings, self.config, self.params = settings, settings.config, params
+        s = settings
+        self._engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, read when first used."""
+        return load_tokenizer(self.settings.folder)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """A text, or ids that are checked to be in the vocabulary, as ids."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = tuple(int(i) for i in ids)
+        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if outside:
+            raise UserError(
+                f"token id {outside[0]} is outside the model's vocabulary of "
+                f"{self.config.vocab_size}."
+            )
+        return ids
+
+    def logits(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
+        """Scores of every next token.
+
+        Args:
+          token_ids: [batch, length] or [length] ids.
+          chunk_size: tokens run at once; None for prefill_chunk.
+
+        Returns:
+          [batch, length, vocab_size] float32, on the host.
+        """
+        ids = np.atleast_2d(np.asarray(token_ids, np.int32))
+        for row in ids:
+            self.encode(row)
+        batch, length = ids.shape
+        chunk = min(chunk_size or self.settings.prefill_chunk, length)
+        capacity = cache_capacity(length, 0, chunk, self.settings.mesh.shape["context"])
+        cache = self._engine.new_cache(CacheSpec(batch, capacity, self.settings.kv_cache_dtype))
+        tables = rotary_tables(self.config, [length] * batch)
+        scores = np.empty((batch, length, self.config.vocab_size), np.float32)
+        for at in range(0, length, chunk):
+            part = ids[:, at : at + chunk]
+            tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
+            cache, out = self._engine.score(self.params, tables, cache, tokens, at)
+            scores[:, at : at + chunk] = np.asarray(out)[:, : part.shape[1]]
+        return scores
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_output_length: int = 256,
+        *,
+        max_input_length: int | None = None,
+        max_batch_size: int | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        ignore_eos: bool = False,
+        allow_untrained_length: bool = False,
+        on_prefill: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """Answers prompts.
+
+        Args:
+          prompts: texts or lists of ids; a single text is a list of one.
+          max_output_length: tokens to generate at most for each.
+          max_input_length: make room for prompts of this many tokens, and refuse longer ones, so
+            that prompts of any length up to it share compiled programs. None: as long as the
+            longest prompt.
+          max_batch_size: answer at most this many together; None for all.
+          sampling: greedy unless said otherwise.
+          ignore_eos: do not end at an end-of-sequence token.
+          allow_untrained_length: run past the length that the model is meant for.
+          on_prefill: called with the number of positions run, after each chunk.
+
+        Returns:
+          A completion for each prompt, in order.
+
+        Raises:
+          UserError: a prompt is empty or too long, or a number is out of range.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
+        done: list[Completion] = []
+        for request in batches(
+            self.settings,
+            ids,
+            max_output_length,
+            max_input_length=max_input_length,
+            max_batch_size=max_batch_size,
+            sampling=sampling,
+            ignore_eos=ignore_eos,
+            allow_untrained_length=allow_untrained_length,
+        ):
+            run = self.start(request, on_prefill)
+            for _ in run:
+                pass
+            done += run.completions()
+        return done
+
+    def stream(self, prompt: Prompt, max_output_length: int = 256, **options: Any) -> Iterator[str]:
+        """Answers one prompt, yielding text as it comes; options are those of `generate`.
+
+        The pieces joined are the text that `generate` returns.
+        """
+        on_prefill = options.pop("on_prefill", None)
+        ids = self.encode(prompt)
+        (request,) = batches(self.settings, [ids], max_output_length, **options)
+        decoder = self.tokenizer.stream_decoder()
+        for new in self.start(request, on_prefill):
+            if piece := decoder.push(new[0]):
+                yield piece
+        if piece := decoder.flush():
+            yield piece
+
+    def start(self, request: Request, on_prefill: Callable[[int], None] | None = None) -> Run:
+        """A batch to iterate over, see Run; for programs that show it as it comes."""
+        decode = self.tokenizer.decode
+        return Run(self._engine, self.params, decode, request, on_prefill)

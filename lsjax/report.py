@@ -1,0 +1,124 @@
+"""What is in force and what came of it, in words and as JSON."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lsjax.positions.frequencies import rotary_frequencies
+from lsjax.requests import Request
+from lsjax.results import Completion, Stats
+from lsjax.settings import Settings
+
+
+def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
+    """The configuration that requests, which share their shapes, are served with."""
+    config = settings.config
+    scaling = config.rope_scaling
+    request_length = max(max(r.lengths) for r in requests)
+    cache = requests[0].cache_spec(settings.mesh.shape["context"], settings.kv_cache_dtype)
+    _, attention_factor = rotary_frequencies(config, request_length)
+    return {
+        "model": settings.folder,
+        "architecture": config.architecture,
+        "rope_kind": scaling.kind,
+        "rope_theta": config.rope_theta,
+        "rope_factor": scaling.factor,
+        "rope_attention_factor": attention_factor,
+        "trained_length": config.trained_length,
+        "served_length": config.served_length,
+        "request_length": request_length,
+        "dtype": settings.dtype,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "cache_bytes": cache.nbytes(config),
+        "prefill_chunk": settings.prefill_chunk,
+        "mesh": {axis: int(size) for axis, size in settings.mesh.shape.items()},
+        "devices": f"{settings.mesh.size} x {settings.mesh.devices.flat[0].device_kind}",
+    }
+
+
+def describe(configuration: dict[str, Any]) -> str:
+    """`in_force` as lines for a person."""
+    c = configuration
+    mesh = ",".join(f"{axis}={size}" for axis, size in c["mesh"].items())
+    return "\n".join(
+        (
+            f"model      {c['model']} ({c['architecture']})",
+            f"positions  rope {c['rope_kind']}, theta {c['rope_theta']:g}, factor "
+            f"{c['rope_factor']:g}, attention factor {c['rope_attention_factor']:.6g}",
+            f"length     trained for {c['trained_length']:,}, serves {c['served_length']:,}, "
+            f"this request {c['request_length']:,} tokens",
+            f"numbers    weights {c['dtype']}, KV cache {c['kv_cache_dtype']} of "
+            f"{human_bytes(c['cache_bytes'])}, prefill in chunks of {c['prefill_chunk']:,}",
+            f"devices    {c['devices']}, mesh {mesh}",
+        )
+    )
+
+
+def summary(stats: Stats) -> str:
+    """The figures of a batch as lines for a person."""
+    s = stats
+    return "\n".join(
+        (
+            f"prompt     {s.prompt_tokens:,} tokens, {s.generated_tokens:,} generated",
+            f"first      {s.time_to_first_token_seconds:.2f} s to the first token, compiling "
+            "included",
+            f"prefill    {s.prefill_seconds:.2f} s, {s.prefill_tokens_per_second:,.1f} tokens/s",
+            f"decode     {s.decode_seconds:.2f} s, {s.decode_tokens_per_second:,.1f} tokens/s",
+            f"compiling  {s.compile_seconds:.2f} s, {s.programs} programs",
+            f"memory     {human_bytes(s.peak_memory_bytes)} at the peak",
+        )
+    )
+
+
+def as_json(
+    completions: Sequence[Completion], stats: Sequence[Stats], configuration: dict[str, Any]
+) -> dict[str, Any]:
+    """The result of a run: results, stats of its batches put together, configuration."""
+    return {
+        "results": [
+            {
+                "prompt_tokens": c.prompt_tokens,
+                "token_ids": list(c.token_ids),
+                "text": c.text,
+                "finish_reason": c.finish_reason,
+            }
+            for c in completions
+        ],
+        "stats": dataclasses.asdict(combine(stats)),
+        "config": configuration,
+    }
+
+
+def combine(stats: Sequence[Stats]) -> Stats:
+    """The figures of batches run one after the other."""
+    first, *_ = stats
+
+    def total(name: str) -> Any:
+        return sum(getattr(s, name) for s in stats)
+
+    def rate(name: str, seconds: str) -> float:
+        spent = total(seconds)
+        done = sum(getattr(s, name) * getattr(s, seconds) for s in stats)
+        return done / spent if spent else 0.0
+
+    return dataclasses.replace(
+        first,
+        prompt_tokens=total("prompt_tokens"),
+        generated_tokens=total("generated_tokens"),
+        prefill_seconds=total("prefill_seconds"),
+        prefill_tokens_per_second=rate("prefill_tokens_per_second", "prefill_seconds"),
+        decode_seconds=total("decode_seconds"),
+        decode_tokens_per_second=rate("decode_tokens_per_second", "decode_seconds"),
+        compile_seconds=total("compile_seconds"),
+        programs=total("programs"),
+        peak_memory_bytes=max(s.peak_memory_bytes for s in stats),
+    )
+
+
+def human_bytes(n: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} TiB"

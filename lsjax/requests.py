@@ -1,0 +1,154 @@
+"""Prompts that have been checked, grouped into batches that share compiled programs."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lsjax.cache import CacheSpec
+from lsjax.config import ModelConfig
+from lsjax.engine import SEGMENT
+from lsjax.errors import UserError
+from lsjax.positions.rotary import MAX_POSITIONS
+from lsjax.sampling import Sampling
+from lsjax.settings import Settings
+
+# A cache's capacity is a multiple of this (for each device along the context axis), so that
+# attention can read it in large blocks.
+_GRANULE, _LARGE_GRANULE = 256, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch of prompts to be answered together.
+
+    Attributes:
+      prompts: token ids of each row.
+      count: how many rows, the first ones, are somebody's; the rest fill the batch up.
+      max_output_length: tokens to generate at most, for each row.
+      input_room: tokens of prompt that the cache makes room for; at least the longest prompt.
+      chunk: tokens of prompt run at once.
+      sampling: how tokens are drawn.
+      eos_token_ids: any of these ends a row; empty for none.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    count: int
+    max_output_length: int
+    input_room: int
+    chunk: int
+    sampling: Sampling
+    eos_token_ids: frozenset[int]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt and requested output of each row, in tokens."""
+        return [len(p) + self.max_output_length for p in self.prompts]
+
+    def cache_spec(self, context: int, dtype: str) -> CacheSpec:
+        """The cache that the batch needs, over `context` devices."""
+        capacity = cache_capacity(self.input_room, self.max_output_length, self.chunk, context)
+        return CacheSpec(len(self.prompts), capacity, dtype)
+
+
+def batches(
+    settings: Settings,
+    ids: Sequence[tuple[int, ...]],
+    max_output_length: int,
+    *,
+    max_input_length: int | None = None,
+    max_batch_size: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    ignore_eos: bool = False,
+    allow_untrained_length: bool = False,
+) -> list[Request]:
+    """Checks prompts and groups them into batches of one shape.
+
+    The arguments are those of LanguageModel.generate. The last batch, and on a mesh with a data
+    axis every batch, is filled up so that no other shape is compiled.
+
+    Raises:
+      UserError: a prompt or a number that cannot be served.
+    """
+    check_lengths(settings.config, ids, max_output_length, max_input_length, allow_untrained_length)
+    if max_batch_size is not None and max_batch_size < 1:
+        raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+    rows = min(max_batch_size or len(ids), len(ids))
+    data = settings.mesh.shape["data"]
+    rows = -(-rows // data) * data
+    groups = [ids[i : i + rows] for i in range(0, len(ids), rows)]
+    room = max_input_length or bucket(max(len(p) for p in ids))
+    return [
+        Request(
+            prompts=(*group, *((0,) for _ in range(rows - len(group)))),
+            count=len(group),
+            max_output_length=max_output_length,
+            input_room=room,
+            chunk=settings.prefill_chunk,
+            sampling=sampling,
+            eos_token_ids=frozenset() if ignore_eos else settings.eos_token_ids,
+        )
+        for group in groups
+    ]
+
+
+def check_lengths(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_output_length: int,
+    max_input_length: int | None,
+    allow_untrained_length: bool,
+) -> None:
+    """Refuses prompts and lengths that cannot be served, before anything is run.
+
+    Raises:
+      UserError: saying both numbers and the way out.
+    """
+    if max_output_length < 1:
+        raise UserError(f"max_output_length must be at least 1 token, not {max_output_length}.")
+    if max_input_length is not None and max_input_length < 1:
+        raise UserError(f"max_input_length must be at least 1 token, not {max_input_length}.")
+    if not prompts:
+        raise UserError("there is no prompt; give at least one text or list of token ids.")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty; give at least one token.")
+        if max_input_length is not None and len(prompt) > max_input_length:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, but max_input_length is {max_input_length}; "
+                f"nothing is cut off silently, so raise max_input_length to {len(prompt)} or "
+                "shorten the prompt."
+            )
+    total = max(len(p) for p in prompts) + max_output_length
+    if total > config.served_length and not allow_untrained_length:
+        factor = total / config.trained_length
+        raise UserError(
+            f"prompt and output come to {total} tokens, but the model serves "
+            f"{config.served_length} (rope scaling: {config.rope_scaling.kind}); set "
+            f'rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
+            f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
+            "allow_untrained_length."
+        )
+    if total > MAX_POSITIONS:
+        raise UserError(
+            f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
+        )
+
+
+def _tidy(factor: float) -> float:
+    """A scaling factor that covers `factor`: the next half."""
+    return -(-factor // 0.5) * 0.5
+
+
+def cache_capacity(input_room: int, output: int, chunk: int, context: int) -> int:
+    """Room for the prompt's last, padded chunk and for the answer's last, whole segment."""
+    needed = max(round_up(input_room, chunk), input_room + round_up(output, SEGMENT))
+    granule = _LARGE_GRANULE if needed > 8 * _LARGE_GRANULE else _GRANULE
+    return round_up(needed, granule * context)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def bucket(length: int) -> int:
+    """A length rounded up by at most an eighth, so that prompts of like length share programs."""
+    return round_up(length, max(_GRANULE, 1 << max(length.bit_length() - 4, 0)))

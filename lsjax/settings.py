@@ -1,0 +1,110 @@
+"""How a model is to be run: decided and checked before a weight is read."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lsjax.cache import CACHE_DTYPES
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families import read_config
+from lsjax.positions.scaling import override_rope_scaling
+from lsjax.sharding import check_fits_mesh, make_mesh, parse_mesh
+from lsjax.shipped import shipped_model_path
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is to be run; settled, and checked, before a weight is read.
+
+    Attributes:
+      folder: the model's.
+      config: with the rope scaling in force.
+      mesh: the devices.
+      dtype: of weights and activations.
+      kv_cache_dtype: one of CACHE_DTYPES.
+      prefill_chunk: tokens of prompt run at once.
+      eos_token_ids: any of these ends an answer.
+    """
+
+    folder: str
+    config: ModelConfig
+    mesh: Mesh
+    dtype: str
+    kv_cache_dtype: str
+    prefill_chunk: int
+    eos_token_ids: frozenset[int]
+
+
+def settle(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    mesh: str | Mapping[str, int] | Mesh = "",
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    prefill_chunk: int | None = None,
+) -> Settings:
+    """Decides everything that `load` leaves open; see `load` for the arguments.
+
+    Raises:
+      UserError: what was asked for does not exist, or does not go together.
+    """
+    folder = os.fspath(path) if path is not None else shipped_model_path()
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"{folder} is not a folder; a model is a Hugging Face folder (config.json, "
+            "*.safetensors, tokenizer files) or one that hf_to_orbax.py has written."
+        )
+    config = override_rope_scaling(read_config(folder), rope_scaling)
+    if isinstance(mesh, str):
+        mesh = parse_mesh(mesh)
+    if isinstance(mesh, Mapping):
+        mesh = make_mesh(mesh)
+    check_fits_mesh(config, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if dtype == "auto":
+        # A CPU multiplies bfloat16 matrices by one vector fifteen times slower than float32.
+        dtype = "float32" if on_cpu or config.dtype == "float32" else "bfloat16"
+    dtype = _one_of("dtype", dtype, COMPUTE_DTYPES)
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = dtype
+    if prefill_chunk is None:
+        prefill_chunk = 512 if on_cpu else 4096
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}.")
+    return Settings(
+        folder=folder,
+        config=config,
+        mesh=mesh,
+        dtype=dtype,
+        kv_cache_dtype=_one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
+        prefill_chunk=prefill_chunk,
+        eos_token_ids=_eos_token_ids(folder, config),
+    )
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise UserError(f"{name} {value!r} is not known; use auto, {', '.join(allowed)}.")
+    return value
+
+
+def _eos_token_ids(folder: str, config: ModelConfig) -> frozenset[int]:
+    """config.json's, and generation_config.json's, which chat models widen."""
+    file = os.path.join(folder, "generation_config.json")
+    try:
+        with open(file, encoding="utf-8") as f:
+            value = json.load(f).get("eos_token_id")
+    except FileNotFoundError:
+        value = None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a JSON object: {error}.") from None
+    more = value if isinstance(value, list) else [] if value is None else [value]
+    return frozenset(config.eos_token_ids) | frozenset(more)

@@ -1,0 +1,161 @@
+"""Answers prompts: texts, files of any length, token ids or chats.
+
+    python scripts/run_pa.py --model_path /models/Qwen2.5-7B-Instruct \
+        --input_texts book.txt --max_output_length 256 --kv_cache_dtype int8 \
+        --rope_scaling '{"rope_type": "yarn", "factor": 4.0}'
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from lsjax import cli, inputs, report
+from lsjax.checkpoint import checkpoint_bytes
+from lsjax.compilation import enable_persistent_cache
+from lsjax.errors import UserError
+from lsjax.files import check_writable, write_atomically
+from lsjax.language_model import LanguageModel, load_settled
+from lsjax.progress import PrefillBar, byte_bar, character_bar
+from lsjax.requests import Request, batches
+from lsjax.sampling import Sampling
+from lsjax.settings import Settings, settle
+from lsjax.tokenizer import Tokenizer, load_tokenizer
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string(
+    "model_path", None, "Model folder (Hugging Face, or converted); the shipped model if not given."
+)
+flags.DEFINE_multi_string(
+    "input_texts", [], "A text, or a UTF-8 file that holds one; further words are further ones."
+)
+flags.DEFINE_string("input_file", None, "JSON lines, each a list of chat messages.")
+flags.DEFINE_multi_string(
+    "input_ids", [], "Token ids, as in 1,15043,3186; further words are further prompts."
+)
+flags.DEFINE_integer(
+    "max_input_length",
+    None,
+    "Room for prompts of this many tokens; a longer one is refused. As the longest if not given.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("max_output_length", 256, "Tokens to generate at most.", lower_bound=1)
+flags.DEFINE_integer("max_batch_size", None, "Prompts answered together.", lower_bound=1)
+flags.DEFINE_bool("is_chat_model", False, "Render prompts with the model's chat template.")
+flags.DEFINE_string("chat_template", None, "A Jinja chat template, or a file that holds one.")
+flags.DEFINE_bool("ignore_eos", False, "Do not stop at an end-of-sequence token.")
+flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of weights and activations.")
+flags.DEFINE_enum(
+    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of the KV cache."
+)
+flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
+flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2; axes data too.")
+flags.DEFINE_string("rope_scaling", None, "JSON as in config.json, or off; config.json's if not.")
+flags.DEFINE_bool(
+    "allow_untrained_length", False, "Run past the length that the model is meant for."
+)
+flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0.0)
+flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest; 0 for all.", lower_bound=0)
+flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest that reach this probability.")
+flags.DEFINE_integer("seed", 0, "Of the draws.")
+flags.DEFINE_string("output_json", None, "Write results, figures and configuration here.")
+
+
+def main(argv: list[str]) -> None:
+    enable_persistent_cache()
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    if FLAGS.output_json:
+        check_writable(FLAGS.output_json)
+    read = _reader(argv[1:])
+    settings = settle(
+        FLAGS.model_path,
+        dtype=FLAGS.dtype,
+        kv_cache_dtype=FLAGS.kv_cache_dtype,
+        mesh=FLAGS.mesh,
+        rope_scaling=FLAGS.rope_scaling,
+        prefill_chunk=FLAGS.prefill_chunk,
+    )
+    tokenizer = load_tokenizer(settings.folder)
+    requests = batches(
+        settings,
+        read(tokenizer),
+        FLAGS.max_output_length,
+        max_input_length=FLAGS.max_input_length,
+        max_batch_size=FLAGS.max_batch_size,
+        sampling=sampling,
+        ignore_eos=FLAGS.ignore_eos,
+        allow_untrained_length=FLAGS.allow_untrained_length,
+    )
+    configuration = report.in_force(settings, requests)
+    print(report.describe(configuration), flush=True)
+    model = _load(settings)
+    completions = [c for request in requests for c in _answer(model, request)]
+    stats = [completions[i].stats for i in range(0, len(completions), requests[0].count)]
+    print(report.summary(report.combine(stats)))
+    if FLAGS.output_json:
+        result = report.as_json(completions, stats, configuration)
+        write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+
+
+def _reader(words: list[str]):
+    """Reads what the flags name, and returns what turns it into ids once there is a tokenizer."""
+    given = [n for n in ("input_texts", "input_file", "input_ids") if FLAGS[n].value]
+    if len(given) != 1:
+        raise UserError(
+            "give prompts in one way: --input_texts, --input_file or --input_ids"
+            + (f", not {' and '.join(given)} together." if given else "; none is given.")
+        )
+    if FLAGS.input_ids:
+        ids = inputs.read_ids([*FLAGS.input_ids, *words])
+        return lambda tokenizer: ids
+    template = FLAGS.chat_template and inputs.read_chat_template(FLAGS.chat_template)
+    if template and not FLAGS.is_chat_model:
+        raise UserError("--chat_template is used by chat models only; add --is_chat_model.")
+    if FLAGS.input_file:
+        if words:
+            raise UserError(f"{words[0]!r} is not a flag; --input_file takes one file.")
+        if not FLAGS.is_chat_model:
+            raise UserError("--input_file holds chats; add --is_chat_model.")
+        chats = inputs.read_chats(FLAGS.input_file)
+    else:
+        texts = inputs.read_texts([*FLAGS.input_texts, *words])
+        if not FLAGS.is_chat_model:
+            return lambda tokenizer: _encode(tokenizer, texts)
+        chats = [inputs.as_chat(text) for text in texts]
+    return lambda tokenizer: _encode(
+        tokenizer, [tokenizer.render_chat(c, chat_template=template) for c in chats], chat=True
+    )
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], chat: bool = False) -> list[tuple[int, ...]]:
+    with character_bar("tokenize", sum(map(len, texts))) as bar:
+        return [
+            tuple(tokenizer.encode(text, add_special_tokens=not chat, progress=bar.update))
+            for text in texts
+        ]
+
+
+def _load(settings: Settings) -> LanguageModel:
+    with byte_bar("load", checkpoint_bytes(settings.folder)) as bar:
+        return load_settled(settings, bar.update)
+
+
+def _answer(model: LanguageModel, request: Request):
+    """Answers a batch: a single row as it comes, several when they are done."""
+    longest = max(len(p) for p in request.prompts)
+    run = model.start(request, PrefillBar(model.config, longest))
+    decoder = model.tokenizer.stream_decoder()
+    for new in run:
+        if request.count == 1:
+            print(decoder.push(new[0]), end="", flush=True)
+    if request.count == 1:
+        print(decoder.flush(), flush=True)
+    else:
+        for completion in run.completions():
+            print(f"--- {completion.prompt_tokens:,} tokens:\n{completion.text}", flush=True)
+    return run.completions()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, words=True))

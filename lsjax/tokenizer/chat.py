@@ -16,7 +16,7 @@ from lsjax.tokenizer.errors import ChatTemplateError
 class _GenerationBlock(Extension):
     """Accepts ``{% generation %}``, which marks the assistant's words for training only."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -64,13 +64,13 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> SentencePieceTo
         spec = read_spec(content)
         processor = SentencePieceProcessor(model_proto=content)
         continues = SentencePieceProcessor(model_proto=content + _NO_DUMMY_PREFIX)
-    except (IndexError, RuntimeError, ValueError) as error:
+        size = processor.get_piece_size()
+        pieces_by_id = [processor.id_to_piece(i) for i in range(size)]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"{path} isn't a SentencePiece model that can be read ({error}); the file is damaged "
             "or cut short, fetch it again."
         ) from error
-    size = processor.get_piece_size()
-    pieces_by_id = [processor.id_to_piece(i) for i in range(size)]
     named = {
         name: pieces_by_id[token_id]
         for name, token_id in (

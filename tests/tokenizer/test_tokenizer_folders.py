@@ -174,7 +174,7 @@ def test_an_unknown_decoder_is_refused(folder):
     spec = json.loads(path.read_text(encoding="utf-8"))
     spec["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     path.write_text(json.dumps(spec), encoding="utf-8")
-    with pytest.raises(TokenizerError, match="WordPiece.*supported are"):
+    with pytest.raises(TokenizerError, match=r"WordPiece.*supported are"):
         load_tokenizer(path.parent)
 
 

@@ -1,10 +1,12 @@
 """Long text encoded piece by piece has the ids it has as a whole."""
 
+# ruff: noqa: RUF001 (the text is meant to hold characters that look alike)
+
 import json
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lsjax.tokenizer import load_tokenizer, pieces
@@ -136,10 +138,46 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=60).
 
 
 @given(text=TEXTS, size=st.integers(2, 20))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_pieces_have_the_ids_of_the_whole(tokenizer, text, size):
     whole, _ = encode(tokenizer, text, len(text) + 1)
     assert encode(tokenizer, text, size)[0] == whole
+
+
+PATTERNS = [name for name, (kind, _) in CUT.items() if kind == "byte_level_json"]
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def pre_tokenizer(request, golden, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pattern")
+    return load(golden, folder, *CUT[request.param]).backend.pre_tokenizer
+
+
+@given(text=TEXTS, size=st.integers(1, 20))
+@example(text="wait!\n/ wait", size=1)
+@settings(max_examples=60, deadline=None)
+def test_cuts_are_where_the_pattern_splits(pre_tokenizer, text, size):
+    """Whatever the vocabulary, nothing could be merged across a cut."""
+    parts = pieces.pieces(text, pieces.after_words, size)
+    split = [word for part in parts for word, _ in pre_tokenizer.pre_tokenize_str(part)]
+    assert split == [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+
+
+TRICKY = [
+    "wait\n\n\nwait \n\nwait\n\n wait",
+    "wait    wait  \n  wait!\n\n  wait",
+    "?!\n// wait /\n/wait\n/ wait.\n'll",
+    "boat<s> wait </s>wait <s>wait  <s>  wait<s>",
+    "river <|im_end|> wait<|im_end|> wait<|user|> wait",
+    "船，船。。船 ，7，7。！\n，船\n船\n\n船",
+    "a\n\u0301b e \u0301 カ\u3099 e\u0301，",
+]
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_no_size_of_piece_changes_ids(tokenizer, text):
+    whole, _ = encode(tokenizer, text, len(text) + 1)
+    assert all(encode(tokenizer, text, size)[0] == whole for size in range(2, len(text)))
 
 
 def test_prose_is_cut_and_its_progress_told(tokenizer):

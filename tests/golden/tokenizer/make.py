@@ -4,6 +4,8 @@ Needs transformers, tokenizers, sentencepiece and tiktoken. Run it as ``python m
 beside itself. Its results are committed, so that the tests need no reference library.
 """
 
+# ruff: noqa: RUF001 (the text is meant to hold characters that look alike)
+
 import base64
 import io
 import json
@@ -30,7 +32,10 @@ for i in range(10):
 河流很宽，船很小，但是船上没有人害怕这条河。“我们为什么不等一等？”她问。
 早上的风从北方来，晚上的风从南方来。今天的天气很好，我们去看大海吧！
 Été, naïve, Straße, señor, Ελλάδα, Москва, ﬁn, 한국어, नमस्ते 🙂🚀👩‍🚀
+if a < b and c > d: print("<b>wide</b> <s>south</s> <i>wind</i>"); assert s<s>s
 """
+# Runs of white space and what follows them, for tokens that hold several at once.
+RUNS = "wait!\n\n\nwait.\n\n    wait   wait  wait\n  \n\t\twait?!\n// wait\r\n\r\n" * 8
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -100,7 +105,7 @@ def train_byte_level() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        SENTENCES.splitlines(keepends=True),
+        [*SENTENCES.splitlines(keepends=True), RUNS],
         trainers.BpeTrainer(
             vocab_size=600,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -174,7 +179,7 @@ def bytes_of_characters() -> dict[str, int]:
 def make_sentencepiece(folder: Path) -> sentencepiece.SentencePieceProcessor:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES.splitlines()),
+        sentence_iterator=iter([*SENTENCES.splitlines(), *RUNS.splitlines()]),
         model_writer=model,
         model_type="bpe",
         vocab_size=520,

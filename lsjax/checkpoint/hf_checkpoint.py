@@ -3,14 +3,15 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from lsjax.checkpoint.tensors import abstract_tensor, split
 from lsjax.checkpoint.hf_folder import stored_tensors
-from lsjax.checkpoint.stored import GROUP_BYTES, Stored, in_groups
+from lsjax.checkpoint.settle import settled
+from lsjax.checkpoint.stored import GROUP_BYTES, Stored
+from lsjax.checkpoint.tensors import abstract_tensor, split
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import Tensor, family_of
@@ -30,10 +31,6 @@ class HFCheckpoint:
     stored: dict[str, Stored]
     unread: tuple[str, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.stored.values())
-
     def dtypes(self) -> dict[str, jax.numpy.dtype]:
         """Parameter path -> the dtype that it is stored in."""
         return {
@@ -42,23 +39,20 @@ class HFCheckpoint:
             for path in self.tensors[name].params
         }
 
-    def read(
-        self, abstract: dict[str, jax.ShapeDtypeStruct]
-    ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-        """Parameters by path in the dtypes and shardings asked for, and the bytes they took.
+    def load(
+        self, group: Sequence[Stored], abstract: dict[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """The parameters by path that some tensors of one file hold.
 
-        They come a few at a time. Each process reads only the bytes of its own shards.
+        They come in the dtypes and shardings asked for. Each process reads only the bytes of its
+        own shards.
         """
-        for group in in_groups(self.stored.values()):
-            tensors = {item.name: self.tensors[item.name] for item in group}
-            values = _load(
-                group[0].path, {n: abstract_tensor(t, abstract) for n, t in tensors.items()}
-            )
-            params: dict[str, jax.Array] = {}
-            for name, tensor in tensors.items():
-                params |= split(tensor, values.pop(name), abstract)
-            # Waiting keeps the host's buffers of earlier groups from adding up.
-            yield jax.block_until_ready(params), sum(item.nbytes for item in group)
+        tensors = {item.name: self.tensors[item.name] for item in group}
+        values = _load(group[0].path, {n: abstract_tensor(t, abstract) for n, t in tensors.items()})
+        params: dict[str, jax.Array] = {}
+        for name, tensor in tensors.items():
+            params |= split(tensor, values.pop(name), abstract)
+        return settled(params)
 
 
 def open_hf(

@@ -14,6 +14,7 @@ from lsjax.checkpoint.orbax_checkpoint import (
     open_orbax,
     stored_parameters,
 )
+from lsjax.checkpoint.stored import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import family_of, read_config
@@ -51,10 +52,10 @@ def load_parameters(
     abstract = abstract_parameters(config, mesh, dtype)
     checkpoint = _open(folder, config, abstract)
     params: dict[str, jax.Array] = {}
-    for part, nbytes in checkpoint.read(abstract):
-        params |= part
+    for group in in_groups(checkpoint.stored.values()):
+        params |= checkpoint.load(group, abstract)
         if progress is not None:
-            progress(nbytes)
+            progress(total_bytes(group))
     return unflatten(params)
 
 
@@ -73,7 +74,7 @@ def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
     else:
         found = stored_tensors(folder)
         names = {tensor.name for tensor in tensors}
-    return sum(stored.nbytes for name, stored in found.items() if name in names)
+    return total_bytes(stored for name, stored in found.items() if name in names)
 
 
 def _open(

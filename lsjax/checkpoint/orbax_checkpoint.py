@@ -1,18 +1,24 @@
 """Reading and writing the parameters of a converted folder, which Orbax keeps."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from lsjax.checkpoint.stored import GROUP_BYTES, Stored, in_groups
+from lsjax.checkpoint.settle import settled
+from lsjax.checkpoint.stored import Stored
 from lsjax.errors import UserError
 from lsjax.nn.parameters import flatten, unflatten
 
 PARAMS = "params"
+
+# Arrays are compressed in pieces of this size, so that a device which holds a shard need not
+# unpack the whole array.
+_CHUNK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +33,21 @@ class OrbaxCheckpoint:
     stored: dict[str, Stored]
     unread: tuple[str, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.stored.values())
-
     def dtypes(self) -> dict[str, jnp.dtype]:
         """Parameter path -> the dtype that it is stored in."""
         return {path: stored.numpy_dtype for path, stored in self.stored.items()}
 
-    def read(
-        self, abstract: dict[str, jax.ShapeDtypeStruct]
-    ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-        """Parameters by path in the dtypes and shardings asked for, and the bytes they took.
-
-        They come a few at a time, in the order of `abstract`.
+    def load(
+        self, group: Sequence[Stored], abstract: dict[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """Some of the parameters by path, in their order and in the dtypes and shardings asked for.
 
         Raises:
           UserError: Orbax cannot read them.
         """
-        for group in in_groups(self.stored[path] for path in abstract):
-            wanted = unflatten({item.name: abstract[item.name] for item in group})
-            yield flatten(_load(group[0].path, wanted)), sum(item.nbytes for item in group)
+        wanted = unflatten({item.name: abstract[item.name] for item in group})
+        values = flatten(_load(group[0].path, wanted))
+        return settled({item.name: values[item.name] for item in group})
 
 
 def is_orbax(folder: str) -> bool:
@@ -70,7 +70,7 @@ def stored_parameters(folder: str) -> dict[str, Stored]:
                 params,
                 tuple(leaf.shape),
                 jnp.dtype(leaf.dtype).name,
-                leaf.dtype.itemsize * leaf.size,
+                math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize,
             )
             for path, leaf in leaves.items()
         }
@@ -98,6 +98,19 @@ def open_orbax(folder: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> OrbaxC
     )
 
 
+def save_part(folder: str, part: dict[str, jax.Array]) -> None:
+    """Writes some of a converted folder's parameters; finish_saving makes them readable."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    with context:
+        ocp.partial.save(os.path.abspath(os.path.join(folder, PARAMS)), unflatten(part))
+
+
+def finish_saving(folder: str) -> None:
+    """Makes one checkpoint of all the parts that were saved."""
+    ocp.partial.finalize(os.path.abspath(os.path.join(folder, PARAMS)))
+
+
 # What Orbax raises for files that are missing, cut off or overwritten. Running out of memory is
 # none of these.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -113,7 +126,6 @@ def _corrupt(params: str, error: Exception) -> UserError:
 def _load(params: str, abstract: dict) -> dict:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    context.memory.read_concurrent_bytes = GROUP_BYTES
     try:
         with context:
             return ocp.load(params, abstract)

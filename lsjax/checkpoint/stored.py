@@ -10,7 +10,7 @@ from lsjax.errors import UserError
 
 # Arrays are read this many bytes at a time (or one by one where one is larger), so that host
 # memory is bounded by this and not by the checkpoint.
-GROUP_BYTES = 256 * 2**20
+GROUP_BYTES = 128 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,10 @@ class Stored:
     @property
     def numpy_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
+
+
+def total_bytes(stored: Iterable[Stored]) -> int:
+    return sum(item.nbytes for item in stored)
 
 
 def in_groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:

@@ -1,0 +1,154 @@
+"""Conversions between a Hugging Face folder and a converted one, bit for bit both ways.
+
+A converted folder holds `params/`, an Orbax checkpoint of the parameter tree in the dtypes of the
+original, and the original's config, tokenizer and generation files as they were.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from lsjax.checkpoint.carried import carried_bytes, carry
+from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unread
+from lsjax.checkpoint.hf_folder import INDEX
+from lsjax.checkpoint.new_folder import new_folder
+from lsjax.checkpoint.orbax_checkpoint import (
+    OrbaxCheckpoint,
+    finish_saving,
+    is_orbax,
+    open_orbax,
+    save_part,
+)
+from lsjax.checkpoint.safetensors_writer import aligned, nbytes, write_safetensors
+from lsjax.checkpoint.stored import in_groups, total_bytes
+from lsjax.checkpoint.tensors import abstract_tensor
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families import family_of, read_config
+from lsjax.nn.parameters import abstract_parameters
+from lsjax.sharding import make_mesh, parse_mesh
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+Path = str | os.PathLike[str]
+Progress = Callable[[int], None]
+Abstract = dict[str, jax.ShapeDtypeStruct]
+
+
+def convert_hf_to_orbax(hf_folder: Path, out: Path, progress: Progress | None = None) -> None:
+    """Writes a converted folder from a Hugging Face one.
+
+    Args:
+      hf_folder: config.json, safetensors files and whatever stands beside them.
+      out: the folder to make; it appears when it is complete.
+      progress: called with the bytes that were converted since the last call; they sum up to
+        checkpoint_bytes(hf_folder).
+
+    Raises:
+      UserError: a fault of the input, `out` is taken, or the disk is too small.
+    """
+    hf_folder, out = os.fspath(hf_folder), os.fspath(out)
+    config = read_config(hf_folder)
+    if is_orbax(hf_folder):
+        raise UserError(f"{hf_folder} is converted already; give a Hugging Face folder.")
+    abstract = _on_one_device(config)
+    checkpoint = open_hf(hf_folder, config, abstract)
+    abstract = _as_stored(abstract, checkpoint)
+    needed = total_bytes(checkpoint.stored.values()) + carried_bytes(hf_folder)
+    with new_folder(out, needed) as folder:
+        warn_unread(hf_folder, checkpoint.unread)
+        for group in in_groups(checkpoint.stored.values()):
+            save_part(folder, checkpoint.load(group, abstract))
+            if progress is not None:
+                progress(total_bytes(group))
+        finish_saving(folder)
+        carry(hf_folder, folder)
+
+
+def convert_orbax_to_hf(
+    orbax_folder: Path,
+    out: Path,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face folder from a converted one.
+
+    Args:
+      orbax_folder: a folder that convert_hf_to_orbax wrote.
+      out: the folder to make; it appears when it is complete.
+      progress: called with the bytes that were converted since the last call; they sum up to
+        checkpoint_bytes(orbax_folder).
+      max_shard_bytes: the tensors of one file take at most this much, or are a single one.
+
+    Raises:
+      UserError: a fault of the input, `out` is taken, or the disk is too small.
+    """
+    orbax_folder, out = os.fspath(orbax_folder), os.fspath(out)
+    if max_shard_bytes < 1:
+        raise UserError(f"a file must be allowed at least 1 byte, not {max_shard_bytes}.")
+    config = read_config(orbax_folder)
+    if not is_orbax(orbax_folder):
+        raise UserError(f"{orbax_folder} is not a converted folder: it holds no params folder.")
+    abstract = _on_one_device(config)
+    checkpoint = open_orbax(orbax_folder, abstract)
+    abstract = _as_stored(abstract, checkpoint)
+    tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
+    shards = _shards({n: abstract_tensor(t, abstract) for n, t in tensors.items()}, max_shard_bytes)
+    needed = total_bytes(checkpoint.stored.values()) + carried_bytes(orbax_folder)
+    with new_folder(out, needed) as folder:
+        warn_unread(orbax_folder, checkpoint.unread)
+        for file, shard in shards.items():
+            paths = [path for name in aligned(shard) for path in tensors[name].params]
+            arrays = _arrays(checkpoint, paths, abstract, progress)
+            write_safetensors(os.path.join(folder, file), shard, arrays)
+        if len(shards) > 1:
+            _write_index(os.path.join(folder, INDEX), shards)
+        carry(orbax_folder, folder)
+
+
+def _on_one_device(config: ModelConfig) -> Abstract:
+    return abstract_parameters(config, make_mesh(parse_mesh("")), config.dtype)
+
+
+def _as_stored(abstract: Abstract, checkpoint: HFCheckpoint | OrbaxCheckpoint) -> Abstract:
+    dtypes = checkpoint.dtypes()
+    return {path: leaf.update(dtype=dtypes[path]) for path, leaf in abstract.items()}
+
+
+def _arrays(
+    checkpoint: OrbaxCheckpoint, paths: list[str], abstract: Abstract, progress: Progress | None
+) -> Iterator[np.ndarray]:
+    """The parameters in the order of `paths`, a group in memory at a time."""
+    for group in in_groups(checkpoint.stored[path] for path in paths):
+        yield from map(np.asarray, checkpoint.load(group, abstract).values())
+        if progress is not None:
+            progress(total_bytes(group))
+
+
+def _shards(tensors: Abstract, max_shard_bytes: int) -> dict[str, Abstract]:
+    """File name -> its tensors, cut and named as transformers does."""
+    shards: list[Abstract] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + nbytes(tensor) > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes(tensor)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards, start=1)
+    }
+
+
+def _write_index(file: str, shards: dict[str, Abstract]) -> None:
+    total = sum(nbytes(tensor) for shard in shards.values() for tensor in shard.values())
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with open(file, "w", encoding="utf-8") as f:
+        f.write(json.dumps(index, indent=2, sort_keys=True) + "\n")

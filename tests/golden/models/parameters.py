@@ -1,0 +1,26 @@
+"""The golden models' weights as a parameter tree, by way of their checkpoint names."""
+
+import numpy as np
+from golden.models.weights import SEED, tensor
+
+from lsjax.config import ModelConfig
+from lsjax.families import family_of
+from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.sharding import make_mesh, parse_mesh
+
+
+def golden_parameters(config: ModelConfig) -> dict:
+    """Each tensor of the checkpoint, fused ones split along their first axis."""
+    shapes = {
+        path: leaf.shape
+        for path, leaf in abstract_parameters(config, make_mesh(parse_mesh("")), "float32").items()
+    }
+    flat = {}
+    for entry in family_of(config).tensors(config):
+        rows = [shapes[path][0] for path in entry.params]
+        fused = tensor(SEED, entry.name, (sum(rows), *shapes[entry.params[0]][1:]))
+        for path, part in zip(entry.params, np.split(fused, np.cumsum(rows)[:-1]), strict=True):
+            assert path not in flat, path
+            flat[path] = part
+    assert set(flat) == set(shapes)
+    return unflatten(flat)

@@ -1,0 +1,95 @@
+"""The decoder against transformers: golden/models/make.py made the logits."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.models.cases import CASES
+from golden.models.parameters import golden_parameters
+
+from lsjax.cache import CacheSpec, empty_cache
+from lsjax.families import parse_config
+from lsjax.nn.decoder import Decoder
+from lsjax.positions.rotary import rotary_tables
+from lsjax.sharding import make_mesh, parse_mesh
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models"
+LIMIT = 1e-4
+
+# One of each mechanism that a cache could get wrong.
+CACHED = ("qwen2_tied", "qwen2_window_layer_types", "llama", "glm4_dynamic_v5", "chatglm_1m")
+CHUNKED = ("qwen2_window", "qwen3_dynamic", "chatglm")
+
+
+@functools.cache
+def golden(name):
+    raw = json.loads((GOLDEN / name / "config.json").read_text())
+    config = parse_config(raw)
+    return config, golden_parameters(config), np.load(GOLDEN / name / "logits.npz")
+
+
+def difference(name, cache_dtype=None, chunks=(), mesh=""):
+    """Largest difference from the golden logits.
+
+    `chunks` are the sizes that the sequence is run in; the rest of it goes one by one.
+    """
+    config, params, data = golden(name)
+    tokens = data["tokens"]
+    batch, length = tokens.shape
+    decoder = Decoder(config, make_mesh(parse_mesh(mesh)), jnp.float32)
+    tables = rotary_tables(config, [length])
+    cache = None
+    if cache_dtype is not None:
+        cache = empty_cache(config, CacheSpec(batch, -(-length // 8) * 8, cache_dtype))
+
+    @jax.jit
+    def step(variables, tables, tokens, positions, cache):
+        hidden, cache = decoder.apply(variables, tokens, positions, tables, cache)
+        return decoder.apply(variables, hidden, method="logits"), cache
+
+    parts = []
+    sizes = [*chunks, *[1] * (length - sum(chunks))]
+    for size, end in zip(sizes, np.cumsum(sizes), strict=True):
+        positions = np.broadcast_to(np.arange(end - size, end), (batch, size))
+        part = tokens[:, end - size : end]
+        logits, cache = step({"params": params}, tables, part, positions, cache)
+        parts.append(logits)
+    logits = np.concatenate(parts, axis=1)[:, data["positions"]]
+    return np.max(np.abs(logits - data["logits"]))
+
+
+def length_of(name):
+    return CASES[name][1]
+
+
+def test_every_golden_folder_is_tested():
+    folders = {file.parent.name for file in GOLDEN.glob("*/config.json")}
+    assert folders == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_sequence(name):
+    assert difference(name, chunks=[length_of(name)]) < LIMIT
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_prefill_into_a_cache(name):
+    assert difference(name, "float32", [length_of(name)]) < LIMIT
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_prefill_in_chunks_and_then_token_by_token(name):
+    assert difference(name, "float32", [7] * (length_of(name) // 14)) < LIMIT
+
+
+def test_token_by_token_from_the_first():
+    assert difference("qwen3_window", "float32") < LIMIT
+
+
+def test_split_over_a_mesh():
+    chunks = [7] * (length_of("qwen2_window") // 14)
+    assert difference("qwen2_window", "float32", chunks, "data=2,context=2,model=2") < LIMIT

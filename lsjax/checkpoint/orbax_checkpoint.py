@@ -63,7 +63,10 @@ def stored_parameters(folder: str) -> dict[str, Stored]:
     """
     params = os.path.abspath(os.path.join(folder, PARAMS))
     try:
-        leaves = flatten(ocp.metadata(params).metadata)
+        tree = ocp.metadata(params).metadata
+        if tree is None:
+            raise ValueError("its parameters are cut off")
+        leaves = flatten(tree)
         return {
             path: Stored(
                 path,

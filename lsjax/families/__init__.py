@@ -39,7 +39,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"config.json lacks the field 'architectures'; supported are {', '.join(FAMILIES)}."
         )
     name = names[0]
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"config.json names the architecture {name!r}, which is not supported; supported are "
             f"{', '.join(FAMILIES)}."
@@ -55,6 +55,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"config.json rotates {config.rotary_dim} of {config.head_dim} channels; it must be an "
             "even number up to head_dim."
         )
+    if config.rope_theta <= 1:
+        raise UserError(f"config.json's rope_theta must be above 1, not {config.rope_theta}.")
     return config
 
 

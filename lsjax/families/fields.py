@@ -5,6 +5,7 @@ from typing import Any
 
 from lsjax.config import DTYPES
 from lsjax.errors import UserError
+from lsjax.positions.scaling import is_positive
 
 _MISSING = object()
 
@@ -16,7 +17,7 @@ class Fields:
         self.raw = raw
 
     def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
-        """The field `name`, or `default` where it is absent or null.
+        """The field `name`, or `default` where it is absent or null; a float is above 0.
 
         Raises:
           UserError: no such field and no default, or a value that is not of `kind`.
@@ -26,17 +27,24 @@ class Fields:
             if default is _MISSING:
                 raise UserError(f"config.json lacks the field {name!r}, which this family needs.")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if kind is float:
+            if not is_positive(value):
+                raise UserError(
+                    f"config.json field {name!r} must be a number above 0 (and at most 1e12), "
+                    f"not {value!r}."
+                )
+            return float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise UserError(f"config.json field {name!r} must be a {kind.__name__}, not {value!r}.")
         return value
 
     def size(self, name: str, default: Any = _MISSING) -> Any:
-        """A whole number of at least 1, or `default`."""
+        """A whole number from 1 to 2^31 - 1, or `default`."""
         value = self.get(name, int, default)
-        if value is not default and value < 1:
-            raise UserError(f"config.json field {name!r} must be at least 1, not {value}.")
+        if value is not default and not 1 <= value < 2**31:
+            raise UserError(
+                f"config.json field {name!r} must be a number from 1 to {2**31 - 1}, not {value}."
+            )
         return value
 
     def expect(self, name: str, allowed: Any, default: Any) -> None:

@@ -21,6 +21,7 @@ def _parse_glm(fields: Fields, architecture: str) -> ModelConfig:
     return parse_hf(
         Fields({**fields.raw, "head_dim": head_dim}),
         architecture,
+        qkv_bias=fields.get("attention_bias", bool, True),
         rotary_factor=0.5,
         rope_interleaved=True,
         norm_eps=fields.get("rms_norm_eps", float, 1.5625e-7),
@@ -36,9 +37,10 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         ("apply_residual_connection_post_layernorm", False),
     ):
         fields.expect(name, allowed, allowed)
+    # Without groups the fused tensor holds q, k and v head by head.
+    fields.expect("multi_query_attention", True, False)
     heads, num_layers = fields.size("num_attention_heads"), fields.size("num_layers")
     head_dim = fields.size("kv_channels")
-    groups = fields.get("multi_query_attention", bool, False)
     seq_length = fields.size("seq_length")
     return ModelConfig(
         architecture=architecture,
@@ -47,7 +49,7 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         intermediate_size=fields.size("ffn_hidden_size"),
         num_layers=num_layers,
         num_heads=heads,
-        num_kv_heads=fields.size("multi_query_group_num") if groups else heads,
+        num_kv_heads=fields.size("multi_query_group_num"),
         head_dim=head_dim,
         max_position_embeddings=seq_length,
         norm_eps=fields.get("layernorm_epsilon", float),

@@ -40,9 +40,10 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
     window = fields.size("sliding_window")
     types = fields.get("layer_types", list, None)
     if types is None:
-        first = fields.get("max_window_layers", int, num_layers)
+        first = fields.get("max_window_layers", int, 28)
         types = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
-    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if len(types) != num_layers or not all(t in known for t in types):
         raise UserError(
             f"config.json field 'layer_types' must hold 'full_attention' or 'sliding_attention' "
             f"for each of the {num_layers} layers."

@@ -41,6 +41,12 @@ KINDS: dict[str, dict[str, tuple[str, bool]]] = {
 _SHARED = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
 # transformers writes null for "not set" here.
 _NULLABLE = ("attention_factor", "mscale", "mscale_all_dim")
+_AT_LEAST_ONE = ("factor", "original_max_position_embeddings")
+
+
+def is_positive(value: Any) -> bool:
+    """A number that arithmetic in float64 can take: JSON may also hold 1e999 and NaN."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value <= 1e12
 
 
 def parse_rope_scaling(
@@ -127,7 +133,7 @@ def _json(text: str) -> Any:
 
 def _kind(block: Mapping[str, Any]) -> str:
     given = {name: block[name] for name in ("rope_type", "type") if name in block}
-    if len(set(given.values())) > 1:
+    if len(given) == 2 and given["rope_type"] != given["type"]:
         raise UserError(
             f"rope_scaling names two kinds: rope_type is {given['rope_type']!r} but type is "
             f"{given['type']!r}; keep one of them."
@@ -141,7 +147,7 @@ def _kind(block: Mapping[str, Any]) -> str:
             f"{', '.join(KINDS)}."
         )
     kind = next(iter(given.values()))
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(
             f"rope_scaling of kind {kind!r} is not known; use one of {', '.join(KINDS)}."
         )
@@ -153,11 +159,11 @@ def _check(kind: str, name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"rope_scaling field 'truncate' must be true or false, not {value!r}.")
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+    if not is_positive(value):
         raise UserError(
-            f"rope_scaling of kind {kind!r}: the field {name!r} must be a number above 0, "
-            f"not {value!r}."
+            f"rope_scaling of kind {kind!r}: the field {name!r} must be a number above 0 (and at "
+            f"most 1e12), not {value!r}."
         )
-    if name == "factor" and value < 1:
-        raise UserError(f"rope_scaling field 'factor' must be at least 1, not {value!r}.")
+    if name in _AT_LEAST_ONE and value < 1:
+        raise UserError(f"rope_scaling field {name!r} must be at least 1, not {value!r}.")
     return float(value)

@@ -57,9 +57,7 @@ def model_of(config: dict) -> torch.nn.Module:
     state = model.state_dict()
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight")
-    source = (
-        glm_name_to_chatglm(chatglm) if chatglm else lambda key, shape: tensor(SEED, key, shape)
-    )
+    source = chatglm_source(chatglm) if chatglm else functools.partial(tensor, SEED)
     weights = {key: torch.from_numpy(source(key, tuple(old.shape))) for key, old in state.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}

@@ -1,0 +1,93 @@
+"""The rope_scaling block of config.json."""
+
+import pytest
+
+from lsjax.config import RopeScaling
+from lsjax.errors import UserError
+from lsjax.positions.scaling import KINDS, parse_rope_scaling
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+BLOCKS = {
+    "default": {},
+    "linear": {"factor": 2.5},
+    "dynamic": {"factor": 4},
+    "yarn": {"factor": 4.0},
+    "llama3": LLAMA3,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_spellings_of_the_kind(kind):
+    block = BLOCKS[kind]
+    scaling = parse_rope_scaling({"rope_type": kind} | block, 4096)
+    assert scaling.kind == kind
+    assert scaling == parse_rope_scaling({"type": kind} | block, 4096)
+    assert scaling == parse_rope_scaling({"type": kind, "rope_type": kind} | block, 4096)
+
+
+@pytest.mark.parametrize("block", [None, {}, {"rope_theta": 1e6}, {"rope_type": "default"}])
+def test_no_scaling(block):
+    assert parse_rope_scaling(block, 4096) == RopeScaling()
+
+
+def test_yarn_takes_the_config_maximum_where_it_names_no_original_length():
+    block = {"type": "yarn", "factor": 4.0}
+    assert parse_rope_scaling(block, 4096).original_length == 4096
+    block["original_max_position_embeddings"] = 512
+    assert parse_rope_scaling(block, 4096).original_length == 512
+
+
+@pytest.mark.parametrize("name", ["attention_factor", "mscale", "mscale_all_dim"])
+def test_null_means_unset_where_transformers_writes_it(name):
+    block = {"type": "yarn", "factor": 4.0}
+    assert parse_rope_scaling(block | {name: None}, 64) == parse_rope_scaling(block, 64)
+
+
+@pytest.mark.parametrize(
+    "block, words",
+    [
+        ({"type": "yarn", "rope_type": "linear", "factor": 2}, "names two kinds"),
+        ({"factor": 4.0}, "does not say its kind"),
+        ({"rope_type": "su", "factor": 4.0}, "'su' is not known"),
+        ({"rope_type": None, "factor": 4.0}, "None is not known"),
+        ({"rope_type": ["yarn"], "factor": 4.0}, "is not known"),
+        ("yarn", "must be a JSON object"),
+        ([4], "must be a JSON object"),
+        ({"type": "linear", "factor": 0.5}, "at least 1"),
+        ({"type": "yarn", "factor": 4.0, "truncate": 1}, "truncate"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": None}, "beta_fast"),
+        ({"type": "llama3"} | LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor"),
+    ],
+)
+def test_contradictions(block, words):
+    with pytest.raises(UserError, match=words):
+        parse_rope_scaling(block, 4096)
+
+
+@pytest.mark.parametrize("kind, field", [(k, f) for k, block in BLOCKS.items() for f in block])
+@pytest.mark.parametrize(
+    "value", ["missing", None, "4", True, 0, -4.0, float("nan"), float("inf"), 10**400]
+)
+def test_a_needed_field_is_missing_or_wrong(kind, field, value):
+    block = {"rope_type": kind} | BLOCKS[kind] | {field: value}
+    if value == "missing":
+        del block[field]
+    with pytest.raises(UserError, match=f"'{field}'"):
+        parse_rope_scaling(block, 4096)
+
+
+def test_a_field_that_nothing_reads_is_named(caplog):
+    parse_rope_scaling({"type": "linear", "factor": 2.0, "beta_fast": 32, "facter": 8}, 4096)
+    assert "beta_fast, facter" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_warning_without_cause(kind, caplog):
+    shared = {"rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    parse_rope_scaling({"rope_type": kind} | BLOCKS[kind] | shared, 4096)
+    assert not caplog.text

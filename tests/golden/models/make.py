@@ -7,6 +7,7 @@ logits at those positions) for each case of cases.py, and frequencies.json with 
 Weights are not stored: weights.py makes them again from a seed.
 """
 
+import functools
 import json
 import pathlib
 import random

@@ -8,17 +8,28 @@ from typing import Any
 import jax
 
 
+_disk_hits = 0
+
+
+def _count_disk_hits(event: str, **_: Any) -> None:
+    global _disk_hits
+    _disk_hits += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_count_disk_hits)
+
+
 class CompileClock:
     """What compiling has cost so far.
 
     Attributes:
       seconds: spent tracing and compiling, or reading from the persistent cache.
-      programs: how many programs were asked for, whether compiled or read.
+      compilations: programs compiled, those read from the persistent cache not counted.
     """
 
     def __init__(self):
         self.seconds = 0.0
-        self.programs = 0
+        self.compilations = 0
 
 
 class Program:
@@ -36,10 +47,10 @@ class Program:
         leaves, structure = jax.tree.flatten(args[1:])
         key = structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._compiled:
-            start = time.perf_counter()
+            start, hits = time.perf_counter(), _disk_hits
             self._compiled[key] = self._jitted.lower(*args).compile()
             self._clock.seconds += time.perf_counter() - start
-            self._clock.programs += 1
+            self._clock.compilations += _disk_hits == hits
         return self._compiled[key](*args)
 
 

@@ -61,12 +61,13 @@ class Engine:
         self._decode = program(
             self._decode_segment, donate_argnums=2, out_shardings=(state, self._rows)
         )
-        self._cache_shardings = cache
+        self._empty = jax.jit(
+            lambda spec: empty_cache(config, spec), static_argnums=0, out_shardings=cache
+        )
 
     def new_cache(self, spec: CacheSpec) -> KVCache:
         """An empty cache on the mesh."""
-        make = jax.jit(lambda: empty_cache(self.config, spec), out_shardings=self._cache_shardings)
-        return make()
+        return self._empty(spec)
 
     def prefill(
         self,

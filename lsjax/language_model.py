@@ -18,7 +18,7 @@ from lsjax.results import Completion
 from lsjax.run import Run
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings, settle
-from lsjax.tokenizer import Tokenizer, load_tokenizer
+from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -77,12 +77,13 @@ class LanguageModel:
       settings: how it is run.
       config: what it is.
       params: its parameters, a nested dict of arrays on the mesh.
+      engine: its compiled programs.
     """
 
     def __init__(self, settings: Settings, params: dict):
         self.settings, self.config, self.params = settings, settings.config, params
         s = settings
-        self._engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype)
+        self.engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -117,13 +118,13 @@ class LanguageModel:
         batch, length = ids.shape
         chunk = min(chunk_size or self.settings.prefill_chunk, length)
         capacity = cache_capacity(length, 0, chunk, self.settings.mesh.shape["context"])
-        cache = self._engine.new_cache(CacheSpec(batch, capacity, self.settings.kv_cache_dtype))
+        cache = self.engine.new_cache(CacheSpec(batch, capacity, self.settings.kv_cache_dtype))
         tables = rotary_tables(self.config, [length] * batch)
         scores = np.empty((batch, length, self.config.vocab_size), np.float32)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]
             tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
-            cache, out = self._engine.score(self.params, tables, cache, tokens, at)
+            cache, out = self.engine.score(self.params, tables, cache, tokens, at)
             scores[:, at : at + chunk] = np.asarray(out)[:, : part.shape[1]]
         return scores
 
@@ -196,5 +197,7 @@ class LanguageModel:
 
     def start(self, request: Request, on_prefill: Callable[[int], None] | None = None) -> Run:
         """A batch to iterate over, see Run; for programs that show it as it comes."""
-        decode = self.tokenizer.decode
-        return Run(self._engine, self.params, decode, request, on_prefill)
+        return Run(self.engine, self.params, self._text, request, on_prefill)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids) if has_tokenizer(self.settings.folder) else ""

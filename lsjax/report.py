@@ -64,7 +64,7 @@ def summary(stats: Stats) -> str:
             "included",
             f"prefill    {s.prefill_seconds:.2f} s, {s.prefill_tokens_per_second:,.1f} tokens/s",
             f"decode     {s.decode_seconds:.2f} s, {s.decode_tokens_per_second:,.1f} tokens/s",
-            f"compiling  {s.compile_seconds:.2f} s, {s.programs} programs",
+            f"compiling  {s.compile_seconds:.2f} s, {s.compilations} programs compiled",
             f"memory     {human_bytes(s.peak_memory_bytes)} at the peak",
         )
     )
@@ -110,7 +110,7 @@ def combine(stats: Sequence[Stats]) -> Stats:
         decode_seconds=total("decode_seconds"),
         decode_tokens_per_second=rate("decode_tokens_per_second", "decode_seconds"),
         compile_seconds=total("compile_seconds"),
-        programs=total("programs"),
+        compilations=total("compilations"),
         peak_memory_bytes=max(s.peak_memory_bytes for s in stats),
     )
 

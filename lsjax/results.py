@@ -17,7 +17,7 @@ class Stats:
       prefill_seconds, prefill_tokens_per_second: until the first token of every row.
       decode_seconds, decode_tokens_per_second: after it; the rate is that of one row.
       compile_seconds: tracing and compiling, or reading compiled programs from disk.
-      programs: how many programs that was.
+      compilations: programs compiled, those read from disk not counted.
       cache_bytes: the KV cache, over all devices.
       peak_memory_bytes: the most that the process (on an accelerator: the fullest device) has
         held so far.
@@ -31,7 +31,7 @@ class Stats:
     decode_seconds: float
     decode_tokens_per_second: float
     compile_seconds: float
-    programs: int
+    compilations: int
     cache_bytes: int
     peak_memory_bytes: int
 

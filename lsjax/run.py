@@ -23,7 +23,7 @@ class Run:
         self._engine, self._params, self._decode = engine, params, decode
         self._request, self._on_prefill = request, on_prefill
         self._timing = Timing()
-        self._programs = engine.clock.programs
+        self._compilations = engine.clock.compilations
         self._ids: list[list[int]] = [[] for _ in request.prompts]
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -63,7 +63,7 @@ class Run:
             decode_seconds=t.decode,
             decode_tokens_per_second=t.decoded / t.decode if t.decode else 0.0,
             compile_seconds=t.compile,
-            programs=engine.clock.programs - self._programs,
+            compilations=engine.clock.compilations - self._compilations,
             cache_bytes=spec.nbytes(engine.config),
             peak_memory_bytes=peak_memory_bytes(),
         )

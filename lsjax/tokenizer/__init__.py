@@ -19,6 +19,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerError",
+    "has_tokenizer",
     "load_tokenizer",
 ]
 
@@ -29,6 +30,11 @@ _SUPPORTED = (
 _RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 # The first field of a SentencePiece model is a piece, a length-delimited message.
 _SENTENCEPIECE_START = b"\x0a"
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer's files, right or wrong."""
+    return next(_candidates(Path(folder)), None) is not None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -1,0 +1,29 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer with pip, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint
+
+demo: $(VENV)/run-ready
+	$(BIN)/python scripts/run_pa.py --input_texts examples/passkey_2048.txt --max_output_length 16 \
+	  --rope_scaling '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}'
+
+test: $(VENV)/test-ready
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lsjax needs Python 3.11 or newer; say PYTHON=/path/to/it")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run-ready: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test-ready: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@

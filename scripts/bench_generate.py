@@ -1,0 +1,146 @@
+"""Prefill and decode speed and peak memory by prompt length, for a model shape.
+
+    python scripts/bench_generate.py --config examples/qwen2.5-0.5b.json --prompt_lengths 2048,8192
+
+The weights are random, made on the spot and loaded by both sides from the same files. Each
+measurement is a process of its own, so that its peak memory is its own; with
+--transformers_python the sides run in turn, and ratios are printed.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+
+from lsjax import cli
+from lsjax.checkpoint.random import write_random_checkpoint
+from lsjax.errors import UserError
+from lsjax.files import check_writable, write_atomically
+from lsjax.report import human_bytes
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("config", None, "config.json of the shape to measure.", required=True)
+flags.DEFINE_list("prompt_lengths", ["2048", "8192"], "Tokens of prompt.")
+flags.DEFINE_integer("output_length", 33, "Tokens to generate.", lower_bound=2)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights, on both sides.")
+flags.DEFINE_enum(
+    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of our cache."
+)
+flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
+flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2.")
+flags.DEFINE_integer("repeats", 1, "Measurements of each, of which the median counts.")
+flags.DEFINE_string(
+    "transformers_python", None, "A Python that has torch and transformers, to measure as well."
+)
+flags.DEFINE_string("output_json", None, "Write the figures here.")
+
+_FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+
+_LSJAX = """
+import json, sys
+import lsjax
+from lsjax.generation import Timing, generate
+from lsjax.memory import peak_memory_bytes
+from lsjax.requests import batches
+import numpy as np
+folder, length, output, dtype, cache, chunk, mesh = json.loads(sys.argv[1])
+lm = lsjax.load(folder, dtype=dtype, kv_cache_dtype=cache, mesh=mesh, prefill_chunk=chunk)
+prompt = tuple(np.random.default_rng(0).integers(0, lm.config.vocab_size, length).tolist())
+(request,) = batches(
+    lm.settings, [prompt], output, ignore_eos=True, allow_untrained_length=True
+)
+t = Timing()
+for _ in generate(lm.engine, lm.params, request, t):
+    pass
+print(json.dumps({
+    "prefill_tokens_per_second": length / t.prefill,
+    "decode_tokens_per_second": t.decoded / t.decode,
+    "peak_memory_bytes": peak_memory_bytes(),
+    "compile_seconds": t.compile,
+}))
+"""
+
+_TRANSFORMERS = """
+import json, resource, sys, time
+import torch, transformers
+folder, length, output, dtype = json.loads(sys.argv[1])[:4]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+ids = torch.randint(0, model.config.vocab_size, (1, length))
+with torch.inference_mode():
+    model(ids[:, :64], logits_to_keep=1)
+    start = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    prefill = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(output - 1):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    decode = time.perf_counter() - start
+print(json.dumps({
+    "prefill_tokens_per_second": length / prefill,
+    "decode_tokens_per_second": (output - 1) / decode,
+    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+}))
+"""
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if FLAGS.output_json:
+        check_writable(FLAGS.output_json)
+    sides = {"lsjax": (sys.executable, _LSJAX)}
+    if FLAGS.transformers_python:
+        sides["transformers"] = (FLAGS.transformers_python, _TRANSFORMERS)
+    rows = []
+    print(f"{'side':<14}{'prompt':>8}{'prefill tok/s':>15}{'decode tok/s':>14}{'peak memory':>14}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(FLAGS.config, folder)
+        for length in map(int, FLAGS.prompt_lengths):
+            runs = {side: [] for side in sides}
+            for _ in range(FLAGS.repeats):
+                for side, (python, program) in sides.items():
+                    runs[side].append(_measure(python, program, folder, length))
+            medians = {side: _median(figures) for side, figures in runs.items()}
+            for side, figures in medians.items():
+                rows.append({"side": side, "prompt_length": length, **figures})
+                print(
+                    f"{side:<14}{length:>8,}{figures['prefill_tokens_per_second']:>15,.1f}"
+                    f"{figures['decode_tokens_per_second']:>14,.2f}"
+                    f"{human_bytes(figures['peak_memory_bytes']):>14}",
+                    flush=True,
+                )
+            if len(medians) == 2:
+                ours, theirs = medians["lsjax"], medians["transformers"]
+                prefill, decode, memory = (ours[f] / theirs[f] for f in _FIGURES)
+                print(f"{'ratio':<14}{length:>8,}{prefill:>15.2f}{decode:>14.2f}{memory:>14.2f}")
+    if FLAGS.output_json:
+        write_atomically(FLAGS.output_json, json.dumps(rows, indent=1) + "\n")
+
+
+def _measure(python: str, program: str, folder: str, length: int) -> dict[str, float]:
+    settings = (
+        folder,
+        length,
+        FLAGS.output_length,
+        FLAGS.dtype,
+        FLAGS.kv_cache_dtype,
+        FLAGS.prefill_chunk,
+        FLAGS.mesh,
+    )
+    command = [python, "-c", program, json.dumps(settings)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"measuring with {python} failed: {last}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sorted(r[name] for r in runs)[len(runs) // 2] for name in runs[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,50 @@
+"""Where an answer ends, and what a completion says of it."""
+
+import pytest
+
+from lsjax import UserError
+
+
+def test_an_answer_ends_with_its_first_end_of_sequence(model):
+    free = model("qwen3").generate([[1, 2, 3]], 60)[0].token_ids
+    eos = free[20]
+    cut = free[: free.index(eos) + 1]
+    lm = model("qwen3", eos=(eos,))
+    stopped = lm.generate([[1, 2, 3]], 60)[0]
+    assert (stopped.token_ids, stopped.finish_reason) == (cut, "stop")
+    ignored = lm.generate([[1, 2, 3]], 60, ignore_eos=True)[0]
+    assert (ignored.token_ids, ignored.finish_reason) == (free, "length")
+
+
+def test_a_row_goes_on_when_its_neighbour_has_ended(model):
+    free = [c.token_ids for c in model("qwen3").generate([[1, 2, 3], [9, 8]], 40)]
+    eos = next(t for t in free[0] if t not in free[1])
+    both = model("qwen3", eos=(eos,)).generate([[1, 2, 3], [9, 8]], 40)
+    assert both[0].finish_reason == "stop" and both[0].token_ids[-1] == eos
+    assert both[1].token_ids == free[1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 33])
+def test_exactly_as_many_tokens_as_asked(model, length):
+    completion = model("qwen3").generate([[1, 2, 3]], length)[0]
+    assert len(completion.token_ids) == length
+    assert completion.stats.generated_tokens == length
+    assert completion.prompt_tokens == 3
+
+
+def test_what_cannot_be_served_is_refused(model):
+    lm = model("qwen3")
+    trained = lm.config.max_position_embeddings
+    for arguments, words in (
+        (dict(prompts=[[]]), "prompt 0 is empty"),
+        (dict(prompts=[]), "no prompt"),
+        (dict(prompts=[[1] * 20], max_input_length=10), "20 tokens, but max_input_length is 10"),
+        (dict(prompts=[[1]], max_output_length=0), "max_output_length must be at least 1"),
+        (dict(prompts=[[1]], max_output_length=-3), "max_output_length must be at least 1"),
+        (dict(prompts=[[1]], max_input_length=-1), "max_input_length must be at least 1"),
+        (dict(prompts=[[1]], max_batch_size=0), "max_batch_size must be at least 1"),
+        (dict(prompts=[[10**6]]), "outside the model's vocabulary"),
+        (dict(prompts=[[1] * trained], max_output_length=1), "set rope_scaling"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lm.generate(**{"max_output_length": 4} | arguments)

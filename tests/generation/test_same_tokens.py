@@ -1,0 +1,68 @@
+"""The tokens of a prompt depend on the prompt: not on chunks, neighbours, history or devices."""
+
+import numpy as np
+import pytest
+
+FAMILIES = ("qwen2_window", "qwen3", "llama_tied_llama3", "glm4", "chatglm", "qwen3_dynamic")
+LENGTH, OUTPUT = 61, 24
+
+
+def prompt(seed, length=LENGTH, vocab=64):
+    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
+
+
+def tokens(lm, prompts, **options):
+    done = lm.generate(prompts, OUTPUT, allow_untrained_length=True, **options)
+    return [c.token_ids for c in done]
+
+
+def step_by_step(lm, ids):
+    """Greedy tokens from the logits of ever longer prompts, each run whole: no cache is reused."""
+    ids = list(ids)
+    for _ in range(6):
+        ids.append(int(lm.logits([ids])[0, -1].argmax()))
+    return tuple(ids[-6:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_whatever_the_chunk(model, name, kv):
+    whole = tokens(model(name, kv, chunk=LENGTH), [prompt(1)])
+    for chunk in (1, 7, 64):
+        assert tokens(model(name, kv, chunk=chunk), [prompt(1)]) == whole, chunk
+
+
+@pytest.mark.parametrize("name", ["qwen2_window", "llama_tied_llama3", "glm4"])
+def test_generation_is_the_argmax_of_the_logits(model, name):
+    lm = model(name)
+    assert tokens(lm, [prompt(2)])[0][:6] == step_by_step(lm, prompt(2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_whatever_the_batch_beside_it(model, name, kv):
+    lm = model(name, kv)
+    prompts = [prompt(3), prompt(4, 5), prompt(5, 150), prompt(6, 64)]
+    alone = [tokens(lm, [p])[0] for p in prompts]
+    assert tokens(lm, prompts) == alone
+    assert tokens(lm, prompts, max_batch_size=3) == alone
+
+
+def test_whatever_was_asked_before(model):
+    lm = model("qwen3_dynamic", chunk=16)
+    first = tokens(lm, [prompt(7)])
+    tokens(lm, [prompt(8, 200)])
+    assert tokens(lm, [prompt(7)]) == first
+
+
+@pytest.mark.parametrize("mesh", ["context=2", "context=8", "model=2", "data=2,context=2,model=2"])
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["qwen2_window", "glm4"])
+def test_whatever_the_mesh(model, name, kv, mesh):
+    prompts = [prompt(9), prompt(10, 130)]
+    assert tokens(model(name, kv, mesh=mesh), prompts) == tokens(model(name, kv), prompts)
+
+
+def test_room_for_longer_prompts_changes_nothing(model):
+    lm = model("qwen3")
+    assert tokens(lm, [prompt(11)], max_input_length=3000) == tokens(lm, [prompt(11)])

@@ -52,7 +52,7 @@ class HFCheckpoint:
         params: dict[str, jax.Array] = {}
         for name, tensor in tensors.items():
             params |= split(tensor, values.pop(name), abstract)
-        return settled(params)
+        return settled(params, generation=1)
 
 
 def open_hf(

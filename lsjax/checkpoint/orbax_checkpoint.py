@@ -18,7 +18,7 @@ PARAMS = "params"
 
 # Arrays are compressed in pieces of this size, so that a device which holds a shard need not
 # unpack the whole array.
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OrbaxCheckpoint:
         """
         wanted = unflatten({item.name: abstract[item.name] for item in group})
         values = flatten(_load(group[0].path, wanted))
-        return settled({item.name: values[item.name] for item in group})
+        return settled({item.name: values[item.name] for item in group}, generation=2)
 
 
 def is_orbax(folder: str) -> bool:

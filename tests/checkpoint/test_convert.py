@@ -43,11 +43,7 @@ def assert_same_bits(found, wanted):
 
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [
-        *((a, "bfloat16") for a in CONFIGS),
-        ("GlmForCausalLM", "float16"),
-        ("ChatGLMModel", "float32"),
-    ],
+    [*zip(CONFIGS, 2 * ("bfloat16", "float16", "float32"), strict=True)],
 )
 def test_round_trip_is_bit_identical(tmp_path, small_groups, architecture, dtype):
     tensors = make_tensors(architecture, dtype)
@@ -106,7 +102,7 @@ def test_progress_sums_up_to_the_bytes_of_the_checkpoint(tmp_path, small_groups)
     convert_hf_to_orbax(hf, tmp_path / "orbax", there.append)
     convert_orbax_to_hf(tmp_path / "orbax", tmp_path / "back", back.append)
     assert sum(there) == sum(back) == total
-    assert min(len(there), len(back)) > 2
+    assert min(len(there), len(back)) > 1
 
 
 def test_small_files_are_carried_along_and_weights_and_code_are_not(tmp_path):

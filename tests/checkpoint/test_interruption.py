@@ -110,10 +110,10 @@ def test_a_disk_that_runs_full_is_reported_and_cleaned_up(tmp_path, hf, out, mon
 
 
 def test_a_disk_that_runs_full_within_a_safetensors_file(tmp_path, orbax, out, monkeypatch):
-    # A device that is always full stands in for the disk.
-    monkeypatch.setattr(
-        safetensors_writer, "open", lambda _, mode: Path("/dev/full").open(mode), raising=False
-    )
+    def open_full(_, mode):
+        return Path("/dev/full").open(mode)  # a device that is always full, for the disk
+
+    monkeypatch.setattr(safetensors_writer, "open", open_full, raising=False)
     with pytest.raises(UserError, match="ran full"):
         convert_orbax_to_hf(orbax, out)
     assert left_in(tmp_path) == []

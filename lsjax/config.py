@@ -3,6 +3,9 @@
 import dataclasses
 import math
 
+# Positions for which rotation angles are exact; more are refused.
+MAX_POSITIONS = 2**22
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,6 +28,8 @@ class RopeScaling:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class ModelConfig:
       rotary_dim: how many of head_dim's channels are rotated, from the first.
       rope_interleaved: rotate adjacent pairs (2i, 2i+1) instead of halves (i, i + rotary_dim/2).
       rope_scaling: see RopeScaling.
+      auto_rope_kind: what rope_scaling "auto" applies to lengths past the trained one.
       qkv_bias, out_bias, mlp_bias: which projections add a bias.
       qk_norm: RMSNorm of queries and keys over head_dim before rotation.
       post_norms: RMSNorm of attention's and the MLP's output before each residual add.
@@ -70,6 +76,7 @@ class ModelConfig:
     rotary_dim: int
     rope_interleaved: bool
     rope_scaling: RopeScaling
+    auto_rope_kind: str
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -82,18 +89,22 @@ class ModelConfig:
 
     @property
     def trained_length(self) -> int:
-        """Tokens the weights were trained for, before any scaling."""
+        """Tokens the weights were trained for, before any scaling.
+
+        yarn and longrope files may have max_position_embeddings raised to the length served.
+        llama3 checkpoints were trained at max_position_embeddings with the scaling on.
+        """
         scaling = self.rope_scaling
-        if scaling.kind == "yarn" and scaling.original_length is not None:
+        if scaling.kind in ("yarn", "longrope") and scaling.original_length is not None:
             return scaling.original_length
         return self.max_position_embeddings
 
     @property
     def served_length(self) -> int:
-        """Tokens that the scaling in force is meant to serve.
-
-        llama3 checkpoints were trained at max_position_embeddings with the scaling on.
-        """
-        if self.rope_scaling.kind in ("linear", "dynamic", "yarn"):
-            return math.floor(self.trained_length * self.rope_scaling.factor)
+        """Tokens that the scaling in force is meant to serve."""
+        scaling = self.rope_scaling
+        if scaling.kind == "auto":
+            return MAX_POSITIONS
+        if scaling.kind in ("linear", "dynamic", "ntk", "yarn"):
+            return math.floor(self.trained_length * scaling.factor)
         return self.max_position_embeddings

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from lsjax.cache import CacheSpec
-from lsjax.config import ModelConfig
+from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.engine import SEGMENT
 from lsjax.errors import UserError
-from lsjax.positions.rotary import MAX_POSITIONS
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings
 

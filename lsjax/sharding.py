@@ -89,8 +89,8 @@ def check_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
     ):
         if size % mesh.shape[axis]:
             raise UserError(
-                f"the model's {size} {what} cannot be split over {axis}={mesh.shape[axis]}; choose a "
-                f"size of {axis} that divides {size}."
+                f"the model's {size} {what} cannot be split over {axis}={mesh.shape[axis]}; "
+                f"choose a size of {axis} that divides {size}."
             )
 
 

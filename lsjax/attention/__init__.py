@@ -1,1 +1,1 @@
-"""Attention's arithmetic, without parameters: partial results, and ways to compute and merge them."""
+"""Attention's arithmetic, without parameters: partial results, and how they come and merge."""

@@ -12,6 +12,7 @@ from lsjax.families.fields import Fields
 from lsjax.families.glm import CHATGLM, GLM
 from lsjax.families.llama import LLAMA
 from lsjax.families.qwen import QWEN2, QWEN3
+from lsjax.positions.scaling import check_widths
 
 __all__ = ["FAMILIES", "Family", "Tensor", "family_of", "parse_config", "read_config"]
 
@@ -57,7 +58,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         )
     if config.rope_theta <= 1:
         raise UserError(f"config.json's rope_theta must be above 1, not {config.rope_theta}.")
-    return config
+    return check_widths(config)
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:

@@ -37,6 +37,7 @@ def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConf
         "rotary_dim": int(head_dim * rotary_factor),
         "rope_interleaved": False,
         "rope_scaling": parse_rope_scaling(fields.rope_block(), max_position_embeddings),
+        "auto_rope_kind": "yarn",
         "qkv_bias": fields.get("attention_bias", bool, False),
         "out_bias": False,
         "mlp_bias": False,

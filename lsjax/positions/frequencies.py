@@ -15,18 +15,22 @@ def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.nda
 
     Args:
       config: the model.
-      request_length: prompt plus requested output, in tokens. Only dynamic scaling looks at it;
-        it is fixed before the first token so that no key in the cache was rotated otherwise.
+      request_length: prompt plus requested output, in tokens. dynamic, longrope and auto look
+        at it; it is fixed before the first token so that no key in the cache was rotated otherwise.
 
     Returns:
       inv_freq: [rotary_dim / 2] float64, radians a token.
       attention_factor: multiplies cos and sin.
     """
     scaling, dim, theta = config.rope_scaling, config.rotary_dim, config.rope_theta
+    if scaling.kind == "auto":
+        scaling = automatic_scaling(config, request_length)
+    if scaling.kind == "ntk":
+        return _inverse(_stretched(theta, scaling.factor, dim), dim), 1.0
     if scaling.kind == "dynamic":
         trained = config.max_position_embeddings
         stretch = scaling.factor * max(request_length, trained) / trained - (scaling.factor - 1)
-        return _inverse(theta * stretch ** (dim / (dim - 2)), dim), 1.0
+        return _inverse(_stretched(theta, stretch, dim), dim), 1.0
     inv = _inverse(theta, dim)
     if scaling.kind == "linear":
         return inv / scaling.factor, 1.0
@@ -34,7 +38,29 @@ def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.nda
         return _yarn(inv, scaling, theta), _yarn_attention_factor(scaling)
     if scaling.kind == "llama3":
         return _llama3(inv, scaling), 1.0
+    if scaling.kind == "longrope":
+        long = request_length > scaling.original_length
+        extension = np.array(scaling.long_factor if long else scaling.short_factor)
+        return inv / extension, _longrope_attention_factor(scaling)
     return inv, 1.0
+
+
+def automatic_scaling(config: ModelConfig, request_length: int) -> RopeScaling:
+    """What rope_scaling "auto" comes to for one request.
+
+    Nothing up to the trained length; above it the model's auto_rope_kind with the smallest
+    factor that covers the request.
+    """
+    trained = config.max_position_embeddings
+    if request_length <= trained:
+        return RopeScaling()
+    factor = request_length / trained
+    return RopeScaling(kind=config.auto_rope_kind, factor=factor, original_length=trained)
+
+
+def _stretched(theta: float, factor: float, dim: int) -> float:
+    """NTK-aware base: the slowest channel turns `factor` times slower, the fastest as before."""
+    return theta * factor ** (dim / (dim - 2))
 
 
 def _inverse(theta: float, dim: int) -> np.ndarray:
@@ -68,6 +94,14 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     if scaling.mscale and scaling.mscale_all_dim:
         return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
     return magnitude(1.0)
+
+
+def _longrope_attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_length))
 
 
 def _llama3(inv: np.ndarray, scaling: RopeScaling) -> np.ndarray:

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.config import ModelConfig
+from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.positions.frequencies import rotary_frequencies
 
 _LOW = 2048  # positions that the low table covers
 _HIGH = 2048  # rows of the high table
-MAX_POSITIONS = _LOW * _HIGH
+assert _LOW * _HIGH == MAX_POSITIONS
+
+# Kinds whose frequencies depend on the length of the request.
+_BY_LENGTH = ("dynamic", "longrope", "auto")
 
 
 @flax.struct.dataclass
@@ -35,7 +38,7 @@ class RotaryTables:
 
 def rotary_tables(config: ModelConfig, request_lengths: Sequence[int]) -> RotaryTables:
     """Tables for a batch whose row i is served `request_lengths[i]` tokens in all."""
-    if config.rope_scaling.kind != "dynamic":
+    if config.rope_scaling.kind not in _BY_LENGTH:
         request_lengths = request_lengths[:1]
     rows = [_tables(*rotary_frequencies(config, length)) for length in request_lengths]
     high, low = (jnp.asarray(np.stack(part)) for part in zip(*rows, strict=True))

@@ -30,6 +30,14 @@ KINDS: dict[str, dict[str, tuple[str, bool]]] = {
         "mscale_all_dim": ("mscale_all_dim", False),
         "truncate": ("truncate", False),
     },
+    "ntk": _FACTOR,
+    "longrope": {
+        "short_factor": ("short_factor", True),
+        "long_factor": ("long_factor", True),
+        "original_max_position_embeddings": ("original_length", False),
+        "attention_factor": ("attention_factor", False),
+        "factor": ("factor", False),
+    },
     "llama3": _FACTOR
     | {
         "original_max_position_embeddings": ("original_length", True),
@@ -56,8 +64,8 @@ def parse_rope_scaling(
 
     Args:
       block: the parsed JSON object; None or {} means no scaling.
-      max_position_embeddings: stands in for original_max_position_embeddings where yarn's block
-        does not give it, as in transformers.
+      max_position_embeddings: stands in for original_max_position_embeddings where a yarn or
+        longrope block does not give it, as in transformers.
 
     Raises:
       UserError: an unknown kind, a missing or null field, or a value of the wrong sort.
@@ -88,8 +96,10 @@ def parse_rope_scaling(
         values[target] = _check(kind, name, block[name])
     if "original_length" in values:
         values["original_length"] = int(values["original_length"])
-    elif kind == "yarn":
+    elif kind in ("yarn", "longrope"):
         values["original_length"] = max_position_embeddings
+    if kind == "longrope":
+        values.setdefault("factor", max_position_embeddings / values["original_length"])
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise UserError(
             "rope_scaling of kind 'llama3' needs high_freq_factor greater than low_freq_factor, "
@@ -105,20 +115,43 @@ def override_rope_scaling(
 
     Args:
       config: as config.json says.
-      rope_scaling: an object as in config.json, its JSON, "off" for none, or None to leave
-        config.json's.
+      rope_scaling: an object as in config.json, its JSON, "off" for none, "auto" for what each
+        request's length needs (a model whose config.json has a scaling keeps that one), or None
+        to leave config.json's.
 
     Raises:
-      UserError: see parse_rope_scaling; or text that is neither JSON nor "off".
+      UserError: see parse_rope_scaling; or text that is neither JSON nor one of the words.
     """
     if rope_scaling is None:
         return config
+    if rope_scaling == "auto":
+        if config.rope_scaling.kind != "default":
+            return config
+        return dataclasses.replace(config, rope_scaling=RopeScaling(kind="auto"))
     if isinstance(rope_scaling, str):
         rope_scaling = {} if rope_scaling == "off" else _json(rope_scaling)
     scaling = parse_rope_scaling(rope_scaling, config.max_position_embeddings)
     theta = rope_scaling.get("rope_theta") if rope_scaling else None
     theta = config.rope_theta if theta is None else _check(scaling.kind, "rope_theta", theta)
-    return dataclasses.replace(config, rope_scaling=scaling, rope_theta=theta)
+    return check_widths(dataclasses.replace(config, rope_scaling=scaling, rope_theta=theta))
+
+
+def check_widths(config: ModelConfig) -> ModelConfig:
+    """The model as it is, once longrope's lists are seen to have a factor for each channel pair.
+
+    Raises:
+      UserError: a list of another length.
+    """
+    scaling = config.rope_scaling
+    if scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            found, pairs = len(getattr(scaling, name)), config.rotary_dim // 2
+            if found != pairs:
+                raise UserError(
+                    f"rope_scaling field {name!r} must hold {pairs} numbers, one for each pair of "
+                    f"rotated channels, not {found}."
+                )
+    return config
 
 
 def _json(text: str) -> Any:
@@ -126,7 +159,7 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise UserError(
-            f"rope_scaling {text!r} is neither 'off' nor JSON ({error}); write it as in "
+            f"rope_scaling {text!r} is neither 'off', 'auto' nor JSON ({error}); write it as in "
             'config.json: {"rope_type": "yarn", "factor": 4.0}.'
         ) from None
 
@@ -159,6 +192,10 @@ def _check(kind: str, name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"rope_scaling field 'truncate' must be true or false, not {value!r}.")
         return value
+    if name in ("short_factor", "long_factor"):
+        if not isinstance(value, list) or not value or not all(map(is_positive, value)):
+            raise UserError(f"rope_scaling field {name!r} must be a list of numbers above 0.")
+        return tuple(map(float, value))
     if not is_positive(value):
         raise UserError(
             f"rope_scaling of kind {kind!r}: the field {name!r} must be a number above 0 (and at "

@@ -17,6 +17,8 @@ BLOCKS = {
     "linear": {"factor": 2.5},
     "dynamic": {"factor": 4},
     "yarn": {"factor": 4.0},
+    "ntk": {"factor": 4},
+    "longrope": {"short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0]},
     "llama3": LLAMA3,
 }
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-
 _disk_hits = 0
 
 

@@ -52,10 +52,12 @@ class ModelConfig:
       rope_interleaved: rotate adjacent pairs (2i, 2i+1) instead of halves (i, i + rotary_dim/2).
       rope_scaling: see RopeScaling.
       auto_rope_kind: what rope_scaling "auto" applies to lengths past the trained one.
+      alibi: scores fall with distance (arXiv 2108.12409), and nothing is rotated.
       qkv_bias, out_bias, mlp_bias: which projections add a bias.
       qk_norm: RMSNorm of queries and keys over head_dim before rotation.
       post_norms: RMSNorm of attention's and the MLP's output before each residual add.
       tie_embeddings: the output head is the embedding.
+      normalised_head: the output head's rows are scaled to length 1.
       windows: for each layer the sliding window in tokens (a query sees itself and the
         window - 1 tokens before it), or None for the whole past.
       eos_token_ids: any of these ends an answer.
@@ -77,12 +79,14 @@ class ModelConfig:
     rope_interleaved: bool
     rope_scaling: RopeScaling
     auto_rope_kind: str
+    alibi: bool
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
     post_norms: bool
     tie_embeddings: bool
+    normalised_head: bool
     windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     dtype: str

@@ -26,6 +26,7 @@ PARAMETER_AXES = {
 CACHE = PartitionSpec("data", "model", "context")
 QUERIES = PartitionSpec("data", None, "model", None)
 TOKENS = PartitionSpec("data")
+HEADS = PartitionSpec("model")
 
 
 def parse_mesh(text: str) -> dict[str, int]:

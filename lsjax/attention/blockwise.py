@@ -23,6 +23,7 @@ def attend(
     positions: jax.Array,
     first: jax.Array,
     window: int | None,
+    slopes: jax.Array | None = None,
 ) -> Partial:
     """Causal attention of some queries to the keys in (a shard of) a layer's cache.
 
@@ -34,13 +35,14 @@ def attend(
       positions: [batch, length] global positions of the queries, increasing along the length.
       first: global position of the first slot.
       window: sliding window in tokens, or None.
+      slopes: [kv_heads, group] of ALiBi, or None.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
     """
     length = q.shape[3]
     if length <= _QUERY_BLOCK:
-        return _attend_block(q, cache, positions, first, window)
+        return _attend_block(q, cache, positions, first, window, slopes)
     blocks = -(-length // _QUERY_BLOCK)
     pad = blocks * _QUERY_BLOCK - length
     if pad:  # repeat the last query: it bounds the loop as it did
@@ -51,7 +53,7 @@ def attend(
         take = lambda x, axis: jax.lax.dynamic_slice_in_dim(  # noqa: E731
             x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis
         )
-        return _attend_block(take(q, 3), cache, take(positions, 1), first, window)
+        return _attend_block(take(q, 3), cache, take(positions, 1), first, window, slopes)
 
     parts = jax.lax.map(one, jnp.arange(blocks))
     join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]  # noqa: E731
@@ -59,7 +61,12 @@ def attend(
 
 
 def _attend_block(
-    q: jax.Array, cache: LayerCache, positions: jax.Array, first: jax.Array, window: int | None
+    q: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array,
+    first: jax.Array,
+    window: int | None,
+    slopes: jax.Array | None,
 ) -> Partial:
     capacity = cache.k.capacity
     size = key_block(capacity, _KEY_BLOCK_FOR_ONE_TOKEN if q.shape[3] == 1 else _KEY_BLOCK)
@@ -73,6 +80,9 @@ def _attend_block(
         k, v = cache.k.block(i * size, size), cache.v.block(i * size, size)
         scores = _scores(q, k)
         slots = first + i * size + jnp.arange(size)
+        if slopes is not None:
+            distance = (positions[:, :, None] - slots).astype(jnp.float32)
+            scores -= slopes[:, :, None, None] * distance[:, None, None]
         visible = slots <= positions[:, :, None]
         if window is not None:
             visible &= slots > positions[:, :, None] - window

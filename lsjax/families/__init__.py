@@ -7,6 +7,7 @@ from typing import Any
 
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
+from lsjax.families.baichuan import BAICHUAN
 from lsjax.families.family import Family, Tensor
 from lsjax.families.fields import Fields
 from lsjax.families.glm import CHATGLM, GLM
@@ -17,7 +18,9 @@ from lsjax.positions.scaling import check_widths
 __all__ = ["FAMILIES", "Family", "Tensor", "family_of", "parse_config", "read_config"]
 
 FAMILIES = {
-    name: family for family in (QWEN2, QWEN3, LLAMA, GLM, CHATGLM) for name in family.architectures
+    name: family
+    for family in (QWEN2, QWEN3, LLAMA, GLM, CHATGLM, BAICHUAN)
+    for name in family.architectures
 }
 
 

@@ -1,7 +1,8 @@
-"""Grouped-query attention with rotary positions and an explicit cache."""
+"""Grouped-query attention with rotary positions or ALiBi and an explicit cache."""
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention.cached import write_and_attend
@@ -9,6 +10,7 @@ from lsjax.attention.plain import causal_attention
 from lsjax.cache import LayerCache
 from lsjax.config import ModelConfig
 from lsjax.nn.linear import Linear, RMSNorm
+from lsjax.positions.alibi import alibi_slopes
 from lsjax.positions.rotary import rotate
 
 
@@ -49,11 +51,13 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, name="k_norm")(k)
-        q = rotate(q, *cos_sin, c.rope_interleaved)
-        k = rotate(k, *cos_sin, c.rope_interleaved)
+        slopes = jnp.asarray(alibi_slopes(c.num_heads)) if c.alibi else None
+        if not c.alibi:
+            q = rotate(q, *cos_sin, c.rope_interleaved)
+            k = rotate(k, *cos_sin, c.rope_interleaved)
         if cache is None:
-            y = causal_attention(q, k, v, self.window)
+            y = causal_attention(q, k, v, self.window, slopes)
         else:
-            y, cache = write_and_attend(self.mesh, q, k, v, positions, cache, self.window)
+            y, cache = write_and_attend(self.mesh, q, k, v, positions, cache, self.window, slopes)
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         return Linear(c.hidden_size, ("embed", "heads"), c.out_bias, name="o")(y), cache

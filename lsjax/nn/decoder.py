@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         self.layers = [Block(c, self.mesh, window) for window in c.windows]
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.dtype, c.normalised_head)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, tables: RotaryTables, cache: KVCache | None

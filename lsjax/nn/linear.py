@@ -37,6 +37,7 @@ class Embedding(nn.Module):
     vocab_size: int
     features: int
     dtype: jnp.dtype
+    normalised: bool = False
 
     def setup(self):
         init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -48,7 +49,10 @@ class Embedding(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[batch, length, features] -> [batch, length, vocab_size] float32."""
-        return einsum("bli,oi->blo", x, self.weight)
+        scores = einsum("bli,oi->blo", x, self.weight)
+        if self.normalised:
+            scores /= jnp.linalg.norm(self.weight.astype(jnp.float32), axis=-1)
+        return scores
 
 
 class RMSNorm(nn.Module):

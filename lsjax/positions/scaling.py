@@ -124,6 +124,11 @@ def override_rope_scaling(
     """
     if rope_scaling is None:
         return config
+    if config.alibi:
+        raise UserError(
+            f"{config.architecture} has ALiBi, which nothing scales: leave rope_scaling out; "
+            "allow_untrained_length runs past the trained length."
+        )
     if rope_scaling == "auto":
         if config.rope_scaling.kind != "default":
             return config

@@ -188,7 +188,7 @@ def test_wrong_layer_types(types):
         parse_config(raw("Qwen3-8B") | WINDOW | {"layer_types": types})
 
 
-@pytest.mark.parametrize("name", ["BaichuanForCausalLM", "GPT2LMHeadModel", ["x"], None])
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "GPT2LMHeadModel", ["x"], None])
 def test_unknown_architecture_lists_the_supported(name):
     with pytest.raises(UserError) as error:
         parse_config({"architectures": [name]})

@@ -1,10 +1,13 @@
 """A loaded model: text in, text out."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,6 +16,7 @@ from lsjax.checkpoint import load_parameters
 from lsjax.engine import Engine
 from lsjax.errors import UserError
 from lsjax.positions.rotary import rotary_tables
+from lsjax.positions.scaling import override_rope_scaling
 from lsjax.requests import Request, batches, cache_capacity
 from lsjax.results import Completion
 from lsjax.run import Run
@@ -85,6 +89,11 @@ class LanguageModel:
         s = settings
         self.engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype)
 
+    def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
+        """The same weights, served with another rope_scaling; see `load`."""
+        config = override_rope_scaling(self.config, rope_scaling)
+        return LanguageModel(dataclasses.replace(self.settings, config=config), self.params)
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The folder's tokenizer, read when first used."""
@@ -112,6 +121,28 @@ class LanguageModel:
         Returns:
           [batch, length, vocab_size] float32, on the host.
         """
+        return np.concatenate([np.asarray(x) for x in self._scores(token_ids, chunk_size)], axis=1)
+
+    def losses(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
+        """How unforeseen every next token is.
+
+        Args:
+          token_ids: [batch, length] or [length] ids.
+          chunk_size: tokens run at once; None for prefill_chunk.
+
+        Returns:
+          [batch, length - 1] float32: minus the log-probability of token i + 1 after token i.
+        """
+        ids = np.atleast_2d(np.asarray(token_ids, np.int32))
+        parts, at = [], 1
+        for scores in self._scores(ids, chunk_size):
+            targets = ids[:, at : at + scores.shape[1]]
+            parts.append(np.asarray(_nats(scores[:, : targets.shape[1]], targets)))
+            at += scores.shape[1]
+        return np.concatenate(parts, axis=1)
+
+    def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
+        """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
         ids = np.atleast_2d(np.asarray(token_ids, np.int32))
         for row in ids:
             self.encode(row)
@@ -120,13 +151,11 @@ class LanguageModel:
         capacity = cache_capacity(length, 0, chunk, self.settings.mesh.shape["context"])
         cache = self.engine.new_cache(CacheSpec(batch, capacity, self.settings.kv_cache_dtype))
         tables = rotary_tables(self.config, [length] * batch)
-        scores = np.empty((batch, length, self.config.vocab_size), np.float32)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]
             tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
-            cache, out = self.engine.score(self.params, tables, cache, tokens, at)
-            scores[:, at : at + chunk] = np.asarray(out)[:, : part.shape[1]]
-        return scores
+            cache, scores = self.engine.score(self.params, tables, cache, tokens, at)
+            yield scores[:, : part.shape[1]]
 
     def generate(
         self,
@@ -201,3 +230,10 @@ class LanguageModel:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids) if has_tokenizer(self.settings.folder) else ""
+
+
+@jax.jit
+def _nats(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """[batch, length, vocab] logits, [batch, length] ids -> [batch, length] losses."""
+    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(scores, axis=-1) - chosen

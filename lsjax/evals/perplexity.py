@@ -1,0 +1,54 @@
+"""Loss by position: whether the tokens far into a text are still foreseen."""
+
+import dataclasses
+
+import numpy as np
+
+from lsjax.errors import UserError
+from lsjax.language_model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Loss over the positions of a text.
+
+    Attributes:
+      ends: last position of each stretch, in tokens.
+      losses: mean loss of the stretch's tokens, in nats.
+      perplexity: exp of the mean loss over all tokens.
+    """
+
+    ends: tuple[int, ...]
+    losses: tuple[float, ...]
+    perplexity: float
+
+
+def loss_curve(
+    model: LanguageModel, token_ids: list[int], length: int, stretches: int = 32
+) -> Curve:
+    """The loss of each next token, averaged over stretches of positions.
+
+    Args:
+      model: to measure.
+      token_ids: a text of at least `length` tokens; as many windows of `length` tokens as it
+        holds, up to four, are averaged.
+      length: tokens that the model reads.
+      stretches: how many points the curve has, at most.
+
+    Raises:
+      UserError: the text is too short.
+    """
+    windows = min(len(token_ids) // length, 4)
+    if windows == 0 or length < 2:
+        raise UserError(
+            f"the text has {len(token_ids)} tokens, too few for a length of {length}; give a "
+            "longer text or a length of 2 up to that number."
+        )
+    rows = [model.losses([token_ids[i * length : (i + 1) * length]])[0] for i in range(windows)]
+    losses = np.mean(rows, axis=0)
+    parts = np.array_split(losses, min(stretches, len(losses)))
+    return Curve(
+        ends=tuple(int(e) for e in np.cumsum([len(p) for p in parts])),
+        losses=tuple(float(p.mean()) for p in parts),
+        perplexity=float(np.exp(losses.mean())),
+    )

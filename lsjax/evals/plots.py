@@ -1,0 +1,53 @@
+"""Pictures of the measurements, as PNG files."""
+
+from collections.abc import Mapping, Sequence
+
+from lsjax.errors import UserError
+from lsjax.evals.needle import NeedleMap
+from lsjax.evals.perplexity import Curve
+
+
+def plot_curves(curves: Mapping[str, Curve], trained_length: int, path: str) -> None:
+    """Loss against position, a line for each setting."""
+    figure, axes = _figure()
+    for name, curve in curves.items():
+        axes.plot(curve.ends, curve.losses, label=f"{name} (perplexity {curve.perplexity:.3g})")
+    axes.axvline(trained_length, color="grey", linestyle=":", label="trained length")
+    axes.set(xlabel="position, tokens", ylabel="loss, nats a token", xscale="log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
+    """Shares right as a heat map, depth against length."""
+    figure, axes = _figure()
+    image = axes.imshow(
+        [list(column) for column in zip(*needles.shares, strict=True)],
+        vmin=0, vmax=1, cmap="RdYlGn", aspect="auto",
+    )  # fmt: skip
+    axes.set_xticks(range(len(needles.lengths)), [f"{n:,}" for n in needles.lengths])
+    axes.set_yticks(range(len(needles.depths)), [f"{d:.0%}" for d in needles.depths])
+    axes.set(xlabel="prompt, tokens", ylabel="depth of the pass key", title=title)
+    figure.colorbar(image, label="share read right")
+    figure.savefig(path)
+
+
+def plot_shares(lengths: Sequence[int], shares: Mapping[str, Sequence[float]], path: str) -> None:
+    """Share right against length, a line for each setting."""
+    figure, axes = _figure()
+    for name, values in shares.items():
+        axes.plot(lengths, values, marker="o", label=name)
+    axes.set(xlabel="prompt, tokens", ylabel="pass keys read right", ylim=(-0.03, 1.03))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.legend()
+    figure.savefig(path)
+
+
+def _figure():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib; pip install 'lsjax[plot]'.") from None
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    return figure, figure.subplots()

@@ -1,0 +1,68 @@
+"""Pass keys hidden in texts: how many are read right, by length and depth, for any model.
+
+python scripts/eval_needle.py --lengths 512,2048,8192 --rope_scaling auto --plot needle.png
+"""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from lsjax import cli
+from lsjax.compilation import enable_persistent_cache
+from lsjax.errors import UserError
+from lsjax.evals.needle import needle_map
+from lsjax.evals.plots import plot_needles
+from lsjax.files import check_writable, write_atomically
+from lsjax.language_model import load
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("model_path", None, "Model folder; the shipped model if not given.")
+flags.DEFINE_list("lengths", ["512", "1024", "2048"], "Tokens of prompt.")
+flags.DEFINE_integer("depths", 10, "Depths, evenly spread from the start to the end.", 1)
+flags.DEFINE_integer("keys", 1, "Texts for each length and depth.", 1)
+flags.DEFINE_string("rope_scaling", None, "JSON as in config.json, off, or auto.")
+flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of weights and activations.")
+flags.DEFINE_enum(
+    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of the KV cache."
+)
+flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2.")
+flags.DEFINE_string("output_json", None, "Write the shares here.")
+flags.DEFINE_string("plot", None, "Write a heat map here, as PNG.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    enable_persistent_cache()
+    for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
+        check_writable(path)
+    wrong = [n for n in FLAGS.lengths if not n.isdecimal() or int(n) < 1]
+    if wrong or not FLAGS.lengths:
+        raise UserError(f"--lengths takes numbers of tokens, as in 512,2048, not {wrong}.")
+    lengths = [int(n) for n in FLAGS.lengths]
+    depths = np.linspace(0, 1, FLAGS.depths).round(4).tolist()
+    model = load(
+        FLAGS.model_path,
+        dtype=FLAGS.dtype,
+        kv_cache_dtype=FLAGS.kv_cache_dtype,
+        mesh=FLAGS.mesh,
+        rope_scaling=FLAGS.rope_scaling,
+    )
+    with tqdm(total=len(lengths) * len(depths) * FLAGS.keys, unit="text", file=sys.stderr) as bar:
+        needles = needle_map(model, lengths, depths, FLAGS.keys, bar.update)
+    for length, share in zip(lengths, needles.by_length(), strict=True):
+        print(f"{length:>10,} tokens  {share:6.1%}")
+    if FLAGS.output_json:
+        result = dataclasses.asdict(needles)
+        write_atomically(FLAGS.output_json, json.dumps(result, indent=1) + "\n")
+    if FLAGS.plot:
+        title = f"rope_scaling {FLAGS.rope_scaling or 'as in config.json'}"
+        plot_needles(needles, title, FLAGS.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,62 @@
+"""Loss by position on a text file, for several rope settings in one run.
+
+    python scripts/eval_perplexity.py --text_file book.txt --length 4096 --rope_scaling off \
+        --rope_scaling '{"rope_type": "yarn", "factor": 8.0}' --plot curve.png
+"""
+
+import dataclasses
+import json
+import sys
+
+from absl import flags
+
+from lsjax import cli, inputs
+from lsjax.compilation import enable_persistent_cache
+from lsjax.evals.perplexity import loss_curve
+from lsjax.evals.plots import plot_curves
+from lsjax.files import check_writable, write_atomically
+from lsjax.language_model import load
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("model_path", None, "Model folder; the shipped model if not given.")
+flags.DEFINE_string("text_file", None, "A UTF-8 text of at least --length tokens.", required=True)
+flags.DEFINE_integer("length", None, "Tokens read.", required=True, lower_bound=2)
+flags.DEFINE_multi_string(
+    "rope_scaling",
+    [],
+    "JSON as in config.json, off, or auto; may be repeated. config.json's if not.",
+)
+flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of weights and activations.")
+flags.DEFINE_enum(
+    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of the KV cache."
+)
+flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2.")
+flags.DEFINE_string("output_json", None, "Write the curves here.")
+flags.DEFINE_string("plot", None, "Write a PNG here.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    enable_persistent_cache()
+    for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
+        check_writable(path)
+    text = inputs.read_utf8(FLAGS.text_file)
+    model = load(
+        FLAGS.model_path, dtype=FLAGS.dtype, kv_cache_dtype=FLAGS.kv_cache_dtype, mesh=FLAGS.mesh
+    )
+    ids = model.tokenizer.encode(text)
+    models = {s: model.with_rope_scaling(s) for s in FLAGS.rope_scaling} or {"config": model}
+    curves = {}
+    for name, scaled in models.items():
+        curves[name] = loss_curve(scaled, ids, FLAGS.length)
+        print(f"{curves[name].perplexity:10.4f}  {name}", flush=True)
+    if FLAGS.output_json:
+        result = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
+        write_atomically(FLAGS.output_json, json.dumps(result, indent=1) + "\n")
+    if FLAGS.plot:
+        plot_curves(curves, model.config.trained_length, FLAGS.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,39 @@
+"""Causal attention in float64, straight from its definition."""
+
+import numpy as np
+
+
+def attention(q, k, v, positions, window=None):
+    """softmax(q k^T / sqrt(head_dim)) v over the keys that each query sees.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, keys, kv_heads, head_dim]; key s stands at position s.
+      positions: [batch, length] of the queries.
+      window: a query sees itself and the window - 1 positions before it; None: all before it.
+
+    Returns:
+      [batch, length, heads, head_dim] float64, and the log of the softmax's denominator,
+      [batch, length, heads].
+    """
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    positions = np.asarray(positions)
+    group = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    distance = positions[:, :, None] - np.arange(k.shape[1])
+    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    scores = np.einsum("blhd,bshd->blhs", q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(visible[:, :, None], scores, -np.inf)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    values = np.einsum("blhs,bshd->blhd", weights / total, v)
+    return values, (highest + np.log(total))[..., 0]
+
+
+def dequantised(store):
+    """A Store's keys or values as [batch, keys, kv_heads, head_dim] float64."""
+    x = np.asarray(store.steps("float32")).astype(np.float64)
+    if store.scale is not None:
+        x = x * np.asarray(store.scale).astype(np.float64)[..., None]
+    return x.swapaxes(1, 2)

@@ -66,13 +66,10 @@ def test_int8_is_within_half_a_step(name, dtype):
 
 
 def test_one_large_channel_costs_the_others_nothing():
-    plain, outlier = (
-        encode(empty("int8"), jnp.asarray(x)) for x in (normal(), with_outlier(100.0))
-    )
     others = np.arange(16) != 5
-    for store, x in ((plain, normal()), (outlier, with_outlier(100.0))):
-        error = np.abs(dequantised(store).swapaxes(1, 2) - x)[..., others]
-        assert error.max() < normal().max() / 127
+    for x in (normal(), with_outlier(100.0)):
+        kept = dequantised(encode(empty("int8"), x)).swapaxes(1, 2)
+        assert np.abs(kept - x)[..., others].max() < normal().max() / 127
 
 
 def test_zeros_stay_zeros():

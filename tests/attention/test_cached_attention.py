@@ -20,11 +20,12 @@ from lsjax.cache import LayerCache, Store
 from lsjax.sharding import layer_cache_spec, make_mesh, sharding
 
 HEAD_DIM = 32
-encode = jax.jit(Store.encode)
 MESHES = {
     name: dict(zip(("data", "context", "model"), map(int, name), strict=True))
     for name in ("111", "121", "141", "181", "142", "212")
 }
+
+encode = jax.jit(Store.encode)
 
 
 class Case(NamedTuple):

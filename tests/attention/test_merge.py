@@ -12,7 +12,7 @@ from lsjax.sharding import make_mesh, parse_mesh
 
 ROWS, WIDTH = 6, 4
 EPS = 2.0**-23
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=40, deadline=None)
 together = jax.jit(merge)
 
 NOTHING = Partial(values=np.zeros((ROWS, WIDTH), "f4"), lse=np.full(ROWS, -np.inf, "f4"))

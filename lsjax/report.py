@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lsjax.positions.frequencies import rotary_frequencies
+from lsjax.positions.frequencies import resolve, rotary_frequencies
 from lsjax.requests import Request
 from lsjax.results import Completion, Stats
 from lsjax.settings import Settings
@@ -13,15 +13,15 @@ from lsjax.settings import Settings
 def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
     """The configuration that requests, which share their shapes, are served with."""
     config = settings.config
-    scaling = config.rope_scaling
     request_length = max(max(r.lengths) for r in requests)
+    scaling, theta = resolve(config, request_length)
     cache = requests[0].cache_spec(settings.mesh.shape["context"], settings.kv_cache_dtype)
     _, attention_factor = rotary_frequencies(config, request_length)
     return {
         "model": settings.folder,
         "architecture": config.architecture,
-        "rope_kind": scaling.kind,
-        "rope_theta": config.rope_theta,
+        "rope_kind": "none, ALiBi" if config.alibi else scaling.kind,
+        "rope_theta": theta,
         "rope_factor": scaling.factor,
         "rope_attention_factor": attention_factor,
         "trained_length": config.trained_length,
@@ -34,6 +34,23 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
         "mesh": {axis: int(size) for axis, size in settings.mesh.shape.items()},
         "devices": f"{settings.mesh.size} x {settings.mesh.devices.flat[0].device_kind}",
     }
+
+
+def notes(settings: Settings, requests: Sequence[Request]) -> list[str]:
+    """What a user should know of the scaling in force: that it has no effect, or has a cost."""
+    config = settings.config
+    kind, trained = config.rope_scaling.kind, config.trained_length
+    shortest = min(min(r.lengths[: r.count]) for r in requests)
+    if shortest > trained:
+        return []
+    if kind in ("auto", "dynamic", "longrope"):
+        return [f"rope_scaling {kind} leaves requests of up to {trained:,} tokens as they are"]
+    if kind in ("linear", "ntk", "yarn") and config.rope_scaling.factor > 1:
+        return [
+            f"rope_scaling {kind} also applies to requests of up to {trained:,} tokens, which the "
+            "model reads better without; --rope_scaling auto scales longer ones only"
+        ]
+    return []
 
 
 def describe(configuration: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         if name in seen:
             raise UserError(f"mesh axis {name!r} is given twice in {text!r}; give it once.")
-        if not size.isdecimal() or int(size) < 1:
+        if not size.isdecimal() or len(size) > 9 or int(size) < 1:
             raise UserError(
                 f"mesh axis {name!r} needs a size of at least 1, as in {name}=2, not {size!r}."
             )

@@ -51,7 +51,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
 flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2; axes data too.")
-flags.DEFINE_string("rope_scaling", None, "JSON as in config.json, or off; config.json's if not.")
+flags.DEFINE_string(
+    "rope_scaling", None, "JSON as in config.json, off, or auto; config.json's if not given."
+)
 flags.DEFINE_bool(
     "allow_untrained_length", False, "Run past the length that the model is meant for."
 )
@@ -89,6 +91,8 @@ def main(argv: list[str]) -> None:
     )
     configuration = report.in_force(settings, requests)
     print(report.describe(configuration), flush=True)
+    for note in report.notes(settings, requests):
+        print(f"note       {note}", flush=True)
     model = _load(settings)
     completions = [c for request in requests for c in _answer(model, request)]
     stats = [completions[i].stats for i in range(0, len(completions), requests[0].count)]

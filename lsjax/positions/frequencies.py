@@ -22,16 +22,8 @@ def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.nda
       inv_freq: [rotary_dim / 2] float64, radians a token.
       attention_factor: multiplies cos and sin.
     """
-    scaling, dim, theta = config.rope_scaling, config.rotary_dim, config.rope_theta
-    if scaling.kind == "auto":
-        scaling = automatic_scaling(config, request_length)
-    if scaling.kind == "ntk":
-        return _inverse(_stretched(theta, scaling.factor, dim), dim), 1.0
-    if scaling.kind == "dynamic":
-        trained = config.max_position_embeddings
-        stretch = scaling.factor * max(request_length, trained) / trained - (scaling.factor - 1)
-        return _inverse(_stretched(theta, stretch, dim), dim), 1.0
-    inv = _inverse(theta, dim)
+    scaling, theta = resolve(config, request_length)
+    inv = _inverse(theta, config.rotary_dim)
     if scaling.kind == "linear":
         return inv / scaling.factor, 1.0
     if scaling.kind == "yarn":
@@ -43,6 +35,23 @@ def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.nda
         extension = np.array(scaling.long_factor if long else scaling.short_factor)
         return inv / extension, _longrope_attention_factor(scaling)
     return inv, 1.0
+
+
+def resolve(config: ModelConfig, request_length: int) -> tuple[RopeScaling, float]:
+    """The scaling and the base theta that a request of this length is served with.
+
+    auto becomes the scaling that it chooses; ntk and dynamic raise theta.
+    """
+    scaling, theta, dim = config.rope_scaling, config.rope_theta, config.rotary_dim
+    if scaling.kind == "auto":
+        scaling = automatic_scaling(config, request_length)
+    if scaling.kind == "ntk":
+        theta = _stretched(theta, scaling.factor, dim)
+    if scaling.kind == "dynamic":
+        trained = config.max_position_embeddings
+        stretch = scaling.factor * max(request_length, trained) / trained - (scaling.factor - 1)
+        theta = _stretched(theta, stretch, dim)
+    return scaling, theta
 
 
 def automatic_scaling(config: ModelConfig, request_length: int) -> RopeScaling:

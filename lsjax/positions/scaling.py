@@ -138,6 +138,8 @@ def override_rope_scaling(
     scaling = parse_rope_scaling(rope_scaling, config.max_position_embeddings)
     theta = rope_scaling.get("rope_theta") if rope_scaling else None
     theta = config.rope_theta if theta is None else _check(scaling.kind, "rope_theta", theta)
+    if theta <= 1:
+        raise UserError(f"rope_scaling field 'rope_theta' must be above 1, not {theta}.")
     return check_widths(dataclasses.replace(config, rope_scaling=scaling, rope_theta=theta))
 
 

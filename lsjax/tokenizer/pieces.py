@@ -4,8 +4,6 @@ A cut is safe when encoding both sides apart gives the ids of encoding them toge
 piece by piece then bounds memory and lets progress be told, and changes nothing else.
 """
 
-# ruff: noqa: RUF001 (the text is meant to hold characters that look alike)
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise

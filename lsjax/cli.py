@@ -1,11 +1,31 @@
-"""What every program does around its own main: read the flags, and report errors."""
+"""What the programs share: the flags that say which model, and reporting errors."""
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 
+from lsjax.cache import CACHE_DTYPES
 from lsjax.errors import UserError
+from lsjax.settings import COMPUTE_DTYPES
+
+
+def define_model_flags() -> None:
+    """The flags that say which model runs, on what, and in which numbers."""
+    flags.DEFINE_string(
+        "model_path", None, "Model folder (Hugging Face, or converted); the shipped one if not."
+    )
+    flags.DEFINE_enum("dtype", "auto", ["auto", *COMPUTE_DTYPES], "Of weights and activations.")
+    flags.DEFINE_enum("kv_cache_dtype", "auto", ["auto", *CACHE_DTYPES], "Of the KV cache.")
+    flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
+    flags.DEFINE_string("mesh", "", "Devices by axis (data, context, model): context=4,model=2.")
+
+
+def model_options() -> dict[str, Any]:
+    """What define_model_flags were given, as the arguments of lsjax.settings.settle."""
+    names = ("dtype", "kv_cache_dtype", "mesh", "prefill_chunk")
+    return {"path": flags.FLAGS.model_path} | {n: flags.FLAGS[n].value for n in names}
 
 
 def run(main: Callable[[list[str]], object], words: bool = False) -> None:

@@ -21,16 +21,11 @@ from lsjax.language_model import load
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("model_path", None, "Model folder; the shipped model if not given.")
+cli.define_model_flags()
 flags.DEFINE_list("lengths", ["512", "1024", "2048"], "Tokens of prompt.")
 flags.DEFINE_integer("depths", 10, "Depths, evenly spread from the start to the end.", 1)
 flags.DEFINE_integer("keys", 1, "Texts for each length and depth.", 1)
 flags.DEFINE_string("rope_scaling", None, "JSON as in config.json, off, or auto.")
-flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of weights and activations.")
-flags.DEFINE_enum(
-    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of the KV cache."
-)
-flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2.")
 flags.DEFINE_string("output_json", None, "Write the shares here.")
 flags.DEFINE_string("plot", None, "Write a heat map here, as PNG.")
 
@@ -45,13 +40,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--lengths takes numbers of tokens, as in 512,2048, not {wrong}.")
     lengths = [int(n) for n in FLAGS.lengths]
     depths = np.linspace(0, 1, FLAGS.depths).round(4).tolist()
-    model = load(
-        FLAGS.model_path,
-        dtype=FLAGS.dtype,
-        kv_cache_dtype=FLAGS.kv_cache_dtype,
-        mesh=FLAGS.mesh,
-        rope_scaling=FLAGS.rope_scaling,
-    )
+    model = load(**cli.model_options(), rope_scaling=FLAGS.rope_scaling)
     with tqdm(total=len(lengths) * len(depths) * FLAGS.keys, unit="text", file=sys.stderr) as bar:
         needles = needle_map(model, lengths, depths, FLAGS.keys, bar.update)
     for length, share in zip(lengths, needles.by_length(), strict=True):

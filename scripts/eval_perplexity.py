@@ -19,7 +19,7 @@ from lsjax.language_model import load
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("model_path", None, "Model folder; the shipped model if not given.")
+cli.define_model_flags()
 flags.DEFINE_string("text_file", None, "A UTF-8 text of at least --length tokens.", required=True)
 flags.DEFINE_integer("length", None, "Tokens read.", required=True, lower_bound=2)
 flags.DEFINE_multi_string(
@@ -27,11 +27,6 @@ flags.DEFINE_multi_string(
     [],
     "JSON as in config.json, off, or auto; may be repeated. config.json's if not.",
 )
-flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of weights and activations.")
-flags.DEFINE_enum(
-    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of the KV cache."
-)
-flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2.")
 flags.DEFINE_string("output_json", None, "Write the curves here.")
 flags.DEFINE_string("plot", None, "Write a PNG here.")
 
@@ -42,9 +37,7 @@ def main(argv: list[str]) -> None:
     for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(path)
     text = inputs.read_utf8(FLAGS.text_file)
-    model = load(
-        FLAGS.model_path, dtype=FLAGS.dtype, kv_cache_dtype=FLAGS.kv_cache_dtype, mesh=FLAGS.mesh
-    )
+    model = load(**cli.model_options())
     ids = model.tokenizer.encode(text)
     models = {s: model.with_rope_scaling(s) for s in FLAGS.rope_scaling} or {"config": model}
     curves = {}

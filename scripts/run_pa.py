@@ -24,9 +24,7 @@ from lsjax.tokenizer import Tokenizer, load_tokenizer
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string(
-    "model_path", None, "Model folder (Hugging Face, or converted); the shipped model if not given."
-)
+cli.define_model_flags()
 flags.DEFINE_multi_string(
     "input_texts", [], "A text, or a UTF-8 file that holds one; further words are further ones."
 )
@@ -45,12 +43,6 @@ flags.DEFINE_integer("max_batch_size", None, "Prompts answered together.", lower
 flags.DEFINE_bool("is_chat_model", False, "Render prompts with the model's chat template.")
 flags.DEFINE_string("chat_template", None, "A Jinja chat template, or a file that holds one.")
 flags.DEFINE_bool("ignore_eos", False, "Do not stop at an end-of-sequence token.")
-flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of weights and activations.")
-flags.DEFINE_enum(
-    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of the KV cache."
-)
-flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
-flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2; axes data too.")
 flags.DEFINE_string(
     "rope_scaling", None, "JSON as in config.json, off, or auto; config.json's if not given."
 )
@@ -70,14 +62,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
     read = _reader(argv[1:])
-    settings = settle(
-        FLAGS.model_path,
-        dtype=FLAGS.dtype,
-        kv_cache_dtype=FLAGS.kv_cache_dtype,
-        mesh=FLAGS.mesh,
-        rope_scaling=FLAGS.rope_scaling,
-        prefill_chunk=FLAGS.prefill_chunk,
-    )
+    settings = settle(**cli.model_options(), rope_scaling=FLAGS.rope_scaling)
     tokenizer = load_tokenizer(settings.folder)
     requests = batches(
         settings,

@@ -1,0 +1,30 @@
+"""Notebooks run from top to bottom, and what their last words claim is so."""
+
+import json
+import pathlib
+
+import pytest
+
+NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
+
+
+def run(path):
+    """Executes the code cells in one namespace, and returns it."""
+    namespace = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.name)
+def test_runs(path):
+    run(path)
+
+
+def test_extend_context_finds_what_it_says(capsys):
+    names = run(NOTEBOOKS / "extend_context.ipynb")
+    assert names["answer"].text == names["short"].answer
+    assert names["scaled"].text == names["long"].answer
+    assert names["plain"].text != names["long"].answer
+    assert "set rope_scaling" in capsys.readouterr().out

@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/run-ready
 	$(BIN)/python scripts/run_pa.py --input_texts examples/passkey_2048.txt --max_output_length 16 \
-	  --rope_scaling '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}'
+	  --rope_scaling '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
 
 test: $(VENV)/test-ready
 	$(BIN)/python -m pytest -q

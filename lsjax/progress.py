@@ -38,9 +38,11 @@ class PrefillBar:
         )
 
     def __call__(self, tokens: int) -> None:
-        self._bar.update(prefill_cost(self._config, self._done, tokens))
+        cost = prefill_cost(self._config, self._done, tokens)
         self._done += tokens
-        self._bar.set_description_str(f"prefill {self._done:,}/{self._tokens:,} tokens")
+        label = f"prefill {self._done:,}/{self._tokens:,} tokens"
+        self._bar.set_description_str(label, refresh=False)
+        self._bar.update(cost)
         if self._done >= self._tokens:
             self._bar.close()
 

@@ -1,7 +1,5 @@
 """Long text encoded piece by piece has the ids it has as a whole."""
 
-# ruff: noqa: RUF001 (the text is meant to hold characters that look alike)
-
 import json
 from unittest import mock
 

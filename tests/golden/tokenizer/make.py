@@ -4,8 +4,6 @@ Needs transformers, tokenizers, sentencepiece and tiktoken. Run it as ``python m
 beside itself. Its results are committed, so that the tests need no reference library.
 """
 
-# ruff: noqa: RUF001 (the text is meant to hold characters that look alike)
-
 import base64
 import io
 import json

@@ -1,0 +1,119 @@
+"""run_pa as a user runs it: answers, figures, and one clear sentence for what is wrong."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+YARN = '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
+DOCUMENT = str(ROOT / "examples" / "passkey_2048.txt")
+
+
+def run_pa(*arguments, cache="", cwd=None):
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    command = [sys.executable, str(ROOT / "scripts" / "run_pa.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder for compiled programs that the runs here share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def test_the_pass_key_in_four_times_the_trained_length(tmp_path, compiled):
+    arguments = ["--input_texts", DOCUMENT, "--rope_scaling", YARN, "--max_output_length", 16]
+    arguments += ["--output_json", tmp_path / "out.json"]
+    first = run_pa(*arguments, cache=compiled)
+    assert first.returncode == 0, first.stderr
+    written = json.loads((tmp_path / "out.json").read_text())
+    (result,) = written["results"]
+    text = pathlib.Path(DOCUMENT).read_text()
+    key = text.split("The pass key is ")[1][:5]
+    assert result["text"].strip() == key and key in first.stdout
+    assert result["finish_reason"] == "stop"
+    assert result["prompt_tokens"] == 2048
+    assert written["config"]["rope_kind"] == "yarn"
+    assert written["config"]["trained_length"] == 512
+    assert written["config"]["served_length"] == 2304
+    assert written["stats"]["compilations"] == 3
+    for line in ("yarn", "trained for 512", "tokens/s", "at the peak"):
+        assert line in first.stdout
+
+    again = run_pa(*arguments, cache=compiled)
+    second = json.loads((tmp_path / "out.json").read_text())
+    assert again.returncode == 0 and second["results"] == written["results"]
+    assert second["stats"]["compilations"] == 0
+
+
+def test_several_texts_and_flags_after_them(tmp_path, compiled):
+    file = tmp_path / "a.txt"
+    file.write_text("The pass key is 12345. What is the pass key? ")
+    done = run_pa(
+        "--input_texts", file, "Some words.", "Other words.", "--max_output_length", 8,
+        "--max_batch_size", 2, "--ignore_eos", "--output_json", tmp_path / "out.json",
+        cache=compiled,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [len(r["token_ids"]) for r in results] == [8, 8, 8]
+    assert [r["prompt_tokens"] for r in results] == [len(file.read_text()), 11, 12]
+
+
+def test_ids_and_chats(tmp_path, compiled):
+    out = tmp_path / "out.json"
+    short = ["--max_output_length", 4, "--output_json", out]
+    assert run_pa("--input_ids", "5,6,7", "8,9", *short, cache=compiled).returncode == 0
+    results = json.loads(out.read_text())["results"]
+    assert [r["prompt_tokens"] for r in results] == [3, 2]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('[{"role": "user", "content": "Hello"}]\n')
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    flags = ["--input_file", chats, "--is_chat_model", "--chat_template", template]
+    done = run_pa(*flags, *short, cache=compiled)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["results"][0]["prompt_tokens"] == len("<user>Hello")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--input_texts", "a b c", "--max_input_length", 3],
+            ["5 tokens", "max_input_length is 3"],
+        ),
+        (["--input_texts", DOCUMENT], ["serves 512", "set rope_scaling", "allow_untrained_length"]),
+        (["--input_texts", "no/such/book.txt"], ["no/such/book.txt", "no such file"]),
+        (["--input_texts", ""], ["empty"]),
+        (["--input_texts", "latin1.txt"], ["latin1.txt", "not UTF-8", "byte 1"]),
+        (["--input_texts", "hello", "--mesh", "rows=2"], ["'rows'", "data, context, model"]),
+        (["--input_texts", "hello", "--mesh", "context=64"], ["64 devices", "here"]),
+        (["--input_texts", "hello", "--max_output_length", -1], ["max_output_length"]),
+        (["--input_texts", "hello", "--max_input_length", 0], ["max_input_length"]),
+        (["--input_texts", "hello", "--no_such_flag"], ["no_such_flag"]),
+        (["--input_texts", "hello", "--rope_scaling", "yarn"], ["rope_scaling", "neither"]),
+        (["--input_texts", "hello", "--model_path", "nowhere"], ["nowhere", "not a folder"]),
+        (["--input_texts", "hello", "--output_json", "no/where.json"], ["no", "not a folder"]),
+        (["--input_ids", "1,x"], ["'x'", "1,15043,3186"]),
+        (["--input_file", "chats.jsonl", "--is_chat_model"], ["line 2", "not JSON"]),
+        ([], ["--input_texts", "--input_file", "--input_ids"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, arguments, words):
+    (tmp_path / "latin1.txt").write_bytes(b"h\xe9llo")
+    (tmp_path / "chats.jsonl").write_text('[{"role": "user", "content": "Hi"}]\n{oops\n')
+    before = sorted(os.listdir(tmp_path))
+    done = run_pa("--output_json", "out.json", *arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0]
+    assert done.stdout == ""
+    assert sorted(os.listdir(tmp_path)) == before

@@ -1,0 +1,57 @@
+"""Passages: what they promise, over many seeds and lengths."""
+
+import random
+import re
+
+import pytest
+
+from lsjax.shipped.passages import QUESTION, make_passage
+from lsjax.shipped.sentences import sentences
+
+LENGTHS = (122, 200, 506, 512, 2048, 5001)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_passage_has_the_length_asked_for_one_key_and_the_question_at_its_end(length, seed):
+    passage = make_passage(seed, length)
+    assert len(passage.prompt.encode()) == length
+    assert passage.prompt.isascii()
+    assert re.findall(r"The pass key is (\d{5})\.", passage.prompt) == [passage.answer]
+    assert re.findall(r"\d+", passage.prompt) == [passage.answer]
+    assert passage.prompt[:-1].endswith(QUESTION)
+    assert passage.prompt[-1] in " \n"
+
+
+def test_a_passage_depends_on_its_seed_alone():
+    assert make_passage(3, 506) == make_passage(3, 506)
+    texts = {make_passage(seed, 506).prompt for seed in range(50)}
+    answers = {make_passage(seed, 506).answer for seed in range(50)}
+    assert len(texts) == 50
+    assert len(answers) > 45
+
+
+@pytest.mark.parametrize(("depth", "low", "high"), [(0, 0, 0), (0.5, 900, 1100), (1, 1975, 2015)])
+def test_depth_places_the_key(depth, low, high):
+    at = make_passage(0, 2048, depth).prompt.index("The pass key is")
+    assert low <= at <= high
+
+
+def test_random_depths_reach_the_whole_passage():
+    places = [make_passage(s, 2048).prompt.index("The pass key is") / 2048 for s in range(200)]
+    for quarter in range(4):
+        assert 20 < sum(quarter / 4 <= p < (quarter + 1) / 4 for p in places) < 80
+
+
+def test_sentences_fill_a_length_or_say_that_they_cannot():
+    for length in (0, *range(28, 200)):
+        found = sentences(random.Random(length), length)
+        assert sum(len(s) + 1 for s in found) == length
+    with pytest.raises(ValueError, match="28 are the fewest"):
+        sentences(random.Random(0), 27)
+
+
+def test_sentences_look_like_sentences():
+    for s in sentences(random.Random(0), 20_000):
+        assert re.fullmatch(r"[A-Z][A-Za-z, ]+[.]", s), s
+        assert "  " not in s

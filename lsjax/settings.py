@@ -56,7 +56,7 @@ def settle(
     Raises:
       UserError: what was asked for does not exist, or does not go together.
     """
-    folder = os.fspath(path) if path is not None else shipped_model_path()
+    folder = os.fspath(shipped_model_path() if path is None else path)
     if not os.path.isdir(folder):
         raise UserError(
             f"{folder} is not a folder; a model is a Hugging Face folder (config.json, "

@@ -48,10 +48,8 @@ class PrefillBar:
 
 
 def byte_bar(description: str, total: int) -> tqdm:
-    """A bar over bytes, shown once the work lasts; `bar.update` is the callback."""
-    return tqdm(
-        total=total, desc=description, unit="B", unit_scale=True, file=sys.stderr, delay=0.5
-    )
+    """A bar over bytes; `bar.update` is the callback."""
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, file=sys.stderr)
 
 
 def character_bar(description: str, total: int) -> tqdm:

@@ -1,0 +1,80 @@
+"""Scaling that depends on length: settled by the request, for each row of a batch by itself."""
+
+import json
+
+import pytest
+
+from lsjax import UserError, report
+from lsjax.positions.frequencies import resolve
+from lsjax.requests import batches
+
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 256}
+OUTPUT = 12
+
+
+def prompt(length):
+    return [i * i % 61 for i in range(length)]
+
+
+def tokens(lm, *prompts):
+    return [c.token_ids for c in lm.generate(prompts, OUTPUT, allow_untrained_length=True)]
+
+
+def scaled(model, name, scaling):
+    return model(name, rope_scaling=scaling if isinstance(scaling, str) else json.dumps(scaling))
+
+
+def test_auto_leaves_short_requests_alone_and_scales_long_ones_by_what_they_need(model):
+    trained = model("qwen3").config.trained_length
+    auto = scaled(model, "qwen3", "auto")
+    short, long = prompt(50), prompt(2 * trained)
+    factor = (2 * trained + OUTPUT) / trained
+    block = YARN | {"factor": factor, "original_max_position_embeddings": trained}
+    assert tokens(auto, short) == tokens(model("qwen3"), short)
+    assert tokens(auto, long) == tokens(scaled(model, "qwen3", block), long)
+    assert tokens(auto, short, long) == [*tokens(auto, short), *tokens(auto, long)]
+
+
+def test_auto_is_ntk_for_llama(model):
+    lm = scaled(model, "llama", "auto")
+    trained = lm.config.trained_length
+    scaling, theta = resolve(lm.config, 3 * trained)
+    assert (scaling.kind, scaling.factor) == ("ntk", 3.0)
+    assert theta > lm.config.rope_theta
+    assert resolve(lm.config, trained)[0].kind == "default"
+
+
+def test_auto_keeps_the_scaling_that_a_checkpoint_was_trained_with(model):
+    lm = scaled(model, "llama_tied_llama3", "auto")
+    assert lm.config == model("llama_tied_llama3").config
+
+
+def test_one_request_does_not_see_anothers_setting(model):
+    lm = scaled(model, "qwen3", "auto")
+    before = tokens(lm, prompt(300))
+    tokens(lm, prompt(700))
+    assert tokens(lm, prompt(300)) == before
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length", "words"),
+    [
+        ("auto", 20, "leaves requests"),
+        (YARN | {"factor": 4.0}, 20, "reads better without"),
+        ("auto", 600, None),
+        (YARN | {"factor": 4.0}, 600, None),
+        ("off", 20, None),
+    ],
+)
+def test_a_scaling_without_effect_or_with_a_cost_says_so(model, scaling, length, words):
+    lm = scaled(model, "qwen3", scaling)
+    requests = batches(lm.settings, [tuple(prompt(length))], OUTPUT, allow_untrained_length=True)
+    notes = report.notes(lm.settings, requests)
+    assert len(notes) == (words is not None)
+    assert words is None or words in notes[0]
+
+
+@pytest.mark.parametrize("wrong", ["yarn", "{", "[]", '{"rope_type": "auto"}', '{"factor": 2}'])
+def test_wrong_text_is_refused(model, wrong):
+    with pytest.raises(UserError, match="rope_scaling"):
+        scaled(model, "qwen3", wrong)

@@ -14,7 +14,7 @@ MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
 CASES = json.loads((MODELS / "frequencies.json").read_text())
 ARRAYS = np.load(MODELS / "frequencies.npz")
 EXPECTED = np.split(ARRAYS["inv_freq"], ARRAYS["ends"][:-1])
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 def kind_of(config):
@@ -27,7 +27,9 @@ def test_random_settings_as_transformers_has_them(kind):
     assert len(drawn) == 100
     for case, expected in drawn:
         inv_freq, factor = rotary_frequencies(parse_config(case["config"]), case["request"])
-        np.testing.assert_allclose(inv_freq, expected, rtol=1e-9, err_msg=str(case))
+        # transformers holds longrope's factors in float32.
+        rtol = 1e-7 if kind == "longrope" else 1e-9
+        np.testing.assert_allclose(inv_freq, expected, rtol=rtol, err_msg=str(case))
         assert factor == pytest.approx(case["attention_factor"], rel=1e-9), case
 
 
@@ -94,8 +96,18 @@ def test_dynamic_stretches_theta_with_the_request():
         np.testing.assert_allclose(rotary_frequencies(dynamic, short)[0], plain, rtol=1e-14)
 
 
-@pytest.mark.parametrize("block", [None, YARN, LLAMA3, {"type": "linear", "factor": 4.0}])
-def test_only_dynamic_depends_on_the_request(block):
+def test_ntk_is_a_larger_theta():
+    inv_freq, factor = rotary_frequencies(config(1e6, {"rope_type": "ntk", "factor": 4.0}), 1)
+    larger, _ = rotary_frequencies(config(1e6 * 4 ** (128 / 126), None), 1)
+    np.testing.assert_allclose(inv_freq, larger, rtol=1e-13)
+    assert factor == 1.0
+
+
+NTK = {"rope_type": "ntk", "factor": 4.0}
+
+
+@pytest.mark.parametrize("block", [None, YARN, LLAMA3, NTK, {"type": "linear", "factor": 4.0}])
+def test_only_dynamic_longrope_and_auto_depend_on_the_request(block):
     parsed = config(1e6, block)
     short, long = (rotary_frequencies(parsed, length) for length in (10, 10**6))
     np.testing.assert_array_equal(short[0], long[0])

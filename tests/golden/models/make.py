@@ -129,7 +129,7 @@ def write_frequencies(draws: int = 100) -> None:
     for module in (modeling_rope_utils, modeling_llama, modeling_glm):
         module.torch = _Float64()
     rng, cases, arrays = random.Random(7), [], []
-    for kind in ("default", "linear", "dynamic", "yarn", "llama3"):
+    for kind in ("default", "linear", "dynamic", "yarn", "llama3", "longrope"):
         for _ in range(draws):
             config, request = draw(rng, kind)
             if config["architectures"] == ["GlmForCausalLM"]:
@@ -161,7 +161,7 @@ def draw(rng: random.Random, kind: str) -> tuple[dict, int]:
     block = {"rope_type": kind}
     if kind != "default":
         block["factor"] = rng.choice([1.0, 2, 4.0, 8.0, round(rng.uniform(1, 64), 3)])
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "longrope"):
         block["original_max_position_embeddings"] = original
     if kind == "llama3":
         block["low_freq_factor"] = rng.choice([1.0, round(rng.uniform(0.5, 4), 2)])
@@ -192,6 +192,14 @@ def draw(rng: random.Random, kind: str) -> tuple[dict, int]:
     shared = {"rope_theta": theta}
     if architecture == "GlmForCausalLM":
         shared["partial_rotary_factor"] = rng.choice([0.25, 0.5, 1.0])
+    if kind == "longrope":
+        pairs = int(config["head_dim"] * shared.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):
+            block[name] = [round(rng.uniform(1, 40), 3) for _ in range(pairs)]
+        if rng.random() < 0.3:
+            block["attention_factor"] = round(rng.uniform(0.5, 2), 4)
+        if rng.random() < 0.3:
+            del block["factor"]
     if rng.random() < 0.5:
         config["rope_parameters"] = block | shared
     else:

@@ -5,11 +5,11 @@ import shutil
 import zlib
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lsjax.checkpoint.safetensors_writer import aligned, write_safetensors
+from lsjax.checkpoint.tensors import abstract_tensor
 from lsjax.families import family_of, read_config
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.sharding import make_mesh, parse_mesh
@@ -30,12 +30,7 @@ def write_random_checkpoint(config_file: str, folder: str) -> None:
     """
     config = read_config(config_file)
     params = abstract_parameters(config, make_mesh(parse_mesh("")), config.dtype)
-    tensors = {}
-    for tensor in family_of(config).tensors(config):
-        parts = [params[p] for p in tensor.params]
-        rows = sum(p.shape[0] for p in parts)
-        shape = (rows, *parts[0].shape[1:])
-        tensors[tensor.name] = jax.ShapeDtypeStruct(shape, parts[0].dtype)
+    tensors = {t.name: abstract_tensor(t, params) for t in family_of(config).tensors(config)}
 
     def arrays() -> Iterator[np.ndarray]:
         for name, tensor in aligned(tensors).items():

@@ -1,8 +1,10 @@
 """Attention over a cache, block by block: no [queries, keys] matrix is ever whole.
 
 Causality, the sliding window and the end of what has been written bound the loop over key
-blocks; a mask does the rest inside the blocks at the edges.
+blocks; a mask does the rest, in the blocks at the edges only.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from lsjax.cache import LayerCache, Store
 from lsjax.precision import einsum
 
 # Rows of queries and keys whose scores stay in a core's cache.
-_QUERY_BLOCK = 256
+_QUERY_BLOCK = 512
 _KEY_BLOCK = 512
 _KEY_BLOCK_FOR_ONE_TOKEN = 4096
 
@@ -70,12 +72,9 @@ def _attend_block(
 ) -> Partial:
     capacity = cache.k.capacity
     size = key_block(capacity, _KEY_BLOCK_FOR_ONE_TOKEN if q.shape[3] == 1 else _KEY_BLOCK)
-    end = jnp.clip(jnp.max(positions) + 1 - first, 0, capacity)
-    start = jnp.zeros_like(end)
-    if window is not None:
-        start = jnp.clip(jnp.min(positions) + 1 - window - first, 0, capacity)
+    nearest, farthest = jnp.min(positions) - first, jnp.max(positions) - first
 
-    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
         weighted, total, highest = state
         k, v = cache.k.block(i * size, size), cache.v.block(i * size, size)
         scores = _scores(q, k)
@@ -83,10 +82,11 @@ def _attend_block(
         if slopes is not None:
             distance = (positions[:, :, None] - slots).astype(jnp.float32)
             scores -= slopes[:, :, None, None] * distance[:, None, None]
-        visible = slots <= positions[:, :, None]
-        if window is not None:
-            visible &= slots > positions[:, :, None] - window
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        if masked:
+            visible = slots <= positions[:, :, None]
+            if window is not None:
+                visible &= slots > positions[:, :, None] - window
+            scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
         finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
         weights = jnp.exp(scores - finite[..., None])
@@ -95,9 +95,23 @@ def _attend_block(
         weighted = keep[..., None] * weighted + _weigh(weights, v, q.dtype)
         return weighted, total, new_highest
 
+    at_edge, inside = functools.partial(step, masked=True), functools.partial(step, masked=False)
     zeros = jnp.zeros(q.shape, jnp.float32)
     state = (zeros, zeros[..., 0], jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
-    return from_sums(*jax.lax.fori_loop(start // size, -(-end // size), step, state))
+    # Blocks begin .. end hold keys that some query sees; whole .. edge those that all queries see.
+    end = -(-jnp.clip(farthest + 1, 0, capacity) // size)
+    begin = jnp.zeros_like(end)
+    if window is not None:
+        begin = jnp.clip(nearest + 1 - window, 0, capacity) // size
+    if q.shape[3] == 1:
+        return from_sums(*jax.lax.fori_loop(begin, end, at_edge, state))
+    whole = begin
+    if window is not None:
+        whole = jnp.clip(-(-(farthest + 1 - window) // size), begin, end)
+        state = jax.lax.fori_loop(begin, whole, at_edge, state)
+    edge = jnp.clip((nearest + 1) // size, whole, end)
+    state = jax.lax.fori_loop(whole, edge, inside, state)
+    return from_sums(*jax.lax.fori_loop(edge, end, at_edge, state))
 
 
 def _scores(q: jax.Array, k: Store) -> jax.Array:

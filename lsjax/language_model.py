@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 from lsjax.cache import CacheSpec
 from lsjax.checkpoint import load_parameters
 from lsjax.engine import Engine
-from lsjax.errors import UserError
 from lsjax.positions.rotary import rotary_tables
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.requests import Request, batches, cache_capacity
+from lsjax.requests import Request, batches, cache_capacity, check_ids
 from lsjax.results import Completion
 from lsjax.run import Run
 from lsjax.sampling import Sampling
@@ -47,8 +46,8 @@ def load(
       kv_cache_dtype: float32, bfloat16, int8, or auto (as dtype).
       mesh: which devices do what: "context=4,model=2", {"context": 4, "model": 2}, or a Mesh
         with the axes data, context and model. Nothing for one device.
-      rope_scaling: as in config.json, an object or its JSON; "off" for none; None for what
-        config.json says.
+      rope_scaling: as in config.json, an object or its JSON; "off" for none; "auto" for what
+        each request's length needs; None for what config.json says.
       prefill_chunk: tokens of prompt run at once; None for 512 on CPU and 4096 elsewhere.
       progress: called with the number of bytes read, again and again.
 
@@ -100,16 +99,9 @@ class LanguageModel:
         return load_tokenizer(self.settings.folder)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """A text, or ids that are checked to be in the vocabulary, as ids."""
+        """A text, or ids as they are, as ids."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        ids = tuple(int(i) for i in ids)
-        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if outside:
-            raise UserError(
-                f"token id {outside[0]} is outside the model's vocabulary of "
-                f"{self.config.vocab_size}."
-            )
-        return ids
+        return tuple(int(i) for i in ids)
 
     def logits(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
         """Scores of every next token.
@@ -145,7 +137,7 @@ class LanguageModel:
         """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
         ids = np.atleast_2d(np.asarray(token_ids, np.int32))
         for row in ids:
-            self.encode(row)
+            check_ids(self.config, row)
         batch, length = ids.shape
         chunk = min(chunk_size or self.settings.prefill_chunk, length)
         capacity = cache_capacity(length, 0, chunk, self.settings.mesh.shape["context"])

@@ -67,6 +67,8 @@ def batches(
     Raises:
       UserError: a prompt or a number that cannot be served.
     """
+    for prompt in ids:
+        check_ids(settings.config, prompt)
     check_lengths(settings.config, ids, max_output_length, max_input_length, allow_untrained_length)
     if max_batch_size is not None and max_batch_size < 1:
         raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
@@ -87,6 +89,19 @@ def batches(
         )
         for group in groups
     ]
+
+
+def check_ids(config: ModelConfig, ids: Sequence[int]) -> None:
+    """Refuses ids that the model has no embedding for.
+
+    Raises:
+      UserError: naming the first.
+    """
+    outside = [i for i in ids if not 0 <= i < config.vocab_size]
+    if outside:
+        raise UserError(
+            f"token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}."
+        )
 
 
 def check_lengths(

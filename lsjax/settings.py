@@ -15,6 +15,7 @@ from lsjax.families import read_config
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.sharding import check_fits_mesh, make_mesh, parse_mesh
 from lsjax.shipped import shipped_model_path
+from lsjax.tokenizer import has_tokenizer, load_tokenizer
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -97,7 +98,10 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def _eos_token_ids(folder: str, config: ModelConfig) -> frozenset[int]:
-    """config.json's, and generation_config.json's, which chat models widen."""
+    """config.json's, and generation_config.json's, which chat models widen.
+
+    Where both are silent, the tokenizer's.
+    """
     file = os.path.join(folder, "generation_config.json")
     try:
         with open(file, encoding="utf-8") as f:
@@ -107,4 +111,7 @@ def _eos_token_ids(folder: str, config: ModelConfig) -> frozenset[int]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is not a JSON object: {error}.") from None
     more = value if isinstance(value, list) else [] if value is None else [value]
-    return frozenset(config.eos_token_ids) | frozenset(more)
+    ids = frozenset(config.eos_token_ids) | frozenset(more)
+    if not ids and has_tokenizer(folder):
+        ids = frozenset(load_tokenizer(folder).eos_ids)
+    return ids

@@ -3,10 +3,13 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+from lsjax import shipped_model_path
 
 ROOT = pathlib.Path(__file__).parents[2]
 YARN = '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
@@ -100,14 +103,22 @@ def test_ids_and_chats(tmp_path, compiled):
         (["--input_texts", "hello", "--rope_scaling", "yarn"], ["rope_scaling", "neither"]),
         (["--input_texts", "hello", "--model_path", "nowhere"], ["nowhere", "not a folder"]),
         (["--input_texts", "hello", "--output_json", "no/where.json"], ["no", "not a folder"]),
+        (["--input_ids", "1,99999"], ["99999", "vocabulary of 264"]),
         (["--input_ids", "1,x"], ["'x'", "1,15043,3186"]),
         (["--input_file", "chats.jsonl", "--is_chat_model"], ["line 2", "not JSON"]),
+        (["--input_texts", "hello", "--is_chat_model"], ["chat template", "--chat_template"]),
+        (["--input_texts", "hello", "--model_path", "broken"], ["config.json", "not valid JSON"]),
+        (["--input_texts", "hello", "--model_path", "wordless"], ["tokenizer.json"]),
         ([], ["--input_texts", "--input_file", "--input_ids"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, arguments, words):
     (tmp_path / "latin1.txt").write_bytes(b"h\xe9llo")
     (tmp_path / "chats.jsonl").write_text('[{"role": "user", "content": "Hi"}]\n{oops\n')
+    shipped = shipped_model_path()
+    for name, damaged in (("broken", "config.json"), ("wordless", "tokenizer.json")):
+        shutil.copytree(shipped, tmp_path / name)
+        (tmp_path / name / damaged).write_text((shipped / damaged).read_text()[:-40])
     before = sorted(os.listdir(tmp_path))
     done = run_pa("--output_json", "out.json", *arguments, cwd=tmp_path)
     assert done.returncode != 0

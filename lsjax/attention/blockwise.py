@@ -52,14 +52,15 @@ def attend(
         positions = jnp.pad(positions, ((0, 0), (0, pad)), mode="edge")
 
     def one(i: jax.Array) -> Partial:
-        take = lambda x, axis: jax.lax.dynamic_slice_in_dim(  # noqa: E731
-            x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis
-        )
+        def take(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis)
+
         return _attend_block(take(q, 3), cache, take(positions, 1), first, window, slopes)
 
-    parts = jax.lax.map(one, jnp.arange(blocks))
-    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]  # noqa: E731
-    return jax.tree.map(join, parts)
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]
+
+    return jax.tree.map(join, jax.lax.map(one, jnp.arange(blocks)))
 
 
 def _attend_block(

@@ -77,7 +77,7 @@ def generate(
         on_prefill(pending[0])
     state = engine.first(params, cache, last, lengths, draw)
     del cache
-    rows = _Rows(batch, request.max_output_length, request.eos_token_ids)
+    rows = _Rows(request)
     new = rows.take(np.asarray(state.token)[:, None])
     now = time.perf_counter()
     timing.first_token = now - start
@@ -100,9 +100,11 @@ def generate(
 class _Rows:
     """Which rows have ended, and how much of a segment counts."""
 
-    def __init__(self, batch: int, limit: int, eos: frozenset[int]):
-        self._left = [limit] * batch
-        self._eos = eos
+    def __init__(self, request: Request):
+        # Rows that only fill the batch up are not waited for.
+        fillers = len(request.prompts) - request.count
+        self._left = [request.max_output_length] * request.count + [0] * fillers
+        self._eos = request.eos_token_ids
 
     @property
     def ended(self) -> bool:

@@ -57,9 +57,13 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(sizes: dict[str, int]) -> Mesh:
     """A mesh over the first devices of this machine (or of all hosts).
 
+    Args:
+      sizes: devices along each axis; 1 for an axis that is not named.
+
     Raises:
-      UserError: fewer devices than the mesh needs.
+      UserError: an unknown axis, or fewer devices than the mesh needs.
     """
+    sizes = parse_mesh(",".join(f"{axis}={size}" for axis, size in sizes.items()))
     count = 1
     for size in sizes.values():
         count *= size

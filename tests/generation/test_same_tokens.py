@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from lsjax import UserError
+from lsjax.sharding import make_mesh
+
 FAMILIES = ("qwen2_window", "qwen3", "llama_tied_llama3", "glm4", "chatglm", "qwen3_dynamic")
 LENGTH, OUTPUT = 61, 24
 
@@ -66,3 +69,17 @@ def test_whatever_the_mesh(model, name, kv, mesh):
 def test_room_for_longer_prompts_changes_nothing(model):
     lm = model("qwen3")
     assert tokens(lm, [prompt(11)], max_input_length=3000) == tokens(lm, [prompt(11)])
+
+
+def test_rows_that_fill_a_batch_up_are_not_waited_for(model):
+    free = tokens(model("qwen3"), [prompt(12)])[0]
+    lm = model("qwen3", mesh="data=2", eos=free[:1])
+    (completion,) = lm.generate([prompt(12)], 200, allow_untrained_length=True)
+    assert completion.finish_reason == "stop" and len(completion.token_ids) == 1
+    assert completion.stats.decode_seconds == 0
+
+
+def test_a_mesh_by_name_needs_only_the_axes_that_are_split():
+    assert dict(make_mesh({"context": 4}).shape) == {"data": 1, "context": 4, "model": 1}
+    with pytest.raises(UserError, match="'rows' is not known"):
+        make_mesh({"rows": 2})

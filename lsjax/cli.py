@@ -28,6 +28,18 @@ def model_options() -> dict[str, Any]:
     return {"path": flags.FLAGS.model_path} | {n: flags.FLAGS[n].value for n in names}
 
 
+def lengths(words: list[str]) -> list[int]:
+    """A flag's list of lengths in tokens, as numbers.
+
+    Raises:
+      UserError: none, or something that is not a number above 0.
+    """
+    wrong = [n for n in words if not n.isdecimal() or int(n) < 1]
+    if wrong or not words:
+        raise UserError(f"--lengths takes numbers of tokens, as in 512,2048, not {wrong}.")
+    return [int(n) for n in words]
+
+
 def run(main: Callable[[list[str]], object], words: bool = False) -> None:
     """Runs a program's main(argv) once its flags are read, and exits.
 

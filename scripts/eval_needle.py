@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from lsjax import cli
 from lsjax.compilation import enable_persistent_cache
-from lsjax.errors import UserError
 from lsjax.evals.needle import needle_map
 from lsjax.evals.plots import plot_needles
 from lsjax.files import check_writable, write_atomically
@@ -25,6 +24,7 @@ cli.define_model_flags()
 flags.DEFINE_list("lengths", ["512", "1024", "2048"], "Tokens of prompt.")
 flags.DEFINE_integer("depths", 10, "Depths, evenly spread from the start to the end.", 1)
 flags.DEFINE_integer("keys", 1, "Texts for each length and depth.", 1)
+flags.DEFINE_integer("max_batch_size", 1, "Texts answered together.", 1)
 flags.DEFINE_string("rope_scaling", None, "JSON as in config.json, off, or auto.")
 flags.DEFINE_string("output_json", None, "Write the shares here.")
 flags.DEFINE_string("plot", None, "Write a heat map here, as PNG.")
@@ -35,14 +35,18 @@ def main(argv: list[str]) -> None:
     enable_persistent_cache()
     for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(path)
-    wrong = [n for n in FLAGS.lengths if not n.isdecimal() or int(n) < 1]
-    if wrong or not FLAGS.lengths:
-        raise UserError(f"--lengths takes numbers of tokens, as in 512,2048, not {wrong}.")
-    lengths = [int(n) for n in FLAGS.lengths]
+    lengths = cli.lengths(FLAGS.lengths)
     depths = np.linspace(0, 1, FLAGS.depths).round(4).tolist()
     model = load(**cli.model_options(), rope_scaling=FLAGS.rope_scaling)
     with tqdm(total=len(lengths) * len(depths) * FLAGS.keys, unit="text", file=sys.stderr) as bar:
-        needles = needle_map(model, lengths, depths, FLAGS.keys, bar.update)
+        needles = needle_map(
+            model,
+            lengths,
+            depths,
+            FLAGS.keys,
+            max_batch_size=FLAGS.max_batch_size,
+            progress=bar.update,
+        )
     for length, share in zip(lengths, needles.by_length(), strict=True):
         print(f"{length:>10,} tokens  {share:6.1%}")
     if FLAGS.output_json:

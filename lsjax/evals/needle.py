@@ -40,6 +40,8 @@ def needle_map(
     lengths: Sequence[int],
     depths: Sequence[float],
     keys: int = 1,
+    *,
+    max_batch_size: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> NeedleMap:
     """Asks for `keys` pass keys at each length and depth.
@@ -49,25 +51,30 @@ def needle_map(
       lengths: tokens of prompt; a prompt has that many or a few less.
       depths: from 0 to 1.
       keys: texts for each cell.
+      max_batch_size: texts answered together.
       progress: called with the number of texts answered.
     """
     shares = []
     for length in lengths:
-        row = []
-        for depth in depths:
-            passages = [
-                passage_of(model.tokenizer, length, depth, f"needle {i} {depth}")
-                for i in range(keys)
-            ]
-            prompts = [model.tokenizer.encode(p.prompt) for p in passages]
+        passages = [
+            passage_of(model.tokenizer, length, depth, f"needle {i} {depth}")
+            for depth in depths
+            for i in range(keys)
+        ]
+        right: list[bool] = []
+        for at in range(0, len(passages), max_batch_size):
+            asked = passages[at : at + max_batch_size]
             answers = model.generate(
-                prompts, 16, max_input_length=length, allow_untrained_length=True
+                [passage.prompt for passage in asked],
+                16,
+                max_input_length=length,
+                allow_untrained_length=True,
             )
-            right = [_digits(a.text) == p.answer for a, p in zip(answers, passages, strict=True)]
-            row.append(float(np.mean(right)))
+            right += [_digits(a.text) == p.answer for a, p in zip(answers, asked, strict=True)]
             if progress:
-                progress(keys)
-        shares.append(tuple(row))
+                progress(len(asked))
+        cells = np.array(right, float).reshape(len(depths), keys)
+        shares.append(tuple(cells.mean(axis=1).tolist()))
     return NeedleMap(tuple(lengths), tuple(depths), tuple(shares))
 
 

@@ -32,22 +32,29 @@ def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
     figure.savefig(path)
 
 
-def plot_shares(lengths: Sequence[int], shares: Mapping[str, Sequence[float]], path: str) -> None:
-    """Share right against length, a line for each setting."""
-    figure, axes = _figure()
-    for name, values in shares.items():
-        axes.plot(lengths, values, marker="o", label=name)
-    axes.set(xlabel="prompt, tokens", ylabel="pass keys read right", ylim=(-0.03, 1.03))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    axes.legend()
+def plot_shares(
+    lengths: Sequence[int],
+    shares: Mapping[str, Sequence[float]],
+    perplexities: Mapping[str, Sequence[float]],
+    path: str,
+) -> None:
+    """Share read right and perplexity against length, a line for each setting."""
+    figure, (left, right) = _figure(columns=2)
+    for axes, lines in ((left, shares), (right, perplexities)):
+        for name, values in lines.items():
+            axes.plot(lengths, values, marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    left.set(xlabel="text, tokens", ylabel="pass keys read right", ylim=(-0.03, 1.03))
+    right.set(xlabel="text, tokens", ylabel="perplexity", yscale="log")
+    left.legend()
     figure.savefig(path)
 
 
-def _figure():
+def _figure(columns: int = 1):
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib; pip install 'lsjax[plot]'.") from None
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(8 if columns == 1 else 12, 5), dpi=120, layout="constrained")
+    return figure, figure.subplots(ncols=columns)

@@ -48,7 +48,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"config.json names the architecture {name!r}, which is not supported; supported are "
             f"{', '.join(FAMILIES)}."
         )
-    config = FAMILIES[name].parse(Fields(raw), name)
+    fields = Fields(raw)
+    config = FAMILIES[name].parse(fields, name)
+    fields.warn_of_unread()
     if config.num_heads % config.num_kv_heads:
         raise UserError(
             f"config.json asks for {config.num_heads} query heads over {config.num_kv_heads} KV "

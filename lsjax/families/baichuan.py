@@ -13,10 +13,11 @@ from lsjax.families.hf_names import PRE_NORMS, hf_tensors
 
 def _parse(fields: Fields, architecture: str) -> ModelConfig:
     # Only 7B, the rotary one, has max_position_embeddings.
-    alibi = fields.raw.get("max_position_embeddings") is None
+    alibi = fields.raw_value("max_position_embeddings") is None
+    fields.know("model_max_length")
     length = fields.size("model_max_length") if alibi else fields.size("max_position_embeddings")
     return parse_hf(
-        Fields({**fields.raw, "max_position_embeddings": length}),
+        fields.having(max_position_embeddings=length),
         architecture,
         qkv_bias=False,
         alibi=alibi,

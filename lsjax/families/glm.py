@@ -19,7 +19,7 @@ _POST_NORMS = {
 def _parse_glm(fields: Fields, architecture: str) -> ModelConfig:
     head_dim = fields.size("head_dim", 128)
     return parse_hf(
-        Fields({**fields.raw, "head_dim": head_dim}),
+        fields.having(head_dim=head_dim),
         architecture,
         qkv_bias=fields.get("attention_bias", bool, True),
         rotary_factor=0.5,
@@ -34,12 +34,14 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         ("rmsnorm", True),
         ("post_layer_norm", True),
         ("add_bias_linear", False),
+        ("original_rope", True),
         ("apply_residual_connection_post_layernorm", False),
     ):
         fields.expect(name, allowed, allowed)
     # Without groups the fused tensor holds q, k and v head by head.
     fields.expect("multi_query_attention", True, False)
     heads, num_layers = fields.size("num_attention_heads"), fields.size("num_layers")
+    fields.expect("num_hidden_layers", num_layers, num_layers)
     head_dim = fields.size("kv_channels")
     seq_length = fields.size("seq_length")
     return ModelConfig(
@@ -56,7 +58,7 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         rope_theta=10000.0 * fields.get("rope_ratio", float, 1.0),
         rotary_dim=head_dim // 2,
         rope_interleaved=True,
-        rope_scaling=parse_rope_scaling(fields.raw.get("rope_scaling"), seq_length),
+        rope_scaling=parse_rope_scaling(fields.raw_value("rope_scaling"), seq_length),
         auto_rope_kind="yarn",
         alibi=False,
         qkv_bias=fields.get("add_qkv_bias", bool, False),

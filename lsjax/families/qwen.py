@@ -20,7 +20,7 @@ def _parse_qwen3(fields: Fields, architecture: str) -> ModelConfig:
     bias = fields.get("attention_bias", bool, False)
     head_dim = fields.size("head_dim", 128)
     return parse_hf(
-        Fields({**fields.raw, "head_dim": head_dim}),
+        fields.having(head_dim=head_dim),
         architecture,
         qkv_bias=bias,
         out_bias=bias,
@@ -35,6 +35,7 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
     `sliding_window` alone does nothing: Qwen's files carry it with use_sliding_window false.
     """
     num_layers = fields.size("num_hidden_layers")
+    fields.know("sliding_window", "max_window_layers", "layer_types")
     if not fields.get("use_sliding_window", bool, False):
         return (None,) * num_layers
     window = fields.size("sliding_window")

@@ -105,7 +105,25 @@ def parse_rope_scaling(
             "rope_scaling of kind 'llama3' needs high_freq_factor greater than low_freq_factor, "
             f"not {values['high_freq_factor']} and {values['low_freq_factor']}."
         )
+    _warn_of_contradiction(kind, values, max_position_embeddings)
     return RopeScaling(kind=kind, **values)
+
+
+def _warn_of_contradiction(kind: str, values: Mapping[str, Any], max_position_embeddings: int):
+    """Lengths that imply another factor than the one given. Files with both lengths alike are
+    the usual way to write yarn, and llama3's factor stretches wavelengths, not the length."""
+    if kind not in ("yarn", "longrope"):
+        return
+    implied = max_position_embeddings / values["original_length"]
+    if implied != 1 and abs(implied / values["factor"] - 1) > 1e-3:
+        logging.getLogger("lsjax").warning(
+            "rope_scaling's factor %g is used, though max_position_embeddings %d / "
+            "original_max_position_embeddings %d = %g says another.",
+            values["factor"],
+            max_position_embeddings,
+            values["original_length"],
+            implied,
+        )
 
 
 def override_rope_scaling(

@@ -1,30 +1,49 @@
-"""How often the model reads the pass key, at lengths and scalings of one's choice."""
+"""What scaling does to the shipped model: pass keys and perplexity by length, for each kind."""
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lsjax.cache import CacheSpec, KVCache, empty_cache
-from lsjax.config import ModelConfig, RopeScaling
-from lsjax.nn.decoder import Decoder
-from lsjax.positions.rotary import RotaryTables, rotary_tables
-from lsjax.sharding import make_mesh, parse_mesh
-from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH, tokens_of
+from lsjax.evals.needle import needle_map
+from lsjax.evals.perplexity import loss_curve
+from lsjax.language_model import load
+from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH
 from lsjax.shipped.passages import Passage, make_passage
+from lsjax.shipped.sentences import sentences
 
-SCALINGS = ("default", "linear", "dynamic", "yarn")
-_CHUNK = 512
-_ROWS = 20  # passages run together
+SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn")
+_TEXTS = 4  # that perplexity is an average over
 
 
-def scaling_for(kind: str, length: int) -> RopeScaling:
-    """The scaling of a kind that serves `length` tokens; dynamic scaling finds out by itself."""
-    factor = 1.0 if kind in ("default", "dynamic") else max(1.0, length / TRAINED_LENGTH)
-    return RopeScaling(kind=kind, factor=factor, original_length=TRAINED_LENGTH)
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What one setting reaches at one length.
+
+    Attributes:
+      setting: one of SCALINGS.
+      length: tokens of text and answer.
+      share: of pass keys read right, from 0 to 1.
+      perplexity: of sentences, over all positions of texts of that length.
+    """
+
+    setting: str
+    length: int
+    share: float
+    perplexity: float
+
+
+def scaling_for(kind: str, length: int) -> str | dict[str, Any]:
+    """The rope_scaling of a kind that serves `length` tokens: factor length / trained length.
+
+    Dynamic scaling finds the factor by itself; up to the trained length nothing is scaled.
+    """
+    if kind == "none" or length <= TRAINED_LENGTH:
+        return "off"
+    block = {"rope_type": kind, "factor": 1.0 if kind == "dynamic" else length / TRAINED_LENGTH}
+    return block | ({"original_max_position_embeddings": TRAINED_LENGTH} if kind == "yarn" else {})
 
 
 def held_out_passages(length: int, count: int) -> list[Passage]:
@@ -38,54 +57,36 @@ def held_out_passages(length: int, count: int) -> list[Passage]:
     return [make_passage(f"held out {i}", length, depth) for i, depth in enumerate(depths)]
 
 
-def share_right(
-    config: ModelConfig, params: dict, passages: Sequence[Passage], scaling: RopeScaling
-) -> float:
-    """The share of passages of one length that are answered right, word for word and to the end.
+def measure(
+    settings: Sequence[str],
+    lengths: Sequence[int],
+    keys: int,
+    *,
+    max_batch_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[Cell]:
+    """Each setting at each length, as they are measured.
 
     Args:
-      config: the model.
-      params: its parameters, float32.
-      passages: all of one length.
-      scaling: in place of the model's own.
+      settings: of SCALINGS.
+      lengths: tokens of text and answer.
+      keys: pass keys for each cell, spread evenly over the depth.
+      max_batch_size: texts answered together.
+      progress: called with the number of texts answered.
     """
-    rows = [passages[i : i + _ROWS] for i in range(0, len(passages), _ROWS)]
-    return float(np.concatenate([_are_right(config, params, r, scaling) for r in rows]).mean())
-
-
-def _are_right(
-    config: ModelConfig, params: dict, passages: Iterable[Passage], scaling: RopeScaling
-) -> np.ndarray:
-    """[batch] booleans.
-
-    Each token of the answer must be the likeliest after the right ones before it, which is when
-    greedy decoding gives the whole answer.
-    """
-    tokens = np.stack([tokens_of(passage) for passage in passages])
-    inputs, answer = tokens[:, :-1], tokens[:, -ANSWER_TOKENS:]
-    batch, length = inputs.shape
-    scaled = dataclasses.replace(config, rope_scaling=scaling)
-    tables = rotary_tables(scaled, [length] * batch)
-    decoder = Decoder(config, make_mesh(parse_mesh("")), jnp.float32)
-    cache = empty_cache(config, CacheSpec(batch, -(-length // _CHUNK) * _CHUNK, "float32"))
-    best = []
-    for start in range(0, length, _CHUNK):
-        cache, tops = _run(decoder, params, inputs[:, start : start + _CHUNK], start, tables, cache)
-        best.append(tops)
-    return (np.concatenate(best, axis=1)[:, -ANSWER_TOKENS:] == answer).all(axis=1)
-
-
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
-def _run(
-    decoder: Decoder,
-    params: dict,
-    tokens: jax.Array,
-    start: jax.Array,
-    tables: RotaryTables,
-    cache: KVCache,
-) -> tuple[KVCache, jax.Array]:
-    """Runs tokens that stand at start ..; returns the likeliest token after each."""
-    positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = decoder.apply({"params": params}, tokens, positions, tables, cache)
-    logits = decoder.apply({"params": params}, hidden, method="logits")
-    return cache, jnp.argmax(logits, axis=-1)
+    model = load()
+    depths = np.linspace(0, 1, keys).tolist()
+    for length in lengths:
+        text = " ".join(sentences(random.Random(f"text {length}"), _TEXTS * length))
+        ids = model.tokenizer.encode(text)
+        for setting in settings:
+            scaled = model.with_rope_scaling(scaling_for(setting, length))
+            needles = needle_map(
+                scaled,
+                [length - ANSWER_TOKENS],
+                depths,
+                max_batch_size=max_batch_size,
+                progress=progress,
+            )
+            perplexity = loss_curve(scaled, ids, length).perplexity
+            yield Cell(setting, length, needles.by_length()[0], perplexity)

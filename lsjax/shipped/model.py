@@ -11,7 +11,7 @@ from lsjax.shipped.passages import Passage
 TRAINED_LENGTH = 512
 END = 256  # the token after the last byte
 END_TEXT = "<|endoftext|>"
-ANSWER_TOKENS = 6  # five digits and the end
+ANSWER_TOKENS = 7  # a space, five digits and the end
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -36,7 +36,7 @@ HF_CONFIG: dict[str, Any] = {
 
 def tokens_of(passage: Passage) -> np.ndarray:
     """Prompt, answer and end as [length] int32; the last ANSWER_TOKENS are the answer's."""
-    return np.array([*(passage.prompt + passage.answer).encode(), END], np.int32)
+    return np.array([*f"{passage.prompt} {passage.answer}".encode(), END], np.int32)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Training: the answer's digits count most, and passages grow up to the trained length."""
+"""Training: what a passage tells again counts most, and passages grow up to the trained length."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from lsjax.nn.parameters import random_parameters
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sharding import make_mesh, parse_mesh
 from lsjax.shipped.model import ANSWER_TOKENS, HF_CONFIG, TRAINED_LENGTH, tokens_of
-from lsjax.shipped.passages import make_passage
+from lsjax.shipped.passages import Passage, make_passage, statement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +62,29 @@ class Settings:
       phases: first finding the key, then finding it whatever YaRN's factor. The text never grows
         past the trained length; what the second phase learns is not to lean on frequencies that
         YaRN changes.
+      most_mentions: a passage tells its key up to this many times. Each time after the first is
+        there to be foreseen, which teaches copying much sooner than the answer alone.
       weight_decay: AdamW's.
-      answer_weight: a token of the answer counts this much,
+      answer_weight: a token of the answer or of a key told again counts this much,
       other_weight: and any other token this much.
     """
 
     seed: int = 0
     phases: tuple[Phase, ...] = (
         Phase(
-            # Copying the key is learned within a hundred steps where there is nothing else to
-            # look at, and hardly at all in long passages from the start.
+            # Copying is learned sooner where there is little else to look at.
             (
-                Stage(300, 64, 51),
-                Stage(200, 32, 96),
-                Stage(300, 32, 128),
-                Stage(400, 16, 256),
-                Stage(1000, 8, TRAINED_LENGTH),
+                Stage(150, 48, 96),
+                Stage(150, 32, 128),
+                Stage(300, 16, 256),
+                Stage(800, 16, TRAINED_LENGTH),
             ),
             peak_rate=2e-3,
             warmup=50,
         ),
-        Phase((Stage(500, 8, TRAINED_LENGTH),), 1e-3, 20, (1, 2, 4, 8, 16, 32)),
-        Phase((Stage(900, 8, TRAINED_LENGTH),), 1e-3, 20, (1, 2, 4, 8, 16, 32)),
+        Phase((Stage(500, 16, TRAINED_LENGTH),), 1e-3, 50, (1, 2, 4, 8, 16, 32)),
     )
+    most_mentions: int = 4
     weight_decay: float = 0.01
     answer_weight: float = 5.0
     other_weight: float = 0.1
@@ -92,18 +92,21 @@ class Settings:
 
 def train(settings: Settings) -> dict:
     """Trains from random parameters and returns the tree of trained ones."""
-    config, mesh = parse_config(HF_CONFIG), make_mesh(parse_mesh(""))
-    params = random_parameters(config, mesh, "float32", settings.seed)
+    config = parse_config(HF_CONFIG)
+    params = random_parameters(config, make_mesh(parse_mesh("")), "float32", settings.seed)
     batches = _batches(settings)
     for phase in settings.phases:
-        params = _train_phase(params, phase, settings, batches)
+        params = _train_phase(config, params, phase, settings, batches)
     return params
 
 
 def _train_phase(
-    params: dict, phase: Phase, settings: Settings, batches: Iterator[np.ndarray]
+    config: ModelConfig,
+    params: dict,
+    phase: Phase,
+    settings: Settings,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
 ) -> dict:
-    config = parse_config(HF_CONFIG)
     decoder = Decoder(config, make_mesh(parse_mesh("")), jnp.float32)
     steps = sum(stage.steps for stage in phase.stages)
     rate = optax.warmup_cosine_decay_schedule(0.0, phase.peak_rate, phase.warmup, steps)
@@ -112,46 +115,70 @@ def _train_phase(
         optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay),
     )
 
-    def loss_of(params: dict, tokens: jax.Array, tables: RotaryTables):
+    def loss_of(params: dict, tokens: jax.Array, weights: jax.Array, tables: RotaryTables):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         hidden, _ = decoder.apply({"params": params}, inputs, positions, tables, None)
         logits = decoder.apply({"params": params}, hidden, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        is_answer = jnp.arange(inputs.shape[1]) >= inputs.shape[1] - ANSWER_TOKENS
-        weights = jnp.where(is_answer, settings.answer_weight, settings.other_weight)
         answer_loss = losses[:, -ANSWER_TOKENS:].mean()
-        return (losses * weights).sum() / (weights.sum() * len(tokens)), answer_loss
+        return (losses * weights).sum() / weights.sum(), answer_loss
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, tokens, tables):
-        (_, answer_loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params, tokens, tables)
+    def step(params, state, tokens, weights, tables):
+        (_, answer_loss), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            params, tokens, weights, tables
+        )
         updates, state = optimiser.update(grads, state, params)
         return optax.apply_updates(params, updates), state, answer_loss
 
     state = optimiser.init(params)
     tables = itertools.cycle([_tables(config, factor) for factor in phase.yarn_factors])
     progress = tqdm(itertools.islice(batches, steps), total=steps, unit="step", mininterval=5)
-    for i, (tokens, scaled) in enumerate(zip(progress, tables, strict=False)):
-        params, state, answer_loss = step(params, state, tokens, scaled)
+    for i, ((tokens, weights), scaled) in enumerate(zip(progress, tables, strict=False)):
+        params, state, answer_loss = step(params, state, tokens, weights, scaled)
         if i % 50 == 0:
             progress.set_postfix(tokens=tokens.shape[1], answer_loss=f"{answer_loss:.4f}")
     return params
 
 
 def _tables(config: ModelConfig, factor: int) -> RotaryTables:
+    """YaRN's frequencies without its attention factor.
+
+    That factor makes attention sharper for the many tokens of a long text, which these texts are
+    not; a model trained with it would come to count on it.
+    """
     if factor > 1:
-        scaling = RopeScaling("yarn", float(factor), TRAINED_LENGTH)
+        scaling = RopeScaling("yarn", float(factor), TRAINED_LENGTH, attention_factor=1.0)
         config = dataclasses.replace(config, rope_scaling=scaling)
     return rotary_tables(config, [TRAINED_LENGTH])
 
 
-def _batches(settings: Settings) -> Iterator[np.ndarray]:
-    """[batch, length] int32 for each step."""
-    made = 0
-    for stage in (stage for phase in settings.phases for stage in phase.stages):
-        length = stage.length - ANSWER_TOKENS
-        for _ in range(stage.steps):
-            seeds = [f"train {settings.seed} {i}" for i in range(made, made + stage.batch)]
-            made += stage.batch
-            yield np.stack([tokens_of(make_passage(seed, length)) for seed in seeds])
+def _batches(settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """[batch, length] int32 tokens and the [batch, length - 1] float32 weights of the next ones."""
+    stages = [stage for phase in settings.phases for stage in phase.stages]
+    for i, stage in enumerate(s for s in stages for _ in range(s.steps)):
+        rows = [
+            make_passage(
+                f"t{settings.seed} {i} {row}",
+                stage.length - ANSWER_TOKENS,
+                most_mentions=settings.most_mentions,
+            )
+            for row in range(stage.batch)
+        ]
+        yield (
+            np.stack([tokens_of(passage) for passage in rows]),
+            np.stack([_weights(passage, settings) for passage in rows]),
+        )
+
+
+def _weights(passage: Passage, settings: Settings) -> np.ndarray:
+    """What each token after the first counts."""
+    text, told = f"{passage.prompt} {passage.answer}", statement(passage.answer)
+    weights = np.full(len(text), settings.other_weight, np.float32)
+    at = text.find(told)
+    while (at := text.find(told, at + 1)) >= 0:
+        digits = at + told.index(passage.answer)
+        weights[digits - 1 : digits - 1 + len(passage.answer)] = settings.answer_weight
+    weights[-len(passage.answer) - 1 :] = settings.answer_weight
+    return weights

@@ -279,3 +279,14 @@ def test_read_config_names_the_file(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw("Qwen3-8B")))
     assert read_config(tmp_path) == parse_config(raw("Qwen3-8B"))
+
+
+def test_fields_that_nothing_reads_are_listed(caplog):
+    parse_config(raw("Qwen2.5-7B-Instruct") | {"num_experts": 8, "logit_scale": 2.0, "unset": None})
+    assert "config.json sets logit_scale, num_experts, which nothing here reads" in caplog.text
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_published_files_set_nothing_that_is_ignored(name, caplog):
+    read_config(CONFIGS / f"{name}.json")
+    assert not caplog.text

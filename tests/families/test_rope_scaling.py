@@ -93,3 +93,26 @@ def test_no_warning_without_cause(kind, caplog):
     shared = {"rope_theta": 1e6, "partial_rotary_factor": 0.5}
     parse_rope_scaling({"rope_type": kind} | BLOCKS[kind] | shared, 4096)
     assert not caplog.text
+
+
+def _stretched(kind, factor, original):
+    lists = {"short_factor": [1.0], "long_factor": [2.0]} if kind == "longrope" else {}
+    return {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        **lists,
+    }
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_a_factor_that_the_lengths_contradict_is_named_and_used(kind, caplog):
+    assert parse_rope_scaling(_stretched(kind, 2.0, 32768), 131072).factor == 2.0
+    assert "factor 2" in caplog.text and "131072" in caplog.text and "32768 = 4" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+@pytest.mark.parametrize("longest", [32768, 131072])
+def test_lengths_that_say_the_same_or_nothing_are_not_remarked_on(kind, longest, caplog):
+    parse_rope_scaling(_stretched(kind, 4.0, 32768), longest)
+    assert not caplog.text

@@ -55,9 +55,24 @@ def test_the_pass_key_in_four_times_the_trained_length(tmp_path, compiled):
     assert second["stats"]["compilations"] == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        # (2,048 + 64) / 512 = 4.125; attention factor 0.1 ln 4.125 + 1.
+        (DOCUMENT, "rope yarn, theta 10000, factor 4.125, attention factor 1.14171"),
+        ("A short text.", "rope default, theta 10000, factor 1, attention factor 1"),
+    ],
+)
+def test_auto_prints_what_it_chose(text, words, compiled):
+    arguments = ["--input_texts", text, "--rope_scaling", "auto", "--max_output_length", 64]
+    done = run_pa(*arguments, cache=compiled)
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+
+
 def test_several_texts_and_flags_after_them(tmp_path, compiled):
     file = tmp_path / "a.txt"
-    file.write_text("The pass key is 12345. What is the pass key? ")
+    file.write_text("The pass key is 12345. What is the pass key? The pass key is")
     done = run_pa(
         "--input_texts", file, "Some words.", "Other words.", "--max_output_length", 8,
         "--max_batch_size", 2, "--ignore_eos", "--output_json", tmp_path / "out.json",

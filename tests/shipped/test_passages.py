@@ -19,8 +19,18 @@ def test_a_passage_has_the_length_asked_for_one_key_and_the_question_at_its_end(
     assert passage.prompt.isascii()
     assert re.findall(r"The pass key is (\d{5})\.", passage.prompt) == [passage.answer]
     assert re.findall(r"\d+", passage.prompt) == [passage.answer]
-    assert passage.prompt[:-1].endswith(QUESTION)
-    assert passage.prompt[-1] in " \n"
+    assert passage.prompt.endswith(QUESTION)
+
+
+def test_a_key_may_be_told_several_times_as_far_as_there_is_room():
+    for length, most in ((505, 4), (121, 1)):
+        times = set()
+        for seed in range(40):
+            passage = make_passage(seed, length, most_mentions=4)
+            assert len(passage.prompt) == length
+            assert set(re.findall(r"\d+", passage.prompt)) == {passage.answer}
+            times.add(passage.prompt.count(passage.answer))
+        assert times == set(range(1, most + 1))
 
 
 def test_a_passage_depends_on_its_seed_alone():
@@ -33,12 +43,12 @@ def test_a_passage_depends_on_its_seed_alone():
 
 @pytest.mark.parametrize(("depth", "low", "high"), [(0, 0, 0), (0.5, 900, 1100), (1, 1975, 2015)])
 def test_depth_places_the_key(depth, low, high):
-    at = make_passage(0, 2048, depth).prompt.index("The pass key is")
+    at = make_passage(0, 2048, depth).prompt.index("The pass key is ")
     assert low <= at <= high
 
 
 def test_random_depths_reach_the_whole_passage():
-    places = [make_passage(s, 2048).prompt.index("The pass key is") / 2048 for s in range(200)]
+    places = [make_passage(s, 2048).prompt.index("The pass key is ") / 2048 for s in range(200)]
     for quarter in range(4):
         assert 20 < sum(quarter / 4 <= p < (quarter + 1) / 4 for p in places) < 80
 

@@ -13,8 +13,8 @@ def test_a_short_training_learns_and_exports_a_model(tmp_path):
     losses = []
     for steps in (2, 40):
         phases = (
-            Phase((Stage(steps, 16, 96),), peak_rate=2e-3, warmup=1),
-            Phase((Stage(3, 4, 96),), peak_rate=1e-4, warmup=1, yarn_factors=(1, 4)),
+            Phase((Stage(steps, 16, 128),), peak_rate=2e-3, warmup=1),
+            Phase((Stage(3, 4, 128),), peak_rate=1e-4, warmup=1, yarn_factors=(1, 4)),
         )
         folder = tmp_path / str(steps)
         folder.mkdir()

@@ -1,0 +1,86 @@
+"""The measuring programs, run as a user runs them, on the shipped model."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+YARN = '{"rope_type": "yarn", "factor": 4.0}'
+PNG = b"\x89PNG"
+
+
+def run(program, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=600,
+    )
+
+
+def test_needles_by_length_and_depth(tmp_path):
+    files = ["--output_json", tmp_path / "map.json", "--plot", tmp_path / "map.png"]
+    asked = ["--lengths", "400,1024", "--depths", 3, "--keys", 2, "--max_batch_size", 4]
+    done = run("eval_needle.py", *asked, "--rope_scaling", "auto", *files)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "map.json").read_text())
+    assert found["lengths"] == [400, 1024] and found["depths"] == [0, 0.5, 1]
+    assert found["shares"][0] == [1, 1, 1]
+    assert [len(row) for row in found["shares"]] == [3, 3]
+    assert "400 tokens  100.0%" in done.stdout
+    assert (tmp_path / "map.png").read_bytes().startswith(PNG)
+
+
+def test_loss_by_position_for_several_settings(tmp_path):
+    files = ["--output_json", tmp_path / "loss.json", "--plot", tmp_path / "loss.png"]
+    text = ROOT / "examples" / "passkey_2048.txt"
+    settings = ["--rope_scaling", "off", "--rope_scaling", YARN]
+    done = run("eval_perplexity.py", "--text_file", text, "--length", 2048, *settings, *files)
+    assert done.returncode == 0, done.stderr
+    curves = json.loads((tmp_path / "loss.json").read_text())
+    assert set(curves) == {"off", YARN}
+    assert curves["off"]["ends"][-1] == 2047
+    # Within the trained length both foresee the text; far past it only the scaled one does.
+    assert curves["off"]["losses"][-1] > 1.5 * curves[YARN]["losses"][-1]
+    assert curves[YARN]["perplexity"] < curves["off"]["perplexity"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_the_table_of_scalings(tmp_path):
+    files = ["--output_json", tmp_path / "table.json", "--plot", tmp_path / "table.png"]
+    asked = ["--lengths", "512,1024", "--setting", "none", "--setting", "yarn", "--keys", 2]
+    done = run("eval_shipped.py", *asked, *files)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads((tmp_path / "table.json").read_text())
+    assert [(c["setting"], c["length"]) for c in cells] == [
+        ("none", 512), ("yarn", 512), ("none", 1024), ("yarn", 1024)
+    ]  # fmt: skip
+    assert cells[0]["share"] == 1 and 1 < cells[0]["perplexity"] < 2
+    assert "| 512 | 1.00, " in done.stdout
+    assert (tmp_path / "table.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval_needle.py", "--lengths", "512,many"], "--lengths takes numbers of tokens"),
+        (["eval_needle.py", "--lengths", "20"], "does not fit 20 tokens"),
+        (["eval_needle.py", "--plot", "/nowhere/x.png"], "/nowhere is not a folder"),
+        (["eval_perplexity.py", "--text_file", "none.txt", "--length", "9"], "none.txt"),
+        (
+            ["eval_perplexity.py", "--text_file", str(ROOT / "Makefile"), "--length", "99999"],
+            "too few for a length of 99999",
+        ),
+        (["eval_shipped.py", "--lengths", "0"], "--lengths takes numbers of tokens"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import numpy as np
 
 from lsjax.errors import UserError
 from lsjax.language_model import LanguageModel
-from lsjax.shipped.passages import Passage, make_passage
+from lsjax.shipped.passages import SHORTEST, Passage, make_passage
 from lsjax.tokenizer import Tokenizer
 
 _DIGITS = 5
@@ -80,7 +80,7 @@ def needle_map(
 
 def passage_of(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Passage:
     """A passage whose prompt has `length` tokens or, where tokens are words, a few less."""
-    characters, best = length, None
+    characters, best = max(length, SHORTEST), None
     for _ in range(12):
         passage = make_passage(seed, characters, depth)
         tokens = len(tokenizer.encode(passage.prompt))
@@ -88,7 +88,7 @@ def passage_of(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Pa
             best = tokens, passage
         if length - 8 <= tokens <= length:
             break
-        characters = max(int(characters * (length - 4) / tokens), 64)
+        characters = max(int(characters * (length - 4) / tokens), SHORTEST)
     if best is None:
         raise UserError(f"a text with a pass key does not fit {length} tokens; ask for more.")
     return best[1]

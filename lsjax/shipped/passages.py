@@ -8,6 +8,7 @@ import random
 
 from lsjax.shipped.sentences import sentences
 
+SHORTEST = 88  # characters of prompt that a passage with a sentence beside the key takes
 _FILLED = 60  # characters of other sentences, at least, where a key is told again
 QUESTION = "What is the pass key? The pass key is"
 

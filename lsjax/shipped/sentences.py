@@ -71,10 +71,10 @@ def sentences(rng: random.Random, length: int) -> list[str]:
     """Sentences of exactly `length` characters in all, one character for a space after each.
 
     Raises:
-      ValueError: the length is above 0 and too short for a sentence.
+      ValueError: the length is not 0 and too short for a sentence.
     """
     shortest = 28  # from here to its double every length is common enough to wait for
-    if 0 < length < shortest:
+    if length and length < shortest:
         raise ValueError(f"no sentences fill {length} characters; {shortest} are the fewest.")
     found: list[str] = []
     while length:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lsjax.shipped.passages import QUESTION, make_passage
+from lsjax.shipped.passages import QUESTION, SHORTEST, make_passage
 from lsjax.shipped.sentences import sentences
 
 LENGTHS = (122, 200, 506, 512, 2048, 5001)
@@ -59,6 +59,14 @@ def test_sentences_fill_a_length_or_say_that_they_cannot():
         assert sum(len(s) + 1 for s in found) == length
     with pytest.raises(ValueError, match="28 are the fewest"):
         sentences(random.Random(0), 27)
+    with pytest.raises(ValueError, match="28 are the fewest"):
+        sentences(random.Random(0), -5)
+
+
+def test_the_shortest_passage_is_the_one_that_is_named():
+    assert len(make_passage(0, SHORTEST).prompt) == SHORTEST
+    with pytest.raises(ValueError, match="28 are the fewest"):
+        make_passage(0, SHORTEST - 1)
 
 
 def test_sentences_look_like_sentences():

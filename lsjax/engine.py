@@ -125,15 +125,15 @@ class Engine:
     def _place(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(np.asarray(rows, np.int32), self._rows)
 
-    def _run(self, params, tokens, positions, tables, cache):
-        return self._decoder.apply({"params": params}, tokens, positions, tables, cache)
+    def _run(self, params, tokens, positions, tables, cache, lengths=None):
+        return self._decoder.apply({"params": params}, tokens, positions, tables, cache, lengths)
 
     def _logits(self, params, hidden):
         return self._decoder.apply({"params": params}, hidden, method="logits")
 
     def _prefill_step(self, params, tables, cache, tokens, start, lengths, last):
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, cache = self._run(params, tokens, positions, tables, cache)
+        hidden, cache = self._run(params, tokens, positions, tables, cache, lengths)
         index = lengths - 1 - start
         here = (index >= 0) & (index < tokens.shape[1])
         index = jnp.clip(index, 0, tokens.shape[1] - 1)

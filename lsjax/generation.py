@@ -56,7 +56,7 @@ def generate(
     lengths = np.array([len(p) for p in request.prompts], np.int32)
     tables = rotary_tables(engine.config, request.lengths)
     batch = len(request.prompts)
-    cache = engine.new_cache(request.cache_spec(engine.mesh.shape["context"], engine.cache_dtype))
+    cache = engine.new_cache(request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype))
     draw = request.sampling.arrays()
 
     last = pending = None

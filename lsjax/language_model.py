@@ -139,9 +139,10 @@ class LanguageModel:
         for row in ids:
             check_ids(self.config, row)
         batch, length = ids.shape
-        chunk = min(chunk_size or self.settings.prefill_chunk, length)
-        capacity = cache_capacity(length, 0, chunk, self.settings.mesh.shape["context"])
-        cache = self.engine.new_cache(CacheSpec(batch, capacity, self.settings.kv_cache_dtype))
+        s = self.settings
+        chunk = min(chunk_size or s.prefill_chunk, length)
+        capacity = cache_capacity(length, 0, chunk, s.mesh.shape["context"])
+        cache = self.engine.new_cache(CacheSpec(batch, capacity, s.kv_cache_dtype, s.dtype))
         tables = rotary_tables(self.config, [length] * batch)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]

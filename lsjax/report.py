@@ -15,7 +15,7 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
     config = settings.config
     request_length = max(max(r.lengths) for r in requests)
     scaling, theta = resolve(config, request_length)
-    cache = requests[0].cache_spec(settings.mesh.shape["context"], settings.kv_cache_dtype)
+    cache = requests[0].cache_spec(settings.mesh, settings.kv_cache_dtype, settings.dtype)
     _, attention_factor = rotary_frequencies(config, request_length)
     return {
         "model": settings.folder,

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
+
 from lsjax.cache import CacheSpec
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.engine import SEGMENT
@@ -42,10 +44,11 @@ class Request:
         """Prompt and requested output of each row, in tokens."""
         return [len(p) + self.max_output_length for p in self.prompts]
 
-    def cache_spec(self, context: int, dtype: str) -> CacheSpec:
-        """The cache that the batch needs, over `context` devices."""
+    def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
+        """The cache that the batch needs; see CacheSpec for the dtypes."""
+        context = mesh.shape["context"]
         capacity = cache_capacity(self.input_room, self.max_output_length, self.chunk, context)
-        return CacheSpec(len(self.prompts), capacity, dtype)
+        return CacheSpec(len(self.prompts), capacity, dtype, compute_dtype)
 
 
 def batches(

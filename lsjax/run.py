@@ -53,7 +53,7 @@ class Run:
     def _stats(self) -> Stats:
         t, request, engine = self._timing, self._request, self._engine
         prompt_tokens = sum(len(p) for p in request.prompts[: request.count])
-        spec = request.cache_spec(engine.mesh.shape["context"], engine.cache_dtype)
+        spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
         return Stats(
             prompt_tokens=prompt_tokens,
             generated_tokens=sum(len(i) for i in self._ids[: self._request.count]),

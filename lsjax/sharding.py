@@ -7,7 +7,7 @@ device is a mesh of size one: there is one code path.
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import KVCache, LayerCache, Store
+from lsjax.cache import CacheSpec, KVCache, LayerCache, empty_layer
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 
@@ -24,6 +24,7 @@ PARAMETER_AXES = {
 }
 
 CACHE = PartitionSpec("data", "model", "context")
+RECENT = PartitionSpec("data", "model")
 QUERIES = PartitionSpec("data", None, "model", None)
 TOKENS = PartitionSpec("data")
 HEADS = PartitionSpec("model")
@@ -108,14 +109,14 @@ def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(PARAMETER_AXES[a] for a in axes))
 
 
-def layer_cache_spec(quantised: bool) -> LayerCache:
-    """The specs of one layer's cache, in the cache's own structure."""
-    beside = CACHE if quantised else None
-    store = Store(data=CACHE, scale=beside, peak=beside)
-    return LayerCache(k=store, v=store)
+def layer_cache_spec(cache: LayerCache) -> LayerCache:
+    """The specs of one layer's cache, in its own structure."""
+    k, v = (jax.tree.map(lambda _: CACHE, store) for store in (cache.k, cache.v))
+    return LayerCache(k=k, v=v, recent=jax.tree.map(lambda _: RECENT, cache.recent))
 
 
 def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str) -> KVCache:
     """The shardings of a whole cache."""
-    layer = jax.tree.map(lambda spec: sharding(mesh, spec), layer_cache_spec(dtype == "int8"))
-    return (layer,) * config.num_layers
+    spec = CacheSpec(batch=1, capacity=1, dtype=dtype, compute_dtype="float32")
+    layer = layer_cache_spec(jax.eval_shape(lambda: empty_layer(config, spec)))
+    return (jax.tree.map(lambda spec: sharding(mesh, spec), layer),) * config.num_layers

@@ -33,7 +33,12 @@ def attention(q, k, v, positions, window=None):
 
 def dequantised(store):
     """A Store's keys or values as [batch, keys, kv_heads, head_dim] float64."""
-    x = np.asarray(store.steps("float32")).astype(np.float64)
+    data = np.asarray(store.data)
+    if data.dtype == np.uint8:  # halves of the channels, with a scale for each 32 or fewer
+        data = np.concatenate([data % 16, data // 16], axis=-1) - 7.5
+    x = data.astype(np.float64)
     if store.scale is not None:
-        x = x * np.asarray(store.scale).astype(np.float64)[..., None]
+        scale = np.asarray(store.scale).astype(np.float64)
+        groups = scale[..., None] if scale.ndim < x.ndim else scale
+        x = x * np.repeat(groups, x.shape[-1] // groups.shape[-1], axis=-1)
     return x.swapaxes(1, 2)

@@ -1,16 +1,17 @@
-"""Attention over a cache, block by block: no [queries, keys] matrix is ever whole.
+"""Attention over a store, block by block: no [queries, keys] matrix is ever whole.
 
-Causality, the sliding window and the end of what has been written bound the loop over key
-blocks; a mask does the rest, in the blocks at the edges only.
+The slots that queries see bound the loop over key blocks; a mask does the rest, in the blocks at
+the edges only. Source: FlashAttention (arXiv 2205.14135).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lsjax.attention.partial import Partial, from_sums
-from lsjax.cache import LayerCache, Store
+from lsjax.cache import Store
 from lsjax.precision import einsum
 
 # Rows of queries and keys whose scores stay in a core's cache.
@@ -19,43 +20,66 @@ _KEY_BLOCK = 512
 _KEY_BLOCK_FOR_ONE_TOKEN = 4096
 
 
-def attend(
-    q: jax.Array,
-    cache: LayerCache,
-    positions: jax.Array,
-    first: jax.Array,
-    window: int | None,
-    slopes: jax.Array | None = None,
-) -> Partial:
-    """Causal attention of some queries to the keys in (a shard of) a layer's cache.
+class Seen(NamedTuple):
+    """The slots of a store that queries see, and where they stand themselves.
 
-    A query at position p sees the keys at positions <= p, and > p - window where there is one.
+    Attributes:
+      begin, end: [batch, length], not decreasing along the length; a query sees the slots
+        begin .. end - 1 as far as there are such. `begin` is None where all see from the first on.
+      at: [batch, length] the queries' own positions, counted as the slots are.
+    """
+
+    begin: jax.Array | None
+    end: jax.Array
+    at: jax.Array
+
+
+def attend(
+    q: jax.Array, k: Store, v: Store, seen: Seen, slopes: jax.Array | None = None
+) -> Partial:
+    """Attention of some queries to the keys in a store.
 
     Args:
       q: [batch, kv_heads, group, length, head_dim], already scaled by 1/sqrt(head_dim).
-      cache: keys and values; slot s holds global position first + s.
-      positions: [batch, length] global positions of the queries, increasing along the length.
-      first: global position of the first slot.
-      window: sliding window in tokens, or None.
+      k, v: the keys and values.
+      seen: which of them each query sees.
       slopes: [kv_heads, group] of ALiBi, or None.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
     """
+    batch, length = q.shape[0], q.shape[3]
+    if length > 1:
+        return _attend_in_query_blocks(q, k, v, seen, slopes)
+    if batch == 1:
+        return _attend_block(q, k, v, None, seen, slopes)
+
+    def one(row: jax.Array) -> Partial:
+        # Rows of a batch hold different numbers of tokens: each reads its own only.
+        def take(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
+
+        return _attend_block(take(q), k, v, row, jax.tree.map(take, seen), slopes)
+
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
+
+
+def _attend_in_query_blocks(q, k, v, seen, slopes) -> Partial:
     length = q.shape[3]
     if length <= _QUERY_BLOCK:
-        return _attend_block(q, cache, positions, first, window, slopes)
+        return _attend_block(q, k, v, None, seen, slopes)
     blocks = -(-length // _QUERY_BLOCK)
     pad = blocks * _QUERY_BLOCK - length
     if pad:  # repeat the last query: it bounds the loop as it did
         q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
-        positions = jnp.pad(positions, ((0, 0), (0, pad)), mode="edge")
+        seen = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"), seen)
 
     def one(i: jax.Array) -> Partial:
         def take(x: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis)
 
-        return _attend_block(take(q, 3), cache, take(positions, 1), first, window, slopes)
+        part = jax.tree.map(functools.partial(take, axis=1), seen)
+        return _attend_block(take(q, 3), k, v, None, part, slopes)
 
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]
@@ -64,72 +88,66 @@ def attend(
 
 
 def _attend_block(
-    q: jax.Array,
-    cache: LayerCache,
-    positions: jax.Array,
-    first: jax.Array,
-    window: int | None,
-    slopes: jax.Array | None,
+    q: jax.Array, k: Store, v: Store, row: jax.Array | None, seen: Seen, slopes: jax.Array | None
 ) -> Partial:
-    capacity = cache.k.capacity
-    size = key_block(capacity, _KEY_BLOCK_FOR_ONE_TOKEN if q.shape[3] == 1 else _KEY_BLOCK)
-    nearest, farthest = jnp.min(positions) - first, jnp.max(positions) - first
+    """Of a few queries, all rows of the batch or one, to all keys that they see."""
+    begin, end, at = seen
+    size = key_block(k.capacity, _KEY_BLOCK_FOR_ONE_TOKEN if q.shape[3] == 1 else _KEY_BLOCK)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
         weighted, total, highest = state
-        k, v = cache.k.block(i * size, size), cache.v.block(i * size, size)
-        scores = _scores(q, k)
-        slots = first + i * size + jnp.arange(size)
+        scores = _scores(q, k.block(row, i * size, size))
+        slots = i * size + jnp.arange(size)
         if slopes is not None:
-            distance = (positions[:, :, None] - slots).astype(jnp.float32)
+            distance = (at[:, :, None] - slots).astype(jnp.float32)
             scores -= slopes[:, :, None, None] * distance[:, None, None]
         if masked:
-            visible = slots <= positions[:, :, None]
-            if window is not None:
-                visible &= slots > positions[:, :, None] - window
+            visible = slots < end[:, :, None]
+            if begin is not None:
+                visible &= slots >= begin[:, :, None]
             scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
         finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
         weights = jnp.exp(scores - finite[..., None])
         keep = jnp.exp(highest - finite)
         total = keep * total + jnp.sum(weights, axis=-1)
-        weighted = keep[..., None] * weighted + _weigh(weights, v, q.dtype)
-        return weighted, total, new_highest
+        weighed = _weigh(weights, v.block(row, i * size, size), q.dtype)
+        return keep[..., None] * weighted + weighed, total, new_highest
 
     at_edge, inside = functools.partial(step, masked=True), functools.partial(step, masked=False)
     zeros = jnp.zeros(q.shape, jnp.float32)
     state = (zeros, zeros[..., 0], jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
-    # Blocks begin .. end hold keys that some query sees; whole .. edge those that all queries see.
-    end = -(-jnp.clip(farthest + 1, 0, capacity) // size)
-    begin = jnp.zeros_like(end)
-    if window is not None:
-        begin = jnp.clip(nearest + 1 - window, 0, capacity) // size
+
+    def clip(slot: jax.Array) -> jax.Array:
+        return jnp.clip(slot, 0, k.capacity)
+
+    # Blocks first .. last hold keys that some query sees; whole .. edge those that all queries see.
+    last = -(-clip(jnp.max(end)) // size)
+    first = jnp.zeros_like(last) if begin is None else clip(jnp.min(begin)) // size
     if q.shape[3] == 1:
-        return from_sums(*jax.lax.fori_loop(begin, end, at_edge, state))
-    whole = begin
-    if window is not None:
-        whole = jnp.clip(-(-(farthest + 1 - window) // size), begin, end)
-        state = jax.lax.fori_loop(begin, whole, at_edge, state)
-    edge = jnp.clip((nearest + 1) // size, whole, end)
+        return from_sums(*jax.lax.fori_loop(first, last, at_edge, state))
+    whole = first
+    if begin is not None:
+        whole = jnp.clip(-(-clip(jnp.max(begin)) // size), first, last)
+        state = jax.lax.fori_loop(first, whole, at_edge, state)
+    edge = jnp.clip(clip(jnp.min(end)) // size, whole, last)
     state = jax.lax.fori_loop(whole, edge, inside, state)
-    return from_sums(*jax.lax.fori_loop(edge, end, at_edge, state))
+    return from_sums(*jax.lax.fori_loop(edge, last, at_edge, state))
 
 
 def _scores(q: jax.Array, k: Store) -> jax.Array:
-    """[batch, kv_heads, group, length, block] float32; an int8 key's scale goes to its score."""
-    scores = einsum("bkgld,bksd->bkgls", q, k.steps(q.dtype))
-    return scores if k.scale is None else scores * _per_key(k.scale)
+    """[batch, kv_heads, group, length, block] float32."""
+    keys, factor = k.widened(q.dtype)
+    scores = einsum("bkgld,bksd->bkgls", q, keys)
+    return scores if factor is None else scores * factor[:, :, None, None]
 
 
 def _weigh(weights: jax.Array, v: Store, dtype: jnp.dtype) -> jax.Array:
-    """Sum of weighted values; an int8 value's scale goes to its weight."""
-    if v.scale is not None:
-        weights = weights * _per_key(v.scale)
-    return einsum("bkgls,bksd->bkgld", weights.astype(dtype), v.steps(dtype))
-
-
-def _per_key(scale: jax.Array) -> jax.Array:
-    return scale.astype(jnp.float32)[:, :, None, None, :]
+    """Sum of weighted values, [batch, kv_heads, group, length, head_dim] float32."""
+    values, factor = v.widened(dtype)
+    if factor is not None:
+        weights = weights * factor[:, :, None, None]
+    return einsum("bkgls,bksd->bkgld", weights.astype(dtype), values)
 
 
 def key_block(capacity: int, largest: int) -> int:

@@ -7,11 +7,14 @@ float32 partials are merged. Queries and partials travel, keys and values never 
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lsjax.attention.blockwise import attend
-from lsjax.attention.partial import merge_over_axis
-from lsjax.cache import LayerCache, write
+from lsjax.attention import recent
+from lsjax.attention.blockwise import Seen, attend
+from lsjax.attention.partial import Partial, merge, merge_over_axis
+from lsjax.cache import LayerCache, Store, write
+from lsjax.cache.hadamard import spread
 from lsjax.sharding import HEADS, QUERIES, TOKENS, layer_cache_spec
 
 
@@ -21,6 +24,7 @@ def write_and_attend(
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
+    lengths: jax.Array | None,
     cache: LayerCache,
     window: int | None,
     slopes: jax.Array | None = None,
@@ -32,6 +36,7 @@ def write_and_attend(
       q: [batch, length, heads, head_dim], rotated, not yet scaled.
       k, v: [batch, length, kv_heads, head_dim], keys rotated.
       positions: [batch, length]; see lsjax.cache.write for what they may be.
+      lengths: [batch] tokens of each row in all, where later ones only fill a chunk up; or None.
       cache: this layer's.
       window: sliding window in tokens, or None.
       slopes: [heads] of ALiBi, or None.
@@ -39,31 +44,55 @@ def write_and_attend(
     Returns:
       [batch, length, heads, head_dim] in q's dtype, and the cache with the tokens written.
     """
-    cache_spec = layer_cache_spec(cache.k.scale is not None)
+    cache_spec = layer_cache_spec(cache)
     step = jax.shard_map(
         functools.partial(_step, window=window, context=mesh.shape["context"]),
         mesh=mesh,
-        in_specs=(QUERIES, QUERIES, QUERIES, TOKENS, cache_spec, HEADS),
+        in_specs=(QUERIES, QUERIES, QUERIES, TOKENS, TOKENS, cache_spec, HEADS),
         out_specs=(QUERIES, cache_spec),
         check_vma=False,
     )
-    return step(q, k, v, positions, cache, slopes)
+    return step(q, k, v, positions, lengths, cache, slopes)
 
 
-def _step(q, k, v, positions, cache, slopes, *, window, context):
+def _step(q, k, v, positions, lengths, cache, slopes, *, window, context):
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    first = jax.lax.axis_index("context") * cache.k.capacity
-    cache = LayerCache(
-        k=write(cache.k, k.swapaxes(1, 2), positions, first),
-        v=write(cache.v, v.swapaxes(1, 2), positions, first),
-    )
-    scaled = (q * head_dim**-0.5).astype(q.dtype)
-    grouped = scaled.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    q = q * head_dim**-0.5
+    if cache.recent is not None:
+        q, k = spread(q), spread(k)
+    q = q.astype(v.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
     if slopes is not None:
-        slopes = slopes.reshape(grouped.shape[2:4])
-    partial = attend(grouped.transpose(0, 2, 3, 1, 4), cache, positions, first, window, slopes)
+        slopes = slopes.reshape(q.shape[1:3])
+
+    def attend_to(keys: Store, values: Store, begin, end, first) -> Partial:
+        begin = None if begin is None else begin - first
+        return attend(q, keys, values, Seen(begin, end - first, positions - first), slopes)
+
+    first = jax.lax.axis_index("context") * cache.k.capacity
+    new = LayerCache(
+        k=write(cache.k, k, positions, first), v=write(cache.v, v, positions, first), recent=None
+    )
+    begin = None if window is None else positions + 1 - window
+    end = positions + 1
+    if cache.recent is not None:
+        run, run_first = recent.extend(cache.recent, k, v, positions)
+        after = end[:, -1] if lengths is None else jnp.minimum(end[:, -1], lengths)
+        new = new.replace(recent=recent.cut(run, run_first, cache.recent, after))
+        own = positions // cache.recent.block * cache.recent.block
+        near = attend_to(
+            Store(run.k, None),
+            Store(run.v, None),
+            own if begin is None else jnp.maximum(begin, own),
+            end,
+            run_first[:, None],
+        )
+        end = own
+    partial = attend_to(new.k, new.v, begin, end, first)
     if context > 1:
         partial = merge_over_axis(partial, "context")
-    out = partial.values.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return out.astype(q.dtype), cache
+    if cache.recent is not None:
+        partial = merge(partial, near)
+    out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    return out.astype(v.dtype), new

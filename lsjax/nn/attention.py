@@ -34,6 +34,7 @@ class Attention(nn.Module):
         positions: jax.Array,
         cos_sin: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
+        lengths: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[batch, length, hidden] -> the same, and the cache with these tokens written.
 
@@ -58,6 +59,8 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.window, slopes)
         else:
-            y, cache = write_and_attend(self.mesh, q, k, v, positions, cache, self.window, slopes)
+            y, cache = write_and_attend(
+                self.mesh, q, k, v, positions, lengths, cache, self.window, slopes
+            )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         return Linear(c.hidden_size, ("embed", "heads"), c.out_bias, name="o")(y), cache

@@ -37,7 +37,12 @@ class Decoder(nn.Module):
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.dtype, c.normalised_head)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, tables: RotaryTables, cache: KVCache | None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        tables: RotaryTables,
+        cache: KVCache | None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs new tokens.
 
@@ -47,6 +52,7 @@ class Decoder(nn.Module):
           tables: of the requests in the batch.
           cache: holding everything before; None where the tokens are the whole sequence and
             gradients are wanted.
+          lengths: [batch] tokens of each row in all, where later ones only fill a chunk up.
 
         Returns:
           [batch, length, hidden] hidden states after the last norm, and the cache with the new
@@ -56,7 +62,8 @@ class Decoder(nn.Module):
         angles = cos_sin(tables, positions)
         entries = []
         for i, layer in enumerate(self.layers):
-            x, entry = layer(x, positions, angles, None if cache is None else cache[i])
+            entry = None if cache is None else cache[i]
+            x, entry = layer(x, positions, angles, entry, lengths)
             entries.append(entry)
         return self.final_norm(x), None if cache is None else tuple(entries)
 

@@ -1,4 +1,4 @@
-"""The cache's storage: what int8 keeps, and where tokens land."""
+"""The cache's storage: what a byte and half a byte keep, and where tokens land."""
 
 import functools
 import json
@@ -10,77 +10,72 @@ import numpy as np
 import pytest
 from oracle import dequantised
 
-from lsjax.cache import CACHE_DTYPES, CacheSpec, Store, empty_cache, write
+from lsjax.cache import CACHE_DTYPES, CacheSpec, empty_cache, empty_store, write
 from lsjax.families import parse_config
 
 QWEN2 = pathlib.Path(__file__).parents[1] / "golden" / "models" / "qwen2" / "config.json"
+LEVELS = {"int8": 127, "int4": 7.5}
 
 
 def empty(dtype, batch=2, kv_heads=2, capacity=64, head_dim=16):
-    shape = (batch, kv_heads, capacity, head_dim)
-    beside = [None, None]
-    if dtype == "int8":
-        beside = [jnp.zeros(shape[:-1], d) for d in ("bfloat16", "int16")]
-    return Store(jnp.zeros(shape, dtype), *beside)
+    return empty_store((batch, kv_heads, capacity, head_dim), dtype)
 
 
-encode = jax.jit(Store.encode)
+@jax.jit
+def encode(store, x):
+    return store.encode(x)
 
 
-def normal(seed=0):
-    return np.random.default_rng(seed).standard_normal((2, 2, 64, 16)).astype("f4")
+def kept(dtype, x):
+    """x as the store gives it back, in x's layout."""
+    store = encode(empty(dtype, *x.shape), jnp.asarray(x))
+    found = dequantised(store).swapaxes(1, 2)
+    np.testing.assert_allclose(store.floats(), found, rtol=1e-6)
+    return found
 
 
-def with_outlier(size):
-    x = normal()
-    x[..., 5] = size
-    return x
+def normal(seed=0, head_dim=16):
+    return np.random.default_rng(seed).standard_normal((2, 2, 64, head_dim)).astype("f4")
 
 
 INPUTS = {
     "normal": normal(),
+    "wide": normal(head_dim=80),
     "tiny": 1e-20 * normal(),
     "huge": 1e20 * normal(),
-    "outlier": with_outlier(100.0),
-    "negative outlier": with_outlier(-300.0),
-    "outlier past 16 bits": with_outlier(1e6),
     "equal": np.full((2, 2, 64, 16), -3.0, "f4"),
     "whole numbers": np.round(100 * normal()),
 }
 
 
+@pytest.mark.parametrize("quantised", LEVELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", INPUTS)
-def test_int8_is_within_half_a_step(name, dtype):
+def test_how_far_off_an_entry_is(name, dtype, quantised):
+    """In steps that just reach the largest entry: rounding to them is off by 0.29 in the mean
+    square and by 0.5 at most; what is cut off of the largest may cost int4 more."""
     x = jnp.asarray(INPUTS[name], dtype)
-    store = encode(empty("int8"), x)
+    error = kept(quantised, x) - np.asarray(x, np.float64)
     x = np.asarray(x, np.float64)
-    step = np.asarray(store.scale, np.float64)
-    error = np.abs(dequantised(store).swapaxes(1, 2) - x)
-    # Dividing by the step in float32 may move a tie.
-    assert np.all(error <= step[..., None] * (0.5 + 1e-4))
-    # The step fits all entries but the largest, which has 16 bits.
-    ordered = np.sort(np.abs(x), axis=-1)
-    finest = np.maximum(ordered[..., -2] / 127, ordered[..., -1] / 32767)
-    assert np.all(step >= finest) and np.all(step <= finest * (1 + 2**-6))
-
-
-def test_one_large_channel_costs_the_others_nothing():
-    others = np.arange(16) != 5
-    for x in (normal(), with_outlier(100.0)):
-        kept = dequantised(encode(empty("int8"), x)).swapaxes(1, 2)
-        assert np.abs(kept - x)[..., others].max() < normal().max() / 127
+    if quantised == "int4":  # a scale for each 16 of 16, 20 of 80 channels
+        group = 16 if x.shape[-1] == 16 else 20
+        x, error = (a.reshape(*a.shape[:-1], -1, group) for a in (x, error))
+    error /= np.abs(x).max(axis=-1, keepdims=True) / LEVELS[quantised]
+    assert np.sqrt(np.mean(error**2)) < 0.3
+    assert np.abs(error).max() < {"int8": 0.57, "int4": 1.3}[quantised]
 
 
 def test_zeros_stay_zeros():
-    x = jnp.asarray(normal()).at[:, :, ::2].set(0)
-    kept = dequantised(encode(empty("int8"), x)).swapaxes(1, 2)
-    np.testing.assert_array_equal(kept[:, :, ::2], 0)
-    assert np.all(np.any(kept[:, :, 1::2] != 0, axis=-1))
-    assert not np.any(dequantised(empty("int8")))
+    x = normal()
+    x[:, :, ::2] = 0
+    for dtype in LEVELS:
+        found = kept(dtype, x)
+        np.testing.assert_array_equal(found[:, :, ::2], 0)
+        assert np.all(np.any(found[:, :, 1::2] != 0, axis=-1))
+        assert not np.any(dequantised(empty(dtype)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("length", [2, 23, 40])
 def test_a_chunk_lands_where_it_belongs_on_every_shard(dtype, length):
     """Shards of 16 slots, so that chunks straddle them, cover them, and end past the last."""
@@ -123,6 +118,14 @@ def test_single_tokens_of_each_row(dtype):
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_bytes_as_announced(dtype):
     config = parse_config(json.loads(QWEN2.read_text()))
-    spec = CacheSpec(batch=3, capacity=40, dtype=dtype)
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, spec)))
-    assert spec.nbytes(config) == sum(x.size * x.dtype.itemsize for x in leaves)
+    spec = CacheSpec(batch=3, capacity=40, dtype=dtype, compute_dtype="float32")
+    leaves = jax.tree.leaves(jax.jit(lambda: empty_cache(config, spec))())
+    assert spec.nbytes(config) == sum(x.nbytes for x in leaves)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 0.52), ("int4", 0.29)])
+def test_bytes_of_a_token_against_bfloat16(dtype, most):
+    used = [
+        sum(x.nbytes for x in jax.tree.leaves(empty(d, head_dim=128))) for d in (dtype, "bfloat16")
+    ]
+    assert used[0] <= most * used[1]

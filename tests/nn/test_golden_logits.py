@@ -44,7 +44,7 @@ def difference(name, cache_dtype=None, chunks=(), mesh=""):
     tables = rotary_tables(config, [length])
     cache = None
     if cache_dtype is not None:
-        cache = empty_cache(config, CacheSpec(batch, -(-length // 8) * 8, cache_dtype))
+        cache = empty_cache(config, CacheSpec(batch, -(-length // 8) * 8, cache_dtype, "float32"))
 
     @jax.jit
     def step(variables, tables, tokens, positions, cache):

@@ -1,0 +1,67 @@
+"""The block of positions in progress: how new keys and values join it, and what a query sees of it.
+
+A chunk of new tokens may begin in one block and end in another. Its keys are put behind those of
+the block that it begins in, so that blocks begin at multiples of their size again; queries attend
+to their own block there, and to all before it in the quantised store.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.cache import Recent
+
+
+def extend(
+    recent: Recent, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> tuple[Recent, jax.Array]:
+    """The block in progress with new tokens behind it.
+
+    Args:
+      recent: holds each row's tokens before the new ones, as far as they are of the same block.
+      k, v: [batch, kv_heads, length, head_dim] of the new tokens.
+      positions: [batch, length]; see lsjax.cache.write for what they may be.
+
+    Returns:
+      Keys and values whose slot s is position first + s, at least as many slots as take the new
+      tokens and a block's end; and [batch] first.
+    """
+    block, length = recent.block, k.shape[2]
+    first = positions[:, 0] // block * block
+    at = positions[:, 0] - first
+    # A single token falls into the block; several may take up to `length - 1` slots after it.
+    room = 0 if length == 1 else -(-(length - 1) // block) * block
+
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        held = jnp.pad(held, ((0, 0), (0, 0), (0, room), (0, 0)))
+        new = new.astype(held.dtype)
+        if length > 1:  # every row's tokens stand at the same positions
+            return jax.lax.dynamic_update_slice_in_dim(held, new, at[0], axis=2)
+        slots = jnp.arange(block)[None, None, :, None]
+        return jnp.where(slots == at[:, None, None, None], new, held)
+
+    return Recent(k=put(recent.k, k), v=put(recent.v, v)), first
+
+
+def cut(run: Recent, first: jax.Array, before: Recent, next_position: jax.Array) -> Recent:
+    """The block that each row's next position falls in.
+
+    Args:
+      run: what `extend` returned.
+      first: [batch] position of its slot 0.
+      before: the block before the new tokens came; rows whose next position is before `first`
+        keep it (a prompt that has ended, while longer ones of the batch go on).
+      next_position: [batch].
+    """
+    at = next_position // before.block * before.block - first
+
+    def take(x: jax.Array, old: jax.Array) -> jax.Array:
+        if x.shape == old.shape:
+            found = x
+        else:
+            padded = jnp.pad(x, ((0, 0), (0, 0), (0, before.block), (0, 0)))
+            found = jax.vmap(
+                lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, before.block, axis=1)
+            )(padded, jnp.maximum(at, 0))
+        return jnp.where((at >= 0)[:, None, None, None], found, old)
+
+    return Recent(k=take(run.k, before.k), v=take(run.v, before.v))

@@ -1,0 +1,25 @@
+"""The KV cache: a pytree of one entry a layer, float, int8 or int4, sharded over the sequence."""
+
+from lsjax.cache.kv_cache import (
+    CACHE_DTYPES,
+    CacheSpec,
+    KVCache,
+    LayerCache,
+    Recent,
+    empty_cache,
+    empty_layer,
+)
+from lsjax.cache.store import Store, empty_store, write
+
+__all__ = [
+    "CACHE_DTYPES",
+    "CacheSpec",
+    "KVCache",
+    "LayerCache",
+    "Recent",
+    "Store",
+    "empty_cache",
+    "empty_layer",
+    "empty_store",
+    "write",
+]

@@ -1,0 +1,176 @@
+"""Keys or values of one layer, in floats, in a byte an entry, or in half a byte."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# int4: entries that share a scale. Values of 4 bits need a scale of their own more often.
+_GROUP = 32
+# Sizes of a step that are tried, in parts of the one that just reaches the largest entry. With
+# few steps it pays to cut the largest entry off for the sake of the others.
+_BYTE_SIZES = tuple(1 + i / 64 for i in range(8))
+_HALF_BYTE_SIZES = tuple(1 + i / 64 for i in range(-10, 6, 2))
+
+
+@flax.struct.dataclass
+class Store:
+    """Keys or values of one layer, or a block of them; the dtype of `data` says the format.
+
+    Attributes:
+      data: [batch, kv_heads, capacity, head_dim] float or int8, or
+        [batch, kv_heads, capacity, head_dim / 2] uint8 that hold two entries of 4 bits each: the
+        first half of the channels in the low bits.
+      scale: bfloat16. int8: [batch, kv_heads, capacity], an entry is data * scale. int4:
+        [batch, kv_heads, capacity, groups], one for each 32 channels, an entry is
+        (bits - 7.5) * scale. None for floats.
+    """
+
+    data: jax.Array
+    scale: jax.Array | None
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[2]
+
+    def encode(self, x: jax.Array) -> "Store":
+        """[batch, kv_heads, length, head_dim] floats in this store's format."""
+        if self.data.dtype == jnp.int8:
+            steps, scale = _quantise(x, _to_byte, 127, _BYTE_SIZES)
+            return Store(steps.astype(jnp.int8), scale)
+        if self.data.dtype == jnp.uint8:
+            grouped = x.reshape(*x.shape[:-1], self.scale.shape[-1], -1)
+            steps, scale = _quantise(grouped, _to_half_byte, 7.5, _HALF_BYTE_SIZES)
+            bits = (steps + 7.5).astype(jnp.uint8).reshape(x.shape)
+            low, high = jnp.split(bits, 2, axis=-1)
+            return Store(low | high << 4, scale)
+        return Store(x.astype(self.data.dtype), None)
+
+    def block(self, row: jax.Array | None, start: jax.Array, size: int) -> "Store":
+        """Slots start .. start + size - 1 of all rows, or of one."""
+
+        def take(x: jax.Array) -> jax.Array:
+            at = (0 if row is None else row, 0, start, *[0] * (x.ndim - 3))
+            rows = x.shape[0] if row is None else 1
+            return jax.lax.dynamic_slice(x, at, (rows, x.shape[1], size, *x.shape[3:]))
+
+        return jax.tree.map(take, self)
+
+    def widened(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+        """The entries as floats, and what every key's are still to be multiplied by.
+
+        Returns:
+          [batch, kv_heads, capacity, head_dim] in `dtype`, and [batch, kv_heads, capacity]
+          float32 or None: a factor of a whole key is cheaper on its score than on its entries.
+        """
+        if self.data.dtype == jnp.int8:
+            return self.data.astype(dtype), self.scale.astype(jnp.float32)
+        if self.data.dtype == jnp.uint8:
+            bits = jnp.concatenate([self.data & 15, self.data >> 4], axis=-1)
+            grouped = bits.reshape(*self.scale.shape, -1).astype(jnp.float32) - 7.5
+            floats = grouped * self.scale.astype(jnp.float32)[..., None]
+            return floats.astype(dtype).reshape(bits.shape), None
+        return self.data.astype(dtype), None
+
+    def floats(self) -> jax.Array:
+        """What the store holds, [batch, kv_heads, capacity, head_dim] float32."""
+        entries, factor = self.widened(jnp.float32)
+        return entries if factor is None else entries * factor[..., None]
+
+
+def empty_store(shape: tuple[int, int, int, int], dtype: str) -> Store:
+    """Zeros, [batch, kv_heads, capacity, head_dim], in the format that `dtype` names."""
+    if dtype == "int8":
+        return Store(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.bfloat16))
+    if dtype == "int4":
+        *rows, head_dim = shape
+        groups = head_dim // _group(head_dim)
+        data = jnp.zeros((*rows, head_dim // 2), jnp.uint8)
+        return Store(data, jnp.zeros((*rows, groups), jnp.bfloat16))
+    return Store(jnp.zeros(shape, dtype), None)
+
+
+def write(store: Store, x: jax.Array, positions: jax.Array, first: jax.Array) -> Store:
+    """Writes new keys or values into this device's shard of a layer.
+
+    Args:
+      store: the shard; it holds global positions first .. first + capacity - 1.
+      x: [batch, kv_heads, length, head_dim] floats.
+      positions: [batch, length] global positions, consecutive along the length. Several tokens
+        stand at the same positions in every row (a prefill chunk); a single one may stand at a
+        different position in each (decode).
+      first: global position of the shard's first slot.
+
+    Returns:
+      The store with those of the positions written that it holds.
+    """
+    new, start = store.encode(x), positions[:, 0] - first
+    if x.shape[2] > 1 or x.shape[0] == 1:
+        return jax.tree.map(lambda old, n: _write_run(old, n, start[0], axis=2), store, new)
+    return jax.tree.map(
+        lambda old, n: jax.vmap(lambda o, m, s: _write_run(o, m, s, axis=1))(old, n, start),
+        store,
+        new,
+    )
+
+
+def _group(head_dim: int) -> int:
+    """Channels that share a scale in int4: 32, or the most below that divide the width."""
+    return max(n for n in range(1, _GROUP + 1) if head_dim % n == 0)
+
+
+def _quantise(
+    x: jax.Array,
+    to_steps: Callable[[jax.Array], jax.Array],
+    most: float,
+    tried: tuple[float, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """The steps [..., channels] nearest to x in float32, and their size [...] bfloat16.
+
+    Of some sizes about the one that just reaches the largest channel, the one that leaves the
+    least error: with few channels that is often far less (with 8, a third).
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    sizes = (largest / most * jnp.asarray(tried)).astype(jnp.bfloat16)
+
+    def steps_of(size: jax.Array) -> jax.Array:
+        wide = size.astype(jnp.float32)
+        return to_steps(x / jnp.where(wide > 0, wide, 1.0))
+
+    def error(size: jax.Array) -> jax.Array:
+        # In parts of the largest entry, whose square a float32 may not hold.
+        off = (steps_of(size) * size.astype(jnp.float32) - x) / unit
+        return jnp.sum(off**2, axis=-1)
+
+    errors = jnp.stack([error(sizes[..., i, None]) for i in range(len(tried))], axis=-1)
+    best = jnp.take_along_axis(sizes, jnp.argmin(errors, axis=-1, keepdims=True), axis=-1)
+    return steps_of(best), best[..., 0]
+
+
+def _to_byte(quotient: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round(quotient), -127, 127)
+
+
+def _to_half_byte(quotient: jax.Array) -> jax.Array:
+    """The 16 levels are halves, so that there are as many above zero as below."""
+    return jnp.clip(jnp.floor(quotient) + 0.5, -7.5, 7.5)
+
+
+def _write_run(old: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """Writes `new` at start .. along `axis`, leaving out what falls outside `old`.
+
+    A slice of a fixed size is read, changed and put back, since the run may straddle the shard.
+    """
+    size, room = new.shape[axis], old.shape[axis]
+    window = min(size, room)
+    at = jnp.clip(start, 0, room - window)
+    held = jax.lax.dynamic_slice_in_dim(old, at, window, axis)
+    # Slot at + j takes new[at + j - start]: a shift of `new`, whose edges are discarded below.
+    index = at + jnp.arange(window) - start
+    taken = jnp.take(new, jnp.clip(index, 0, size - 1), axis=axis)
+    inside = (index >= 0) & (index < size)
+    inside = inside.reshape([-1 if i == axis else 1 for i in range(old.ndim)])
+    return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(inside, taken, held), at, axis)

@@ -1,0 +1,43 @@
+"""Keys with outlying channels, turned so that a byte an entry keeps the scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import dequantised
+
+from lsjax.cache import empty_store
+from lsjax.cache.hadamard import spread, spreading_matrix
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 8, 12, 16, 20, 40, 64, 80, 96, 100, 112, 128, 192, 256])
+def test_turning_changes_no_score(width):
+    matrix = spreading_matrix(width).astype(np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T, width * np.eye(width), atol=1e-4)
+    q, k = jax.random.normal(jax.random.key(width), (2, 50, width))
+    turned = jnp.einsum("qd,kd->qk", spread(q), spread(k), precision="highest")
+    np.testing.assert_allclose(turned, np.asarray(q) @ np.asarray(k).T, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
+def test_an_outlier_is_shared_by_all_channels(width):
+    assert np.all(np.abs(spreading_matrix(width)) == 1)
+
+
+def log_softmax(scores):
+    scores = scores - scores.max(-1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_with_two_outlying_channels_stay_what_they_were(head_dim, seed):
+    rng = np.random.default_rng(seed)
+    q, k = rng.standard_normal((64, head_dim)), rng.standard_normal((2048, head_dim))
+    k[:, rng.choice(head_dim, 2, replace=False)] *= 30
+    turned = spread(jnp.asarray(k, jnp.float32))[None, None]
+    store = empty_store(turned.shape, "int8").encode(turned)
+    turned_q = np.asarray(spread(jnp.asarray(q, jnp.float32)), np.float64)
+    exact = log_softmax(q @ k.T / np.sqrt(head_dim))
+    found = log_softmax(turned_q @ dequantised(store)[0, :, 0].T / np.sqrt(head_dim))
+    assert (np.exp(exact) * (exact - found)).sum(-1).mean() < 5e-4

@@ -15,10 +15,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from lsjax.attention.partial import Partial, from_sums, merge_over_axis
 
-# Keys that a program reads at a time: 16 KiB of int8 keys of 128, and as much of values.
-_BLOCK = 128
-# Programs in flight, four for each of an H100's 132 multiprocessors.
-_PROGRAMS = 528
+# Bytes of keys that a program reads at a time, and of values: 128 int8 keys of 128.
+_BLOCK_BYTES = 16384
+# Programs that run at once: an H100 has 132 multiprocessors, and shared memory for three on each.
+_PROGRAMS = 396
 # The least rows that a tensor core multiplies; a group of queries is padded to it.
 _ROWS = 16
 
@@ -49,7 +49,8 @@ def decode(
     """
     batch, kv_heads, group, _, head_dim = q.shape
     capacity = k.shape[2]
-    block = min(_BLOCK, capacity & -capacity)
+    block = _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * k.dtype.itemsize)
+    block = min(block, capacity & -capacity)
     splits = min(pl.cdiv(_PROGRAMS, batch * kv_heads), capacity // block)
 
     def of_head(*shape: int) -> pl.BlockSpec:

@@ -117,7 +117,8 @@ def _kernel(
     begin, end = begin_ref[()], end_ref[()]
     first = jnp.clip(begin, 0, k_ref.shape[0]) // block
     last = pl.cdiv(jnp.clip(end, 0, k_ref.shape[0]), block)
-    share = pl.cdiv(jnp.maximum(last - first, 0), splits)
+    last = jnp.where(begin < end, last, first)
+    share = pl.cdiv(last - first, splits)
     start = first + pl.program_id(2) * share
 
     def read(ref, at):

@@ -49,6 +49,12 @@ def decode(
     """
     batch, kv_heads, group, _, head_dim = q.shape
     capacity = k.shape[2]
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
+        # Pallas counts entries in int32 up to 4 GiB.
+        raise ValueError(
+            f"int8 keys of {k.shape} are {k.size} bytes on one device; a Triton kernel reaches "
+            f"no more than {2**31} of them: split the cache over more devices, or its batch"
+        )
     block = _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * k.dtype.itemsize)
     block = min(block, capacity & -capacity)
     splits = min(pl.cdiv(_PROGRAMS, batch * kv_heads), capacity // block)

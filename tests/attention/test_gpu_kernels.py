@@ -160,6 +160,14 @@ def test_decode_over_a_store_of_a_few_slots():
     assert_as_near(decode(*args, interpret=True), plain(*args), args)
 
 
+def test_int8_keys_that_the_kernel_could_not_address_are_refused():
+    of = jax.ShapeDtypeStruct
+    store, scale = of((5, 4, 2**20, 128), "int8"), of((5, 4, 2**20), "bfloat16")
+    q, bound = of((5, 4, 8, 1, 128), "bfloat16"), of((5, 1), "int32")
+    with pytest.raises(ValueError, match="split the cache"):
+        jax.eval_shape(decode, q, store, store, scale, scale, bound, bound)
+
+
 def cudnn_stand_in(q, k, v, q_seqlen, kv_seqlen, mask_type, qkv_layout, return_residual):
     """What is asked of cuDNN: bfloat16 values, a float32 log-sum-exp, nothing of value unasked."""
     assert {x.dtype for x in (q, k, v)} == {jnp.dtype("bfloat16")}

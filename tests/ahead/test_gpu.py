@@ -47,8 +47,9 @@ def queries(mesh, model, batch, length):
     return q, jax.ShapeDtypeStruct((batch, length), "int32", sharding=everywhere)
 
 
-def compiled(f, *args, **options):
-    return jax.jit(f, **options).lower(*args).compile()
+def compiled(mesh, f, *args, **options):
+    with jax.set_mesh(mesh):  # tells Pallas what GPU it is for
+        return jax.jit(f, **options).lower(*args).compile()
 
 
 def share_of_cache(program, data, scale):
@@ -63,7 +64,7 @@ def test_decode_compiles_and_copies_nothing(model, cache):
     mesh = mesh_of(1)
     q, bound = queries(mesh, model, batch=1, length=1)
     data, scale = store(mesh, model, cache, batch=1)
-    program = compiled(decode, q, data, data, scale, scale, bound, bound)
+    program = compiled(mesh, decode, q, data, data, scale, scale, bound, bound)
     assert "decode_attention" in program.as_text()
     assert share_of_cache(program, data, scale) < 0.1
 
@@ -82,7 +83,7 @@ def test_prefill_compiles_to_cudnn_and_widens_a_piece_at_a_time(model, cache):
     mesh = mesh_of(1)
     q, bound = queries(mesh, model, batch=1, length=512)
     data, scale = store(mesh, model, cache, batch=1)
-    program = compiled(of_prefix, q, data, data, scale, scale, bound, bound)
+    program = compiled(mesh, of_prefix, q, data, data, scale, scale, bound, bound)
     assert "cudnn" in program.as_text()
     piece = 2 * 32768 * model["kv_heads"] * model["head_dim"] * 2
     assert program.memory_analysis().temp_size_in_bytes < 1.1 * piece
@@ -114,7 +115,7 @@ def test_sixteen_tokens_are_written_and_attended_to_in_place(cache, batch):
     data, scale = store(mesh, GLM4_9B, cache, batch)
     positions = jax.ShapeDtypeStruct((batch,), "int32", sharding=bound.sharding)
     stores = [data, data, scale, scale]
-    program = compiled(loop, stores, q, positions, donate_argnums=0)
+    program = compiled(mesh, loop, stores, q, positions, donate_argnums=0)
     assert share_of_cache(program, data, scale) < 0.1
 
 
@@ -136,5 +137,5 @@ def test_decode_over_a_cache_split_over_eight(cache):
         out_specs=whole,
         check_vma=False,
     )
-    program = compiled(sharded, q, data, data, scale, scale, bound, bound)
+    program = compiled(mesh, sharded, q, data, data, scale, scale, bound, bound)
     assert share_of_cache(program, data, scale) < 0.1

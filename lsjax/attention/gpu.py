@@ -15,12 +15,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from lsjax.attention.partial import Partial, from_sums, merge_over_axis
 
-# Bytes of keys that a program reads at a time, and of values: 128 int8 keys of 128.
-_BLOCK_BYTES = 16384
-# Programs that run at once: an H100 has 132 multiprocessors, and shared memory for three on each.
-_PROGRAMS = 396
-# The least rows that a tensor core multiplies; a group of queries is padded to it.
-_ROWS = 16
+# Bytes of keys that a program reads at a time, and of values: 64 int8 keys of 128. Two such pairs
+# are on their way while a third is worked on.
+_BLOCK_BYTES = 8192
+# Programs that run at once: an H100 has 132 multiprocessors, with room for four on each.
+_PROGRAMS = 528
+# The least rows and keys that a tensor core multiplies; a group of queries is padded to it.
+_TILE = 16
 
 
 def decode(
@@ -55,7 +56,7 @@ def decode(
             f"int8 keys of {k.shape} are {k.size} bytes on one device; a Triton kernel reaches "
             f"no more than {2**31} of them: split the cache over more devices, or its batch"
         )
-    block = _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * k.dtype.itemsize)
+    block = max(_TILE, _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * k.dtype.itemsize))
     block = min(block, capacity & -capacity)
     splits = min(pl.cdiv(_PROGRAMS, batch * kv_heads), capacity // block)
 
@@ -112,7 +113,7 @@ def _kernel(
 ) -> None:
     """The Partial of one split of one row and KV head."""
     group, head_dim = q_ref.shape
-    rows = max(_ROWS, pl.next_power_of_2(group))
+    rows = max(_TILE, pl.next_power_of_2(group))
     columns = pl.next_power_of_2(head_dim)
     in_group = jnp.arange(rows) < group
     in_head = (jnp.arange(columns) < head_dim)[None, :]

@@ -1,0 +1,167 @@
+"""Decode on a GPU: one query a row against the cache, as fast as memory gives the cache.
+
+A Pallas kernel, compiled by Triton. The keys of a row and KV head are cut into splits, one a
+program, so that a single row keeps every multiprocessor reading; each program yields a Partial
+and the Partials are merged. int8 keys and values are widened in registers, after they were read.
+Source: Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from lsjax.attention.partial import Partial, from_sums, merge_over_axis
+
+# Bytes of keys that a program reads at a time, and of values: 64 int8 keys of 128. Two such pairs
+# are on their way while a third is worked on.
+_BLOCK_BYTES = 8192
+# Programs that run at once: an H100 has 132 multiprocessors, with room for four on each.
+_PROGRAMS = 528
+# The least rows and keys that a tensor core multiplies; a group of queries is padded to it.
+_TILE = 16
+
+
+def decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    begin: jax.Array,
+    end: jax.Array,
+    interpret: bool = False,
+) -> Partial:
+    """Attention of one query a row and head to the slots begin <= s < end of its row.
+
+    Blocks of keys that lie outside begin .. end are not read.
+
+    Args:
+      q: [batch, kv_heads, group, 1, head_dim], already scaled by 1/sqrt(head_dim).
+      k, v: [batch, kv_heads, capacity, head_dim], int8 or float.
+      k_scale, v_scale: [batch, kv_heads, capacity] of int8 keys and values, else None.
+      begin, end: [batch, 1] int32; what they reach beyond the capacity is left out.
+      interpret: run on any device, slowly.
+
+    Returns:
+      Partial with values [batch, kv_heads, group, 1, head_dim].
+    """
+    batch, kv_heads, group, _, head_dim = q.shape
+    capacity = k.shape[2]
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
+        # Pallas counts entries in int32 up to 4 GiB.
+        raise ValueError(
+            f"int8 keys of {k.shape} are {k.size} bytes on one device; a Triton kernel reaches "
+            f"no more than {2**31} of them: split the cache over more devices, or its batch"
+        )
+    block = max(_TILE, _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * k.dtype.itemsize))
+    block = min(block, capacity & -capacity)
+    splits = min(pl.cdiv(_PROGRAMS, batch * kv_heads), capacity // block)
+
+    def of_head(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda b, h, s: (b, h) + (0,) * len(shape))
+
+    def of_split(*shape: int) -> pl.BlockSpec:
+        zeros = (0,) * len(shape)
+        return pl.BlockSpec((None, None, None, *shape), lambda b, h, s: (b, h, s, *zeros))
+
+    of_row = pl.BlockSpec((None, None), lambda b, h, s: (b, 0))
+    keys, scales = of_head(capacity, head_dim), of_head(capacity)
+    shape = (batch, kv_heads, splits, group)
+    values, lse = pl.pallas_call(
+        functools.partial(_kernel, block=block, splits=splits),
+        grid=(batch, kv_heads, splits),
+        in_specs=[
+            of_head(group, head_dim),
+            keys,
+            keys,
+            None if k_scale is None else scales,
+            None if v_scale is None else scales,
+            of_row,
+            of_row,
+        ],
+        out_specs=[of_split(group, head_dim), of_split(group)],
+        out_shape=[
+            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention",
+    )(q[:, :, :, 0], k, v, k_scale, v_scale, begin, end)
+    merge = functools.partial(merge_over_axis, axis_name="split")
+    partials = Partial(values=values, lse=lse)
+    merged = jax.vmap(merge, in_axes=2, out_axes=None, axis_name="split")(partials)
+    return jax.tree.map(lambda x: jnp.expand_dims(x, 3), merged)
+
+
+def _kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    k_scale_ref,
+    v_scale_ref,
+    begin_ref,
+    end_ref,
+    values_ref,
+    lse_ref,
+    *,
+    block: int,
+    splits: int,
+) -> None:
+    """The Partial of one split of one row and KV head."""
+    group, head_dim = q_ref.shape
+    rows = max(_TILE, pl.next_power_of_2(group))
+    columns = pl.next_power_of_2(head_dim)
+    in_group = jnp.arange(rows) < group
+    in_head = (jnp.arange(columns) < head_dim)[None, :]
+    q_at = (pl.ds(0, rows), pl.ds(0, columns))
+    q = plgpu.load(q_ref.at[q_at], mask=in_group[:, None] & in_head, other=0)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    begin, end = begin_ref[()], end_ref[()]
+    first = jnp.clip(begin, 0, k_ref.shape[0]) // block
+    last = pl.cdiv(jnp.clip(end, 0, k_ref.shape[0]), block)
+    last = jnp.where(begin < end, last, first)
+    share = pl.cdiv(last - first, splits)
+    start = first + pl.program_id(2) * share
+
+    def read(ref, at):
+        whole = columns == head_dim
+        mask = None if whole else jnp.broadcast_to(in_head, (block, columns))
+        x = plgpu.load(ref.at[at, pl.ds(0, columns)], mask=mask, other=None if whole else 0)
+        return x.astype(q.dtype)
+
+    def step(i, state):
+        weighted, total, highest = state
+        at = pl.ds(i * block, block)
+        scores = _dot(q, read(k_ref, at).T, precision)
+        if k_scale_ref is not None:
+            scores *= k_scale_ref[at].astype(jnp.float32)[None, :]
+        slots = i * block + jnp.arange(block)
+        visible = (slots >= begin) & (slots < end)
+        scores = jnp.where(visible[None, :], scores, -jnp.inf)
+        new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
+        weights = jnp.exp(scores - finite[:, None])
+        keep = jnp.exp(highest - finite)
+        total = keep * total + jnp.sum(weights, axis=-1)
+        if v_scale_ref is not None:
+            weights *= v_scale_ref[at].astype(jnp.float32)[None, :]
+        weighted = keep[:, None] * weighted + _dot(
+            weights.astype(q.dtype), read(v_ref, at), precision
+        )
+        return weighted, total, new_highest
+
+    zeros = jnp.zeros((rows, columns), jnp.float32)
+    state = (zeros, jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32))
+    state = jax.lax.fori_loop(start, jnp.minimum(start + share, last), step, state)
+    partial = from_sums(*state)
+    plgpu.store(values_ref.at[q_at], partial.values, mask=in_group[:, None] & in_head)
+    plgpu.store(lse_ref.at[pl.ds(0, rows)], partial.lse, mask=in_group)
+
+
+def _dot(a: jax.Array, b: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

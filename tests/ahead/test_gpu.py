@@ -1,0 +1,144 @@
+"""What an H100 would run, compiled for it on a machine without one.
+
+Needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cudnn-cu13; no driver.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsjax.attention.cudnn import prefill
+from lsjax.attention.gpu import decode
+from lsjax.attention.partial import Partial, merge_over_axis
+
+TARGET = Path(__file__).with_name("h100.txtpb").read_text()
+GLM4_9B = {"kv_heads": 4, "group": 8, "head_dim": 128, "capacity": 1048576 + 4096}
+QWEN25_05B = {"kv_heads": 2, "group": 7, "head_dim": 64, "capacity": 131072 + 4096}
+MODELS = pytest.mark.parametrize("model", [GLM4_9B, QWEN25_05B], ids=["GLM-4-9B", "Qwen2.5-0.5B"])
+CACHES = pytest.mark.parametrize("cache", ["int8", "bfloat16"])
+
+
+def mesh_of(devices):
+    topology = topologies.get_topology_desc(
+        "h100", "cuda", target_config=TARGET, topology=f"1x1x{devices}"
+    )
+    return Mesh(np.asarray(topology.devices), "context")
+
+
+def store(mesh, model, cache, batch):
+    """Data and scales, split over the mesh's devices by slots."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, "context"))
+    shape = (batch, model["kv_heads"], model["capacity"])
+    data = jax.ShapeDtypeStruct((*shape, model["head_dim"]), cache, sharding=sharding)
+    scale = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sharding)
+    return data, scale if cache == "int8" else None
+
+
+def queries(mesh, model, batch, length):
+    """q, and begin or end."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shape = (batch, model["kv_heads"], model["group"], length, model["head_dim"])
+    q = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=everywhere)
+    return q, jax.ShapeDtypeStruct((batch, length), "int32", sharding=everywhere)
+
+
+def compiled(mesh, f, *args, **options):
+    with jax.set_mesh(mesh):  # tells Pallas what GPU it is for
+        return jax.jit(f, **options).lower(*args).compile()
+
+
+def share_of_cache(program, data, scale):
+    """Bytes of temporaries over those of keys and values that a device holds."""
+    held = sum(2 * x.size * x.dtype.itemsize for x in (data, scale) if x is not None)
+    return program.memory_analysis().temp_size_in_bytes / (held / data.sharding.num_devices)
+
+
+@CACHES
+@MODELS
+def test_decode_compiles_and_copies_nothing(model, cache):
+    mesh = mesh_of(1)
+    q, bound = queries(mesh, model, batch=1, length=1)
+    data, scale = store(mesh, model, cache, batch=1)
+    program = compiled(mesh, decode, q, data, data, scale, scale, bound, bound)
+    assert "decode_attention" in program.as_text()
+    assert share_of_cache(program, data, scale) < 0.1
+
+
+def nothing_at_the_edges(q):
+    values = jnp.zeros(q.shape, jnp.float32)
+    return lambda begin, end: Partial(values, jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
+
+
+def prefill_of_prefix(q, *args):
+    return prefill(q, *args, nothing_at_the_edges(q))
+
+
+@CACHES
+@MODELS
+def test_prefill_compiles_to_cudnn_and_widens_a_piece_at_a_time(model, cache):
+    mesh = mesh_of(1)
+    q, bound = queries(mesh, model, batch=1, length=512)
+    data, scale = store(mesh, model, cache, batch=1)
+    program = compiled(mesh, prefill_of_prefix, q, data, data, scale, scale, bound, bound)
+    assert "cudnn" in program.as_text()
+    piece = 2 * 32768 * model["kv_heads"] * model["head_dim"] * 2
+    assert program.memory_analysis().temp_size_in_bytes < 1.1 * piece
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@CACHES
+def test_sixteen_tokens_are_written_and_attended_to_in_place(cache, batch):
+    def write(held, new, positions):
+        def one(row, x, at):
+            return jax.lax.dynamic_update_slice_in_dim(row, x.astype(row.dtype), at, axis=1)
+
+        return held if held is None else jax.vmap(one)(held, new, positions)
+
+    def step(carry, _):
+        stores, q, positions = carry
+        token = q[:, :, 0]
+        news = (token, token, jnp.max(token, axis=-1), jnp.max(token, axis=-1))
+        stores = [write(x, new, positions) for x, new in zip(stores, news, strict=True)]
+        end = positions[:, None] + 1
+        partial = decode(q, *stores, jnp.zeros_like(end), end)
+        return (stores, partial.values.astype(q.dtype), positions + 1), partial.lse
+
+    def loop(stores, q, positions):
+        return jax.lax.scan(step, (stores, q, positions), length=16)
+
+    mesh = mesh_of(1)
+    q, bound = queries(mesh, GLM4_9B, batch, length=1)
+    data, scale = store(mesh, GLM4_9B, cache, batch)
+    positions = jax.ShapeDtypeStruct((batch,), "int32", sharding=bound.sharding)
+    stores = [data, data, scale, scale]
+    program = compiled(mesh, loop, stores, q, positions, donate_argnums=0)
+    assert share_of_cache(program, data, scale) < 0.1
+
+
+@CACHES
+@pytest.mark.parametrize("attend, length", [(decode, 1), (prefill_of_prefix, 512)])
+def test_a_cache_split_over_eight_stays_where_it_is(attend, length, cache):
+    def step(q, k, v, k_scale, v_scale, begin, end):
+        first = jax.lax.axis_index("context") * k.shape[2]
+        partial = attend(q, k, v, k_scale, v_scale, begin - first, end - first)
+        return merge_over_axis(partial, "context")
+
+    mesh = mesh_of(8)
+    q, bound = queries(mesh, GLM4_9B, batch=1, length=length)
+    data, scale = store(mesh, GLM4_9B, cache, batch=1)
+    whole, slots = PartitionSpec(), PartitionSpec(None, None, "context")
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(whole, slots, slots, slots, slots, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    program = compiled(mesh, sharded, q, data, data, scale, scale, bound, bound)
+    assert "all-gather" not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 72 * 2**20  # a piece, widened

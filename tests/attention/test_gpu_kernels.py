@@ -1,0 +1,228 @@
+"""Attention on a GPU against float64: decode interpreted, prefill with a stand-in for cuDNN.
+
+The measure is the plain implementation in the same dtype: both may be at most twice as far from
+the truth.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsjax.attention import cudnn
+from lsjax.attention.gpu import decode
+from lsjax.attention.partial import Partial
+
+ALIGNED = 256  # a capacity is a multiple of this, and no block that is read is longer
+
+
+class Case(NamedTuple):
+    """Shapes and dtypes; `slots` are (begin, end) of each row, the same for all its queries."""
+
+    slots: tuple[tuple[int, int], ...]
+    head_dim: int
+    group: int
+    cache: str
+    dtype: str
+    capacity: int = 1024
+    kv_heads: int = 2
+    length: int = 1
+
+
+def drawn(seed):
+    """A case at random, whose rows see all, nothing and something."""
+    rng = np.random.default_rng(seed)
+    capacity = ALIGNED * int(rng.integers(1, 7))
+    some = sorted(int(x) for x in rng.integers(-100, capacity + 100, 2))
+    everything, nothing = (-7, capacity + 9), (int(rng.integers(capacity)),) * 2
+    cache, dtype = [
+        ("int8", "float32"),
+        ("int8", "bfloat16"),
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+    ][seed % 4]
+    return Case(
+        slots=(everything, nothing, tuple(some), (capacity - 3, 5))[: int(rng.integers(1, 5))][
+            ::-1
+        ],
+        head_dim=(64, 80, 96, 128, 256)[seed % 5],
+        group=seed % 8 + 1,
+        cache=cache,
+        dtype=dtype,
+        capacity=capacity,
+        kv_heads=int(rng.integers(1, 4)),
+    )
+
+
+def inputs(case):
+    """Peaked attention: q, k, v, k_scale, v_scale, begin, end."""
+    rng = np.random.default_rng(case.capacity + case.group)
+    rows = (len(case.slots), case.kv_heads)
+
+    def draw(*shape):
+        return rng.standard_normal((*rows, *shape)).astype(np.float32)
+
+    def store(x):
+        if case.cache != "int8":
+            return jnp.asarray(x, case.cache), None
+        scale = jnp.asarray(np.abs(x).max(axis=-1) / 127, "bfloat16")
+        steps = np.round(x / np.asarray(scale, np.float32)[..., None])
+        return jnp.asarray(steps.clip(-127, 127), "int8"), scale
+
+    q = 4 * draw(case.group, case.length, case.head_dim) / case.head_dim**0.5
+    k, k_scale = store(draw(case.capacity, case.head_dim))
+    v, v_scale = store(draw(case.capacity, case.head_dim))
+    begin, end = np.asarray(case.slots, np.int32).T[:, :, None].repeat(case.length, axis=2)
+    return jnp.asarray(q, case.dtype), k, v, k_scale, v_scale, begin, end
+
+
+def visible(k, begin, end):
+    slots = np.arange(k.shape[2])
+    return (slots >= begin[..., None]) & (slots < end[..., None])
+
+
+def oracle(q, k, v, k_scale, v_scale, begin, end):
+    """Values and log-sum-exps in float64, of queries that see something; else 0 and -inf."""
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    if k_scale is not None:
+        k, v = (
+            x * np.asarray(s).astype(np.float64)[..., None] for x, s in ((k, k_scale), (v, v_scale))
+        )
+    seen = visible(k, begin, end)[:, None, None]
+    scores = np.where(seen, np.einsum("bkgld,bksd->bkgls", q, k), -np.inf)
+    highest = np.where(seen.any(-1), scores.max(axis=-1), 0.0)
+    weights = np.exp(scores - highest[..., None])
+    total = weights.sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        lse = highest + np.log(total)
+    values = np.einsum("bkgls,bksd->bkgld", weights, v) / np.where(total > 0, total, 1)[..., None]
+    return values, lse
+
+
+@jax.jit
+def plain(q, k, v, k_scale, v_scale, begin, end):
+    """Attention with all scores at once, in q's dtype where a model would."""
+    if k_scale is not None:
+        k, v = (x * s.astype(jnp.float32)[..., None] for x, s in ((k, k_scale), (v, v_scale)))
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
+    slots = jnp.arange(k.shape[2])
+    seen = (slots >= begin[..., None]) & (slots < end[..., None])
+    scores = jnp.where(seen[:, None, None], dot("bkgld,bksd->bkgls", q, k), -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+    return Partial(dot("bkgls,bksd->bkgld", weights.astype(q.dtype), v), lse)
+
+
+def assert_as_near(got, reference, args):
+    """`got` is at most twice as far from the truth as `reference`."""
+    values, lse = oracle(*args)
+    np.testing.assert_array_equal(got.lse == -np.inf, lse == -np.inf)
+    np.testing.assert_array_equal(got.values[lse == -np.inf], 0)
+    seen = lse > -np.inf
+
+    def error(partial):
+        far = np.abs(np.asarray(partial.lse, np.float64)[seen] - lse[seen])
+        return np.linalg.norm(partial.values - values, axis=-1).max(), np.max(far, initial=0.0)
+
+    for far, reference_far in zip(error(got), error(reference), strict=True):
+        assert far <= 2 * reference_far + 2e-6
+
+
+def spoiled_where_unseen(k, v, k_scale, v_scale, begin, end):
+    """The stores with nan wherever no block that is needed can reach."""
+    first, last = begin // ALIGNED * ALIGNED, -(-end // ALIGNED) * ALIGNED
+    needed = visible(k, first, last)[:, 0, None] & (begin < end)[:, None]
+
+    def spoil(x, scale):
+        if scale is None:
+            return jnp.where(needed[..., None], x, jnp.nan).astype(x.dtype), None
+        return x, jnp.where(needed, scale, jnp.nan).astype(scale.dtype)
+
+    (k, k_scale), (v, v_scale) = spoil(k, k_scale), spoil(v, v_scale)
+    return k, v, k_scale, v_scale, begin, end
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_decode_reads_what_each_row_holds_and_is_as_near_the_truth_as_plain_attention(seed):
+    args = inputs(drawn(seed))
+    q, *stores = args
+    got = decode(q, *spoiled_where_unseen(*stores), interpret=True)
+    assert got.values.shape == q.shape and got.lse.shape == q.shape[:-1]
+    assert_as_near(got, plain(*args), args)
+
+
+def test_decode_over_a_store_of_a_few_slots():
+    args = inputs(Case(((0, 30), (3, 5)), 64, 3, "int8", "float32", capacity=32))
+    assert_as_near(decode(*args, interpret=True), plain(*args), args)
+
+
+def test_int8_keys_that_the_kernel_could_not_address_are_refused():
+    of = jax.ShapeDtypeStruct
+    store, scale = of((5, 4, 2**20, 128), "int8"), of((5, 4, 2**20), "bfloat16")
+    q, bound = of((5, 4, 8, 1, 128), "bfloat16"), of((5, 1), "int32")
+    with pytest.raises(ValueError, match="split the cache"):
+        jax.eval_shape(decode, q, store, store, scale, scale, bound, bound)
+
+
+def cudnn_stand_in(q, k, v, q_seqlen, kv_seqlen, mask_type, qkv_layout, return_residual):
+    """What is asked of cuDNN: bfloat16 values, a float32 log-sum-exp, nothing of value unasked."""
+    assert {x.dtype for x in (q, k, v)} == {jnp.dtype("bfloat16")}
+    batch, _, length, head_dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, length, head_dim)
+    begin, end = jnp.zeros((batch, length), jnp.int32), jnp.tile(kv_seqlen[:, None], (1, length))
+    partial = plain(grouped, k, v, None, None, begin, end)
+    values, lse = partial.values.reshape(q.shape), partial.lse.reshape(q.shape[:-1])
+    return values.astype(q.dtype), jnp.where(kv_seqlen[:, None, None] > 0, lse, jnp.nan)
+
+
+def in_bfloat16(*args):
+    """Plain attention that returns bfloat16, as cuDNN's does."""
+    partial = plain(*args)
+    return Partial(partial.values.astype("bfloat16").astype("float32"), partial.lse)
+
+
+CHUNK = np.arange(48)[None]
+PREFILLS = {
+    "nothing yet": (0 * CHUNK, 0 * CHUNK),
+    "one slot": (0 * CHUNK, 1 + 0 * CHUNK),
+    "a prefix of more than one piece": (0 * CHUNK - 5, 0 * CHUNK + 33000),
+    "whole pieces": (0 * CHUNK, 0 * CHUNK + 32768),
+    "beyond the capacity": (0 * CHUNK, 0 * CHUNK + 99999),
+    "causal": (0 * CHUNK, 33001 + CHUNK),
+    "causal, the first queries see nothing": (0 * CHUNK, CHUNK - 20),
+    "a window": (1000 + CHUNK, 1700 + CHUNK),
+    "a window at the end of the store": (33000 + CHUNK, 33100 + CHUNK),
+    "a window beyond the store": (99000 + CHUNK, 99100 + CHUNK),
+    "rows that differ": (np.concatenate([CHUNK, 0 * CHUNK]), np.concatenate([CHUNK + 90, CHUNK])),
+}
+
+
+@pytest.mark.parametrize("cache", ["int8", "bfloat16"])
+@pytest.mark.parametrize("name", PREFILLS)
+def test_prefill_is_as_near_the_truth_as_plain_attention(monkeypatch, name, cache):
+    begin, end = (np.asarray(x, np.int32) for x in PREFILLS[name])
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_stand_in)
+    rows = ((0, 0),) * len(begin)
+    case = Case(rows, 16, 2, cache, "bfloat16", capacity=33024, kv_heads=1, length=48)
+    q, *stores, _, _ = inputs(case)
+    got = cudnn.prefill(q, *stores, begin, end, lambda b, e: plain(q, *stores, b, e))
+    args = (q, *stores, begin, end)
+    assert_as_near(got, in_bfloat16(*args), args)
+
+
+def test_what_all_queries_see_is_left_to_cudnn(monkeypatch):
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_stand_in)
+    q, *stores, begin, end = args = inputs(
+        Case(((0, 300), (0, 300)), 16, 2, "int8", "bfloat16", capacity=512, length=8)
+    )
+
+    def edges(begin, end):
+        assert np.all(begin >= end)
+        return plain(q, *stores, begin, end)
+
+    got = cudnn.prefill(q, *stores, begin, end, edges)
+    assert_as_near(got, in_bfloat16(*args), args)

@@ -5,6 +5,7 @@ the edges only. Source: FlashAttention (arXiv 2205.14135).
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,7 +51,11 @@ def attend(
     """
     batch, length = q.shape[0], q.shape[3]
     if length > 1:
-        return _attend_in_query_blocks(q, k, v, seen, slopes)
+
+        def some(q: jax.Array, seen: Seen) -> Partial:
+            return _attend_block(q, k, v, None, seen, slopes)
+
+        return in_query_blocks(some, q, seen, _QUERY_BLOCK)
     if batch == 1:
         return _attend_block(q, k, v, None, seen, slopes)
 
@@ -64,22 +69,24 @@ def attend(
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
 
 
-def _attend_in_query_blocks(q, k, v, seen, slopes) -> Partial:
+def in_query_blocks(
+    attend: Callable[[jax.Array, Seen], Partial], q: jax.Array, seen: Seen, size: int
+) -> Partial:
+    """Attention of `size` queries at a time, one block of them after the other."""
     length = q.shape[3]
-    if length <= _QUERY_BLOCK:
-        return _attend_block(q, k, v, None, seen, slopes)
-    blocks = -(-length // _QUERY_BLOCK)
-    pad = blocks * _QUERY_BLOCK - length
+    if length <= size:
+        return attend(q, seen)
+    blocks = -(-length // size)
+    pad = blocks * size - length
     if pad:  # repeat the last query: it bounds the loop as it did
         q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
         seen = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"), seen)
 
     def one(i: jax.Array) -> Partial:
         def take(x: jax.Array, axis: int) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, i * _QUERY_BLOCK, _QUERY_BLOCK, axis)
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
-        part = jax.tree.map(functools.partial(take, axis=1), seen)
-        return _attend_block(take(q, 3), k, v, None, part, slopes)
+        return attend(take(q, 3), jax.tree.map(functools.partial(take, axis=1), seen))
 
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]

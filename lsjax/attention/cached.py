@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention import recent
-from lsjax.attention.blockwise import Seen, attend
+from lsjax.attention.blockwise import Seen
+from lsjax.attention.by_platform import attend
 from lsjax.attention.partial import Partial, merge, merge_over_axis
 from lsjax.cache import LayerCache, Store, write
 from lsjax.cache.hadamard import spread
@@ -46,7 +47,12 @@ def write_and_attend(
     """
     cache_spec = layer_cache_spec(cache)
     step = jax.shard_map(
-        functools.partial(_step, window=window, context=mesh.shape["context"]),
+        functools.partial(
+            _step,
+            window=window,
+            context=mesh.shape["context"],
+            platform=mesh.devices.flat[0].platform,
+        ),
         mesh=mesh,
         in_specs=(QUERIES, QUERIES, QUERIES, TOKENS, TOKENS, cache_spec, HEADS),
         out_specs=(QUERIES, cache_spec),
@@ -55,7 +61,7 @@ def write_and_attend(
     return step(q, k, v, positions, lengths, cache, slopes)
 
 
-def _step(q, k, v, positions, lengths, cache, slopes, *, window, context):
+def _step(q, k, v, positions, lengths, cache, slopes, *, window, context, platform):
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q * head_dim**-0.5
@@ -68,7 +74,8 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, context):
 
     def attend_to(keys: Store, values: Store, begin, end, first) -> Partial:
         begin = None if begin is None else begin - first
-        return attend(q, keys, values, Seen(begin, end - first, positions - first), slopes)
+        seen = Seen(begin, end - first, positions - first)
+        return attend(platform, q, keys, values, seen, slopes)
 
     first = jax.lax.axis_index("context") * cache.k.capacity
     new = LayerCache(

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from lsjax import UserError
+from lsjax.cache.kv_cache import BLOCK
 from lsjax.sharding import make_mesh
 
 FAMILIES = ("qwen2_window", "qwen3", "llama_tied_llama3", "glm4", "chatglm", "qwen3_dynamic")
 LENGTH, OUTPUT = 61, 24
+# A quantised cache is read from the second block of positions on.
+LONGER = {"float32": 0, "int8": BLOCK, "int4": BLOCK}
 
 
 def prompt(seed, length=LENGTH, vocab=64):
@@ -28,11 +31,12 @@ def step_by_step(lm, ids):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("kv", LONGER)
 def test_whatever_the_chunk(model, name, kv):
-    whole = tokens(model(name, kv, chunk=LENGTH), [prompt(1)])
+    length = LONGER[kv] + LENGTH
+    whole = tokens(model(name, kv, chunk=length), [prompt(1, length)])
     for chunk in (1, 7, 64):
-        assert tokens(model(name, kv, chunk=chunk), [prompt(1)]) == whole, chunk
+        assert tokens(model(name, kv, chunk=chunk), [prompt(1, length)]) == whole, chunk
 
 
 @pytest.mark.parametrize("name", ["qwen2_window", "llama_tied_llama3", "glm4"])
@@ -42,10 +46,10 @@ def test_generation_is_the_argmax_of_the_logits(model, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("kv", LONGER)
 def test_whatever_the_batch_beside_it(model, name, kv):
-    lm = model(name, kv)
-    prompts = [prompt(3), prompt(4, 5), prompt(5, 150), prompt(6, 64)]
+    lm, more = model(name, kv), LONGER[kv]
+    prompts = [prompt(3, more + 61), prompt(4, 5), prompt(5, more + 150), prompt(6, 64)]
     alone = [tokens(lm, [p])[0] for p in prompts]
     assert tokens(lm, prompts) == alone
     assert tokens(lm, prompts, max_batch_size=3) == alone
@@ -59,10 +63,10 @@ def test_whatever_was_asked_before(model):
 
 
 @pytest.mark.parametrize("mesh", ["context=2", "context=8", "model=2", "data=2,context=2,model=2"])
-@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("kv", LONGER)
 @pytest.mark.parametrize("name", ["qwen2_window", "glm4"])
 def test_whatever_the_mesh(model, name, kv, mesh):
-    prompts = [prompt(9), prompt(10, 130)]
+    prompts = [prompt(9, LONGER[kv] + 61), prompt(10, 130)]
     assert tokens(model(name, kv, mesh=mesh), prompts) == tokens(model(name, kv), prompts)
 
 

@@ -1,7 +1,9 @@
 """Attention over a store on TPU: one Pallas kernel for decode and prefill, int8 and float.
 
 A kernel reads its operands where they lie: the layout in which a token is written is the one in
-which keys are multiplied, int8 is widened after it reaches VMEM, and HBM never holds a copy.
+which keys are multiplied, int8 is widened after it reaches VMEM, and HBM never holds a copy. That
+layout is XLA's own for the store's shape: head_dim minor where it is a multiple of the 128 lanes,
+else the capacity minor, which needs no padding.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
@@ -16,8 +18,10 @@ from lsjax.attention.partial import Partial
 from lsjax.precision import einsum
 
 _LANES = 128
+_VMEM = 32 * 2**20  # bytes of a core's for one kernel, within every generation's since v4
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -56,6 +60,16 @@ def attend(
     bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, pad)), mode="edge")
     spans = first, stop, _, _ = _spans(bounds, size, keys)
 
+    capacity_minor = head_dim % _LANES != 0
+    if capacity_minor:
+        k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+    # Left to itself XLA may first bring a whole operand into VMEM, of which the queries see little.
+    k, v, *scales = (
+        pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        for x in (k, v, k_scale, v_scale)
+        if x is not None
+    )
+
     def of_rows(b, h, r, i, *_):
         return b, h, r
 
@@ -63,15 +77,15 @@ def attend(
         # A step past the last block names it again, and fetches nothing.
         return b, h, jnp.maximum(jnp.minimum(first[b, r] + i, stop[b, r] - 1), 0)
 
-    def vectors(size, of):
-        return pl.BlockSpec((None, heads, size, head_dim), lambda *at: (*of(*at), 0))
+    def vectors_of_keys(*at):
+        b, h, block = of_keys(*at)
+        return (b, h, 0, block) if capacity_minor else (b, h, block, 0)
 
-    def scalars(size, of):
-        return pl.BlockSpec((None, heads, size), of)
-
-    scales = () if k_scale is None else (k_scale, v_scale)
+    of_store = (head_dim, keys) if capacity_minor else (keys, head_dim)
+    store = pl.BlockSpec((None, heads, *of_store), vectors_of_keys)
+    queries = pl.BlockSpec((None, heads, size, head_dim), lambda *at: (*of_rows(*at), 0))
     values, lse = pl.pallas_call(
-        functools.partial(_kernel, keys),
+        functools.partial(_kernel, keys, "ds" if capacity_minor else "sd"),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(spans),
             # As many steps as the longest span needs, however much the store could hold.
@@ -83,12 +97,12 @@ def attend(
             ),
             in_specs=[
                 pl.BlockSpec((None, 2, size), lambda b, h, r, i, *_: (b, 0, r)),
-                vectors(size, of_rows),
-                vectors(keys, of_keys),
-                vectors(keys, of_keys),
-                (scalars(keys, of_keys),) * len(scales),
+                queries,
+                store,
+                store,
+                [pl.BlockSpec((None, heads, keys), of_keys)] * len(scales),
             ],
-            out_specs=[vectors(size, of_rows), scalars(size, of_rows)],
+            out_specs=[queries, pl.BlockSpec((None, heads, size), of_rows)],
             scratch_shapes=[
                 pltpu.VMEM((heads, size, head_dim), jnp.float32),
                 pltpu.VMEM((heads, size, 1), jnp.float32),
@@ -100,7 +114,8 @@ def attend(
             jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM,
         ),
         interpret=interpret,
         name="attend",
@@ -116,8 +131,7 @@ def attend(
 def _block_sizes(kv_heads: int, rows: int, head_dim: int, k: jax.Array) -> tuple[int, int, int]:
     """KV heads, rows of queries and keys of a block.
 
-    What a block holds stays, with the second buffers of the pipeline, under the 16 MiB of VMEM
-    that the compiler grants a kernel on the smallest of the TPUs.
+    What a block holds stays, with the second buffers of the pipeline, under _VMEM.
     """
     # The scales stand head by head in tiles of 8: a block has all heads or whole tiles of them.
     heads = 8 if kv_heads % 8 == 0 else kv_heads
@@ -127,7 +141,7 @@ def _block_sizes(kv_heads: int, rows: int, head_dim: int, k: jax.Array) -> tuple
     size = min(size, -(-rows // 16) * 16)  # tiles of bfloat16 are 16 rows high
     # 1 MiB of keys and as much of values: a transfer long enough to hide a step's fixed cost. And
     # at most 1 MiB of scores of a head, which live with the weights made of them.
-    keys = 2**20 // (heads * width * k.dtype.itemsize)
+    keys = 2**20 // (heads * head_dim * k.dtype.itemsize)
     keys = max(_power_of_two(min(keys, 2**18 // size)), _LANES)
     return heads, size, min(keys, k.shape[2] & -k.shape[2])
 
@@ -152,6 +166,7 @@ def _spans(bounds: jax.Array, size: int, keys: int) -> tuple[jax.Array, ...]:
 
 def _kernel(
     keys,
+    order,
     first,
     stop,
     all_begin,
@@ -170,8 +185,9 @@ def _kernel(
     """One block of queries and one of keys, of some heads.
 
     Refs: of [batch, row blocks] in SMEM, what _spans gives; bounds [2, rows];
-    q, values, weighted [heads, rows, head_dim]; k, v [heads, keys, head_dim]; scales, none or two
-    of [heads, keys]; lse [heads, rows]; total, highest [heads, rows, 1].
+    q, values, weighted [heads, rows, head_dim]; k, v [heads, keys, head_dim], or the last two
+    swapped, as order says; scales, none or two of [heads, keys]; lse [heads, rows];
+    total, highest [heads, rows, 1].
     """
     b, r, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block = first[b, r] + i
@@ -186,7 +202,7 @@ def _kernel(
 
     def step(visible=None):
         for h in range(q.shape[0]):
-            scores = einsum("rd,sd->rs", q[h], k[h].astype(q.dtype))
+            scores = einsum(f"rd,{order}->rs", q[h], k[h].astype(q.dtype))
             if scales:
                 scores *= scales[0][h : h + 1].astype(jnp.float32)
             if visible is not None:
@@ -199,7 +215,7 @@ def _kernel(
             total[h] = keep * total[h] + jnp.sum(weights, axis=1, keepdims=True)
             if scales:
                 weights *= scales[1][h : h + 1].astype(jnp.float32)
-            added = einsum("rs,sd->rd", weights.astype(q.dtype), v[h].astype(q.dtype))
+            added = einsum(f"rs,{order}->rd", weights.astype(q.dtype), v[h].astype(q.dtype))
             weighted[h] = keep * weighted[h] + added
 
     @pl.when((block < stop[b, r]) & whole)

@@ -63,12 +63,11 @@ def attend(
     capacity_minor = head_dim % _LANES != 0
     if capacity_minor:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
-    # Left to itself XLA may first bring a whole operand into VMEM, of which the queries see little.
-    k, v, *scales = (
-        pltpu.with_memory_space_constraint(x, pltpu.HBM)
-        for x in (k, v, k_scale, v_scale)
-        if x is not None
-    )
+    kept = [x for x in (k, v, k_scale, v_scale) if x is not None]
+    if not interpret:
+        # Left to itself XLA may first bring all of a store into VMEM, of which queries see little.
+        kept = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in kept]
+    k, v, *scales = kept
 
     def of_rows(b, h, r, i, *_):
         return b, h, r
@@ -194,6 +193,11 @@ def _kernel(
     slot = block * keys
     whole = (all_begin[b, r] <= slot) & (slot + keys <= all_end[b, r])
 
+    def each_head(body):
+        # Unrolled, heads overlap, which the short chains of a decode step need; the long ones of
+        # a prefill do not, and would take long to compile.
+        jax.lax.fori_loop(0, q.shape[0], lambda h, _: body(h), None, unroll=q.shape[1] < _LANES)
+
     @pl.when(i == 0)
     def start():
         weighted[...] = jnp.zeros_like(weighted)
@@ -201,10 +205,11 @@ def _kernel(
         highest[...] = jnp.full_like(highest, -jnp.inf)
 
     def step(visible=None):
-        for h in range(q.shape[0]):
+        @each_head
+        def attend_to_block(h):
             scores = einsum(f"rd,{order}->rs", q[h], k[h].astype(q.dtype))
             if scales:
-                scores *= scales[0][h : h + 1].astype(jnp.float32)
+                scores *= _row(scales[0][...], h)
             if visible is not None:
                 scores = jnp.where(visible, scores, -jnp.inf)
             new = jnp.maximum(highest[h], jnp.max(scores, axis=1, keepdims=True))
@@ -214,7 +219,7 @@ def _kernel(
             highest[h] = new
             total[h] = keep * total[h] + jnp.sum(weights, axis=1, keepdims=True)
             if scales:
-                weights *= scales[1][h : h + 1].astype(jnp.float32)
+                weights *= _row(scales[1][...], h)
             added = einsum(f"rs,{order}->rd", weights.astype(q.dtype), v[h].astype(q.dtype))
             weighted[h] = keep * weighted[h] + added
 
@@ -230,7 +235,14 @@ def _kernel(
 
     @pl.when(i == pl.num_programs(3) - 1)
     def finish():
-        for h in range(q.shape[0]):
+        @each_head
+        def normalise(h):
             seen = total[h] > 0
             values[h] = weighted[h] / jnp.where(seen, total[h], 1.0)
-            lse[h : h + 1] = jnp.where(seen, highest[h] + jnp.log(total[h]), -jnp.inf).T
+            lse[pl.ds(h, 1)] = jnp.where(seen, highest[h] + jnp.log(total[h]), -jnp.inf).T
+
+
+def _row(x: jax.Array, h: jax.Array) -> jax.Array:
+    """[1, n] float32, row h of x: within a packed tile no row is loaded by a number."""
+    here = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == h
+    return jnp.sum(jnp.where(here, x.astype(jnp.float32), 0.0), axis=0, keepdims=True)

@@ -1,0 +1,6 @@
+"""Programs compiled for machines that are not here; set before JAX is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask a cloud's metadata server what it is on

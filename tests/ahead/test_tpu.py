@@ -84,7 +84,7 @@ def test_reads_a_long_cache_where_it_lies(topology, heads, length, dtype):
 )
 @pytest.mark.parametrize("length", [1, 300])
 def test_fits_whatever_the_heads(topology, heads, dtype, q_dtype, length):
-    store = store_avals(heads, dtype, batch=2, capacity=3 * 256)
+    store = store_avals(heads, dtype, batch=2, capacity=16384)
     q, bounds = query_avals(heads, length, q_dtype, batch=2), jax.ShapeDtypeStruct((2, length), int)
     compiled(mesh(topology, 1), attend, q, *store, bounds, bounds)
 

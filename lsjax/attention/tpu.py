@@ -243,6 +243,6 @@ def _kernel(
 
 
 def _row(x: jax.Array, h: jax.Array) -> jax.Array:
-    """[1, n] float32, row h of x: within a packed tile no row is loaded by a number."""
+    """[1, n] float32, row h of x: a bfloat16 tile has no row at an index known only in the loop."""
     here = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == h
     return jnp.sum(jnp.where(here, x.astype(jnp.float32), 0.0), axis=0, keepdims=True)

@@ -1,5 +1,6 @@
-"""Compilers for accelerators that are not there, told to use none; set before JAX is imported."""
+"""Programs compiled for accelerators that are not here; set before JAX is imported."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask a cloud's metadata server what it is on

@@ -42,6 +42,11 @@ class Program:
         self._clock = clock
         self._compiled: dict[Any, Callable] = {}
 
+    def ahead(self, *args: Any) -> jax.stages.Compiled:
+        """The program for arguments that are shapes with shardings, on devices that may not be
+        here; nothing is kept."""
+        return self._jitted.lower(*args).compile()
+
     def __call__(self, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args[1:])
         key = structure, tuple((x.shape, x.dtype) for x in leaves)

@@ -1,16 +1,19 @@
 """The compiled steps of inference: prefill a chunk, choose the first token, decode a segment."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsjax.cache import CacheSpec, KVCache, empty_cache
 from lsjax.compilation import CompileClock, Program
 from lsjax.config import ModelConfig
 from lsjax.nn.decoder import Decoder
-from lsjax.positions.rotary import RotaryTables
+from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sampling import Draw, next_token
 from lsjax.sharding import TOKENS, cache_shardings, sharding
 
@@ -121,6 +124,44 @@ class Engine:
     ) -> tuple[DecodeState, jax.Array]:
         """Decodes one segment; the state is donated. Returns it and [batch, SEGMENT] new ids."""
         return self._decode(params, tables, state, draw)
+
+    def compile_ahead(
+        self, spec: CacheSpec, chunk: int
+    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """Compiles prefill of a chunk and decode of a segment for a mesh that may not be here.
+
+        Args:
+          spec: of the cache.
+          chunk: tokens of prompt run at once.
+
+        Returns:
+          Both programs; their memory_analysis() gives the bytes that each device needs.
+        """
+        whole = sharding(self.mesh, PartitionSpec())
+
+        def abstract(x: Any, placed: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+        def rows(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((spec.batch, *shape), dtype, sharding=self._rows)
+
+        params = unflatten(abstract_parameters(self.config, self.mesh, self.dtype))
+        tables = jax.tree.map(
+            lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)
+        )
+        cache = jax.tree.map(
+            abstract,
+            jax.eval_shape(lambda: empty_cache(self.config, spec)),
+            cache_shardings(self.config, self.mesh, self.cache_dtype),
+        )
+        count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        state = DecodeState(cache=cache, token=rows(), position=rows(), step=count)
+        hidden = rows(self.config.hidden_size, dtype=self.dtype)
+        with jax.set_mesh(self.mesh):  # tells Pallas which GPU it is for
+            return (
+                self._prefill.ahead(params, tables, cache, rows(chunk), count, rows(), hidden),
+                self._decode.ahead(params, tables, state, None),
+            )
 
     def _place(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(np.asarray(rows, np.int32), self._rows)

@@ -28,7 +28,7 @@ def model_options() -> dict[str, Any]:
     return {"path": flags.FLAGS.model_path} | {n: flags.FLAGS[n].value for n in names}
 
 
-def lengths(words: list[str]) -> list[int]:
+def lengths(words: list[str], flag: str = "lengths") -> list[int]:
     """A flag's list of lengths in tokens, as numbers.
 
     Raises:
@@ -36,7 +36,7 @@ def lengths(words: list[str]) -> list[int]:
     """
     wrong = [n for n in words if not n.isdecimal() or int(n) < 1]
     if wrong or not words:
-        raise UserError(f"--lengths takes numbers of tokens, as in 512,2048, not {wrong}.")
+        raise UserError(f"--{flag} takes numbers of tokens, as in 512,2048, not {wrong}.")
     return [int(n) for n in words]
 
 

@@ -51,10 +51,23 @@ def plot_shares(
     figure.savefig(path)
 
 
+def plot_times(cases: Mapping[str, Mapping[str, float]], path: str) -> None:
+    """Seconds of each formulation of a case, as bars; our own stand out."""
+    figure, _ = _figure(columns=len(cases))
+    for axes, (case, seconds) in zip(figure.axes, cases.items(), strict=True):
+        colors = ["tab:orange" if "lsjax" in name else "tab:blue" for name in seconds]
+        bars = axes.barh(list(seconds), [s * 1e3 for s in seconds.values()], color=colors)
+        axes.bar_label(bars, fmt="{:,.3g}", padding=3)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set(title=case, xlabel="milliseconds, fastest round")
+    figure.savefig(path)
+
+
 def _figure(columns: int = 1):
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib; pip install 'lsjax[plot]'.") from None
-    figure = Figure(figsize=(8 if columns == 1 else 12, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5), dpi=120, layout="constrained")
     return figure, figure.subplots(ncols=columns)

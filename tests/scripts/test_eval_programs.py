@@ -65,6 +65,29 @@ def test_the_table_of_scalings(tmp_path):
     assert (tmp_path / "table.png").read_bytes().startswith(PNG)
 
 
+def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
+    files = ["--output_json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
+    asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--rounds", 2]
+    done = run("bench_attention.py", *asked, "--heads", 4, "--head_dim", 16, *files)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert min(found["limits"][name] for name in ("product float32", "read", "copy")) > 0
+    limits, decode, *prefills = found["cases"]
+    assert (limits["kind"], decode["kind"], decode["length"]) == ("limits", "decode", 512)
+    assert [(case["kind"], case["length"]) for case in prefills] == [
+        ("prefill", 64), ("prefill", 128)
+    ]  # fmt: skip
+    for case in (decode, *prefills):
+        names = {figure["name"] for figure in case["figures"]}
+        assert names == {"lsjax float32", "lsjax int8", "jax.nn.dot_product_attention float32"}
+        assert all(0 < f["seconds_min"] <= f["seconds_median"] for f in case["figures"])
+    # 4 heads of 16 channels, two products, half of them spared by causality.
+    figure = prefills[1]["figures"][0]
+    assert figure["rate"] * figure["seconds_min"] * 1e9 == pytest.approx(2 * 4 * 16 * 128**2)
+    assert "prefill of 128 tokens" in done.stdout
+    assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -77,6 +100,10 @@ def test_the_table_of_scalings(tmp_path):
             "too few for a length of 99999",
         ),
         (["eval_shipped.py", "--lengths", "0"], "--lengths takes numbers of tokens"),
+        (["bench_attention.py", "--decode_lengths", "x"], "--decode_lengths takes numbers"),
+        (["bench_attention.py", "--cache_dtypes", "int9"], "--cache_dtypes takes float32"),
+        (["bench_attention.py", "--heads", "3"], "does not divide --heads=3"),
+        (["bench_attention.py", "--torch_python", "/nowhere"], "--torch_python does not start"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments, words):

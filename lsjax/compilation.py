@@ -58,6 +58,15 @@ class Program:
         return self._compiled[key](*args)
 
 
+def compiler_options(platform: str) -> dict[str, Any]:
+    """What XLA is told when it compiles for a platform.
+
+    A CPU with vectors of 512 bits is to use them: LLVM takes half of each otherwise, and the
+    exponentials of attention are a tenth to a sixth slower.
+    """
+    return {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}
+
+
 def enable_persistent_cache() -> None:
     """Keeps compiled programs on disk, so that the same shapes never compile twice.
 

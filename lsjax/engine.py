@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsjax.cache import CacheSpec, KVCache, empty_cache
-from lsjax.compilation import CompileClock, Program
+from lsjax.compilation import CompileClock, Program, compiler_options
 from lsjax.config import ModelConfig
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
@@ -53,8 +53,10 @@ class Engine:
         cache = cache_shardings(config, mesh, cache_dtype)
         state = DecodeState(cache=cache, token=self._rows, position=self._rows, step=whole)
 
-        def program(function, **options):
-            return Program(function, self.clock, **options)
+        options = compiler_options(mesh.devices.flat[0].platform)
+
+        def program(function, **jit_options):
+            return Program(function, self.clock, compiler_options=options, **jit_options)
 
         self._prefill = program(
             self._prefill_step, donate_argnums=2, out_shardings=(cache, self._rows)

@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from lsjax import cli
-from lsjax.attention.blockwise import attend
-from lsjax.cache import CACHE_DTYPES, LayerCache, Store
+from lsjax.attention.blockwise import Seen
+from lsjax.attention.by_platform import attend
+from lsjax.cache import CACHE_DTYPES, Store, empty_store
+from lsjax.compilation import compiler_options
 from lsjax.errors import UserError
 from lsjax.evals.plots import plot_times
 from lsjax.files import check_writable, write_atomically
@@ -102,20 +104,25 @@ class Figure:
 
 def our_decode(case: Case, dtype: str) -> tuple[Call, float]:
     """One token, which sees every key of a full cache; the work is the cache's bytes."""
-    cache = _our_cache(case, dtype)
-    at = jnp.full((1, 1), case.length - 1)
-    run = jax.jit(lambda q, cache: attend(q, cache, at, jnp.array(0), None))
-    q = _our_queries(case, 1, dtype)
-    return (lambda: run(q, cache)), sum(x.nbytes for x in jax.tree.leaves(cache))
+    call, cache = _ours(case, dtype, jnp.full((1, 1), case.length - 1))
+    return call, sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
 def our_prefill(case: Case, dtype: str) -> tuple[Call, float]:
     """A prompt's tokens to themselves, in one call; the work is the FLOPs."""
-    cache = _our_cache(case, dtype)
-    at = jnp.arange(case.length)[None]
-    run = jax.jit(lambda q, cache: attend(q, cache, at, jnp.array(0), None))
-    q = _our_queries(case, case.length, dtype)
-    return (lambda: run(q, cache)), case.flops
+    call, _ = _ours(case, dtype, jnp.arange(case.length)[None])
+    return call, case.flops
+
+
+def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Store]]:
+    """Attention of tokens at [1, length] positions to a full cache, and the cache."""
+    platform = jax.devices()[0].platform
+    run = jax.jit(
+        lambda q, k, v: attend(platform, q, k, v, Seen(None, at + 1, at), None),
+        compiler_options=compiler_options(platform),
+    )
+    q, cache = _our_queries(case, at.shape[1], dtype), _our_cache(case, dtype)
+    return (lambda: run(q, *cache)), cache
 
 
 def _our_queries(case: Case, length: int, dtype: str) -> jax.Array:
@@ -126,12 +133,10 @@ def _our_queries(case: Case, length: int, dtype: str) -> jax.Array:
     return q.astype(jnp.float32 if wide else jnp.bfloat16)
 
 
-def _our_cache(case: Case, dtype: str) -> LayerCache:
-    scale = None if jnp.issubdtype(dtype, jnp.floating) else jnp.zeros(())
-    like = Store(data=jnp.zeros((), dtype), scale=scale, peak=scale)
+def _our_cache(case: Case, dtype: str) -> tuple[Store, Store]:
     shape = (1, case.kv_heads, case.length, case.head_dim)
-    k, v = (jax.jit(like.encode)(_random(*shape, seed=seed)) for seed in (1, 2))
-    return LayerCache(k=k, v=v)
+    encode = jax.jit(lambda x: empty_store(shape, dtype).encode(x))
+    return encode(_random(*shape, seed=1)), encode(_random(*shape, seed=2))
 
 
 def _jax_formulations(case: Case) -> Formulations:

@@ -1,7 +1,6 @@
 """Attention over a store, block by block: no [queries, keys] matrix is ever whole.
 
-The slots that queries see bound the loop over key blocks; a mask does the rest, in the blocks at
-the edges only. Source: FlashAttention (arXiv 2205.14135).
+The slots that queries see bound the loop over key blocks; a mask does the rest. Source: FlashAttention (arXiv 2205.14135).
 """
 
 import functools
@@ -15,10 +14,24 @@ from lsjax.attention.partial import Partial, from_sums
 from lsjax.cache import Store
 from lsjax.precision import einsum
 
-# Rows of queries and keys whose scores stay in a core's cache.
-_QUERY_BLOCK = 512
-_KEY_BLOCK = 512
-_KEY_BLOCK_FOR_ONE_TOKEN = 4096
+# Keys that one token attends to at a time.
+_KEYS_FOR_ONE_TOKEN = 4096
+
+
+class Blocks(NamedTuple):
+    """How much is worked on at a time.
+
+    Attributes:
+      rows: queries times the query heads of a group, at most.
+      keys: at most.
+    """
+
+    rows: int
+    keys: int
+
+
+# A CPU keeps the scores of a block, 1 MiB for each KV head, in a core's cache.
+CPU_BLOCKS = Blocks(rows=1024, keys=256)
 
 
 class Seen(NamedTuple):
@@ -36,7 +49,12 @@ class Seen(NamedTuple):
 
 
 def attend(
-    q: jax.Array, k: Store, v: Store, seen: Seen, slopes: jax.Array | None = None
+    q: jax.Array,
+    k: Store,
+    v: Store,
+    seen: Seen,
+    slopes: jax.Array | None = None,
+    blocks: Blocks = CPU_BLOCKS,
 ) -> Partial:
     """Attention of some queries to the keys in a store.
 
@@ -45,26 +63,30 @@ def attend(
       k, v: the keys and values.
       seen: which of them each query sees.
       slopes: [kv_heads, group] of ALiBi, or None.
+      blocks: how much is worked on at a time.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
     """
-    batch, length = q.shape[0], q.shape[3]
+    batch, _, group, length, _ = q.shape
     if length > 1:
 
         def some(q: jax.Array, seen: Seen) -> Partial:
-            return _attend_block(q, k, v, None, seen, slopes)
+            return _attend_block(q, k, v, None, seen, slopes, blocks.keys)
 
-        return in_query_blocks(some, q, seen, _QUERY_BLOCK)
+        return in_query_blocks(some, q, seen, max(1, 1 << (blocks.rows // group).bit_length() - 1))
+    # One token is bound by reading the keys, and XLA multiplies narrow floats by it slowly on CPU.
+    q = q.astype(jnp.float32)
     if batch == 1:
-        return _attend_block(q, k, v, None, seen, slopes)
+        return _attend_block(q, k, v, None, seen, slopes, _KEYS_FOR_ONE_TOKEN)
 
     def one(row: jax.Array) -> Partial:
         # Rows of a batch hold different numbers of tokens: each reads its own only.
         def take(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
 
-        return _attend_block(take(q), k, v, row, jax.tree.map(take, seen), slopes)
+        own = jax.tree.map(take, seen)
+        return _attend_block(take(q), k, v, row, own, slopes, _KEYS_FOR_ONE_TOKEN)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
 
@@ -95,24 +117,35 @@ def in_query_blocks(
 
 
 def _attend_block(
-    q: jax.Array, k: Store, v: Store, row: jax.Array | None, seen: Seen, slopes: jax.Array | None
+    q: jax.Array,
+    k: Store,
+    v: Store,
+    row: jax.Array | None,
+    seen: Seen,
+    slopes: jax.Array | None,
+    most_keys: int,
 ) -> Partial:
-    """Of a few queries, all rows of the batch or one, to all keys that they see."""
-    begin, end, at = seen
-    size = key_block(k.capacity, _KEY_BLOCK_FOR_ONE_TOKEN if q.shape[3] == 1 else _KEY_BLOCK)
+    """Of a few queries, all rows of the batch or one, to all keys that they see.
 
-    def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
+    The queries of a group are rows of one product: [group * length, head_dim] times the keys.
+    """
+    begin, end, at = seen
+    batch, kv_heads, group, length, head_dim = q.shape
+    size = key_block(k.capacity, most_keys)
+    rows = q.reshape(batch, kv_heads, group * length, head_dim)
+
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         weighted, total, highest = state
-        scores = _scores(q, k.block(row, i * size, size))
+        scores = _scores(rows, k.block(row, i * size, size))
+        by_query = scores.reshape(batch, kv_heads, group, length, size)
         slots = i * size + jnp.arange(size)
         if slopes is not None:
             distance = (at[:, :, None] - slots).astype(jnp.float32)
-            scores -= slopes[:, :, None, None] * distance[:, None, None]
-        if masked:
-            visible = slots < end[:, :, None]
-            if begin is not None:
-                visible &= slots >= begin[:, :, None]
-            scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+            by_query -= slopes[:, :, None, None] * distance[:, None, None]
+        visible = slots < end[:, :, None]
+        if begin is not None:
+            visible &= slots >= begin[:, :, None]
+        scores = jnp.where(visible[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
         new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
         finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
         weights = jnp.exp(scores - finite[..., None])
@@ -121,40 +154,41 @@ def _attend_block(
         weighed = _weigh(weights, v.block(row, i * size, size), q.dtype)
         return keep[..., None] * weighted + weighed, total, new_highest
 
-    at_edge, inside = functools.partial(step, masked=True), functools.partial(step, masked=False)
-    zeros = jnp.zeros(q.shape, jnp.float32)
-    state = (zeros, zeros[..., 0], jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
-
-    def clip(slot: jax.Array) -> jax.Array:
-        return jnp.clip(slot, 0, k.capacity)
-
-    # Blocks first .. last hold keys that some query sees; whole .. edge those that all queries see.
-    last = -(-clip(jnp.max(end)) // size)
-    first = jnp.zeros_like(last) if begin is None else clip(jnp.min(begin)) // size
-    if q.shape[3] == 1:
-        return from_sums(*jax.lax.fori_loop(first, last, at_edge, state))
-    whole = first
+    # The blocks that hold keys which some query sees. All are masked: that costs next to nothing
+    # beside the exponentials, where a loop for the blocks that all see costs compiling.
+    last = -(-jnp.clip(jnp.max(end), 0, k.capacity) // size)
+    first = jnp.zeros_like(last)
     if begin is not None:
-        whole = jnp.clip(-(-clip(jnp.max(begin)) // size), first, last)
-        state = jax.lax.fori_loop(first, whole, at_edge, state)
-    edge = jnp.clip(clip(jnp.min(end)) // size, whole, last)
-    state = jax.lax.fori_loop(whole, edge, inside, state)
-    return from_sums(*jax.lax.fori_loop(edge, last, at_edge, state))
+        first = jnp.clip(jnp.min(begin), 0, k.capacity) // size
+    zeros = jnp.zeros(rows.shape, jnp.float32)
+    state = (zeros, zeros[..., 0], jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32))
+    partial = from_sums(*jax.lax.fori_loop(first, last, step, state))
+    return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), partial)
 
 
-def _scores(q: jax.Array, k: Store) -> jax.Array:
-    """[batch, kv_heads, group, length, block] float32."""
-    keys, factor = k.widened(q.dtype)
-    scores = einsum("bkgld,bksd->bkgls", q, keys)
-    return scores if factor is None else scores * factor[:, :, None, None]
+def _scores(rows: jax.Array, k: Store) -> jax.Array:
+    """[batch, kv_heads, rows, block] float32."""
+    keys, factor = k.widened(rows.dtype)
+    if factor is None:
+        return einsum("bkrd,bksd->bkrs", rows, keys)
+    if rows.shape[2] < rows.shape[3]:  # a factor on what is smaller, the scores or the keys
+        return einsum("bkrd,bksd->bkrs", rows, keys) * factor[:, :, None]
+    return einsum("bkrd,bksd->bkrs", rows, _times(keys, factor))
 
 
 def _weigh(weights: jax.Array, v: Store, dtype: jnp.dtype) -> jax.Array:
-    """Sum of weighted values, [batch, kv_heads, group, length, head_dim] float32."""
+    """Sum of weighted values, [batch, kv_heads, rows, head_dim] float32."""
     values, factor = v.widened(dtype)
     if factor is not None:
-        weights = weights * factor[:, :, None, None]
-    return einsum("bkgls,bksd->bkgld", weights.astype(dtype), values)
+        if weights.shape[2] < values.shape[3]:
+            weights = weights * factor[:, :, None]
+        else:
+            values = _times(values, factor)
+    return einsum("bkrs,bksd->bkrd", weights.astype(dtype), values)
+
+
+def _times(entries: jax.Array, factor: jax.Array) -> jax.Array:
+    return (entries.astype(jnp.float32) * factor[..., None]).astype(entries.dtype)
 
 
 def key_block(capacity: int, largest: int) -> int:

@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention import blockwise
-from lsjax.attention.blockwise import Seen, in_query_blocks
+from lsjax.attention.blockwise import CPU_BLOCKS, Blocks, Seen, in_query_blocks
 from lsjax.attention.partial import Partial
 from lsjax.cache import Store
 
 # On a GPU, queries that share one call of cuDNN: the more, the rarer are keys widened; the fewer,
 # the less is left to the blockwise loop, which attends to the keys among the queries themselves.
 _GPU_QUERIES = 1024
+# An accelerator wants few large products; their scores lie in its memory anyway.
+_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512)
 
 
 def attend(
@@ -36,7 +38,8 @@ def attend(
         if platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16:
             prefill = functools.partial(_prefill_on_gpu, k=k, v=v)
             return in_query_blocks(prefill, q, seen, _GPU_QUERIES)
-    return blockwise.attend(q, k, v, seen, slopes)
+    blocks = CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
+    return blockwise.attend(q, k, v, seen, slopes, blocks)
 
 
 def _on_tpu(q: jax.Array, k: Store, v: Store, seen: Seen) -> Partial:
@@ -55,7 +58,8 @@ def _prefill_on_gpu(q: jax.Array, seen: Seen, k: Store, v: Store) -> Partial:
     from lsjax.attention import cudnn
 
     def edges(begin: jax.Array, end: jax.Array) -> Partial:
-        return blockwise.attend(q, k, v, Seen(begin, end, seen.at))
+        among = Seen(begin, end, seen.at)
+        return blockwise.attend(q, k, v, among, blocks=_ACCELERATOR_BLOCKS)
 
     return cudnn.prefill(q, k.data, v.data, k.scale, v.scale, *_range(seen), edges)
 

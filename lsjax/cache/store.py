@@ -131,23 +131,21 @@ def _quantise(
     Of some sizes about the one that just reaches the largest channel, the one that leaves the
     least error: with few channels that is often far less (with 8, a third).
     """
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    unit = jnp.where(largest > 0, largest, 1.0)
+    x = x.astype(jnp.float32)[..., None, :]
+    largest = jnp.max(jnp.abs(x), axis=-1)
     sizes = (largest / most * jnp.asarray(tried)).astype(jnp.bfloat16)
 
-    def steps_of(size: jax.Array) -> jax.Array:
-        wide = size.astype(jnp.float32)
+    def steps_of(sizes: jax.Array) -> jax.Array:
+        wide = sizes.astype(jnp.float32)[..., None]
         return to_steps(x / jnp.where(wide > 0, wide, 1.0))
 
-    def error(size: jax.Array) -> jax.Array:
-        # In parts of the largest entry, whose square a float32 may not hold.
-        off = (steps_of(size) * size.astype(jnp.float32) - x) / unit
-        return jnp.sum(off**2, axis=-1)
-
-    errors = jnp.stack([error(sizes[..., i, None]) for i in range(len(tried))], axis=-1)
-    best = jnp.take_along_axis(sizes, jnp.argmin(errors, axis=-1, keepdims=True), axis=-1)
-    return steps_of(best), best[..., 0]
+    # In parts of the largest entry, whose square a float32 may not hold.
+    off = (steps_of(sizes) * sizes.astype(jnp.float32)[..., None] - x) / jnp.where(
+        largest > 0, largest, 1.0
+    )[..., None]
+    chosen = jnp.argmin(jnp.sum(off**2, axis=-1), axis=-1, keepdims=True)
+    best = jnp.take_along_axis(sizes, chosen, axis=-1)
+    return steps_of(best)[..., 0, :], best[..., 0]
 
 
 def _to_byte(quotient: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test ahead lint
 
 demo: $(VENV)/run-ready
 	$(BIN)/python scripts/run_pa.py --input_texts examples/passkey_2048.txt --max_output_length 16 \
@@ -11,6 +11,9 @@ demo: $(VENV)/run-ready
 
 test: $(VENV)/test-ready
 	$(BIN)/python -m pytest -q
+
+ahead: $(VENV)-ahead/ready
+	$(VENV)-ahead/bin/python -m pytest -q tests/ahead
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .
@@ -26,4 +29,9 @@ $(VENV)/run-ready: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/test-ready: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)-ahead/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-ahead
+	$(VENV)-ahead/bin/pip install --quiet --editable '.[test,ahead]'
 	touch $@

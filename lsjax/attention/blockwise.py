@@ -1,6 +1,7 @@
 """Attention over a store, block by block: no [queries, keys] matrix is ever whole.
 
-The slots that queries see bound the loop over key blocks; a mask does the rest. Source: FlashAttention (arXiv 2205.14135).
+The slots that queries see bound the loop over key blocks; a mask does the rest.
+Source: FlashAttention (arXiv 2205.14135).
 """
 
 import functools

@@ -79,7 +79,9 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, context, platfo
 
     first = jax.lax.axis_index("context") * cache.k.capacity
     new = LayerCache(
-        k=write(cache.k, k, positions, first), v=write(cache.v, v, positions, first), recent=None
+        k=write(cache.k, k, positions, first, platform),
+        v=write(cache.v, v, positions, first, platform),
+        recent=None,
     )
     begin = None if window is None else positions + 1 - window
     end = positions + 1

@@ -1,10 +1,13 @@
 """Keys or values of one layer, in floats, in a byte an entry, or in half a byte."""
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from lsjax.cache.layout import pinned
 
 # int4: entries that share a scale. Values of 4 bits need a scale of their own more often.
 _GROUP = 32
@@ -91,7 +94,9 @@ def empty_store(shape: tuple[int, int, int, int], dtype: str) -> Store:
     return Store(jnp.zeros(shape, dtype), None)
 
 
-def write(store: Store, x: jax.Array, positions: jax.Array, first: jax.Array) -> Store:
+def write(
+    store: Store, x: jax.Array, positions: jax.Array, first: jax.Array, platform: str = "cpu"
+) -> Store:
     """Writes new keys or values into this device's shard of a layer.
 
     Args:
@@ -101,18 +106,25 @@ def write(store: Store, x: jax.Array, positions: jax.Array, first: jax.Array) ->
         stand at the same positions in every row (a prefill chunk); a single one may stand at a
         different position in each (decode).
       first: global position of the shard's first slot.
+      platform: that it runs on: cpu, gpu (or cuda) or tpu.
 
     Returns:
       The store with those of the positions written that it holds.
     """
     new, start = store.encode(x), positions[:, 0] - first
+
+    def put(store: Store, row: jax.Array | None, new: Store, start: jax.Array) -> Store:
+        run = functools.partial(_write_run, row=row, start=start, platform=platform)
+        return jax.tree.map(run, store, new)
+
     if x.shape[2] > 1 or x.shape[0] == 1:
-        return jax.tree.map(lambda old, n: _write_run(old, n, start[0], axis=2), store, new)
-    return jax.tree.map(
-        lambda old, n: jax.vmap(lambda o, m, s: _write_run(o, m, s, axis=1))(old, n, start),
-        store,
-        new,
-    )
+        return put(store, None, new, start[0])
+
+    def put_row(row: jax.Array, store: Store) -> Store:
+        return put(store, row, new.block(row, 0, 1), start[row])
+
+    # Row by row in place: a scatter to all of them at once copies the store.
+    return jax.lax.fori_loop(0, x.shape[0], put_row, store)
 
 
 def _group(head_dim: int) -> int:
@@ -157,18 +169,23 @@ def _to_half_byte(quotient: jax.Array) -> jax.Array:
     return jnp.clip(jnp.floor(quotient) + 0.5, -7.5, 7.5)
 
 
-def _write_run(old: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
-    """Writes `new` at start .. along `axis`, leaving out what falls outside `old`.
+def _write_run(
+    old: jax.Array, new: jax.Array, row: jax.Array | None, start: jax.Array, platform: str
+) -> jax.Array:
+    """Writes `new` at the slots start .. of all rows or one, leaving out what falls outside `old`.
 
     A slice of a fixed size is read, changed and put back, since the run may straddle the shard.
     """
-    size, room = new.shape[axis], old.shape[axis]
+    size, room = new.shape[2], old.shape[2]
     window = min(size, room)
-    at = jnp.clip(start, 0, room - window)
-    held = jax.lax.dynamic_slice_in_dim(old, at, window, axis)
-    # Slot at + j takes new[at + j - start]: a shift of `new`, whose edges are discarded below.
-    index = at + jnp.arange(window) - start
-    taken = jnp.take(new, jnp.clip(index, 0, size - 1), axis=axis)
+    slot = jnp.clip(start, 0, room - window)
+    at = (0 if row is None else row, 0, slot, *[0] * (old.ndim - 3))
+    shape = (*new.shape[:2], window, *new.shape[3:])
+    held = pinned(jax.lax.dynamic_slice(old, at, shape), platform)
+    # Slot + j takes new[slot + j - start]: a shift of `new`, whose edges are discarded below.
+    index = slot + jnp.arange(window) - start
+    taken = pinned(jnp.take(new, jnp.clip(index, 0, size - 1), axis=2), platform)
     inside = (index >= 0) & (index < size)
-    inside = inside.reshape([-1 if i == axis else 1 for i in range(old.ndim)])
-    return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(inside, taken, held), at, axis)
+    inside = inside.reshape([-1 if i == 2 else 1 for i in range(old.ndim)])
+    changed = jnp.where(inside, taken, held)
+    return pinned(jax.lax.dynamic_update_slice(old, changed, at), platform)

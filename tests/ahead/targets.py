@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 H100 = (pathlib.Path(__file__).parent / "h100.txtpb").read_text()
 
 
-def mesh_of(target, data=1, context=1, model=1):
+def mesh_of(target: str, data: int = 1, context: int = 1, model: int = 1) -> Mesh:
     """The first devices of a TPU topology ("v5e:2x4"), or of "h100"."""
     if target == "h100":
         count = data * context * model

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lsjax import UserError
+from lsjax import LanguageModel, UserError
 from lsjax.cache.kv_cache import BLOCK
 from lsjax.sharding import make_mesh
 
@@ -40,9 +40,22 @@ def test_whatever_the_chunk(model, name, kv):
 
 
 @pytest.mark.parametrize("name", ["qwen2_window", "llama_tied_llama3", "glm4"])
-def test_generation_is_the_argmax_of_the_logits(model, name):
-    lm = model(name)
-    assert tokens(lm, [prompt(2)])[0][:6] == step_by_step(lm, prompt(2))
+@pytest.mark.parametrize("kv", LONGER)
+def test_generation_is_the_argmax_of_the_logits(model, name, kv):
+    """Where a quantised cache's block ends in the midst of the answer."""
+    lm, ids = model(name, kv), prompt(2, max(LENGTH, LONGER[kv] - 3))
+    assert tokens(lm, [ids])[0][:6] == step_by_step(lm, ids)
+
+
+@pytest.mark.parametrize("kv", LONGER)
+def test_whatever_the_segment(model, kv, monkeypatch):
+    ids = prompt(13, max(LENGTH, LONGER[kv] - 3))
+    usual = tokens(model("glm4", kv), [ids])
+    for segment in (1, OUTPUT):
+        for module in ("engine", "generation", "requests"):
+            monkeypatch.setattr(f"lsjax.{module}.SEGMENT", segment)
+        lm = model("glm4", kv)
+        assert tokens(LanguageModel(lm.settings, lm.params), [ids]) == usual
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,7 +16,7 @@ from lsjax.cache import Store
 from lsjax.precision import einsum
 
 # Keys that one token attends to at a time.
-_KEYS_FOR_ONE_TOKEN = 4096
+_KEYS_FOR_ONE_TOKEN = 2048
 
 
 class Blocks(NamedTuple):
@@ -132,18 +132,20 @@ def _attend_block(
     """
     begin, end, at = seen
     batch, kv_heads, group, length, head_dim = q.shape
-    size = key_block(k.capacity, most_keys)
+    size = min(most_keys, k.capacity)
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         weighted, total, highest = state
-        scores = _scores(rows, k.block(row, i * size, size))
+        # The last block may reach back into the one before, whose slots are masked then.
+        start = jnp.minimum(i * size, k.capacity - size)
+        scores = _scores(rows, k.block(row, start, size))
         by_query = scores.reshape(batch, kv_heads, group, length, size)
-        slots = i * size + jnp.arange(size)
+        slots = start + jnp.arange(size)
         if slopes is not None:
             distance = (at[:, :, None] - slots).astype(jnp.float32)
             by_query -= slopes[:, :, None, None] * distance[:, None, None]
-        visible = slots < end[:, :, None]
+        visible = (slots >= i * size) & (slots < end[:, :, None])
         if begin is not None:
             visible &= slots >= begin[:, :, None]
         scores = jnp.where(visible[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
@@ -152,7 +154,7 @@ def _attend_block(
         weights = jnp.exp(scores - finite[..., None])
         keep = jnp.exp(highest - finite)
         total = keep * total + jnp.sum(weights, axis=-1)
-        weighed = _weigh(weights, v.block(row, i * size, size), q.dtype)
+        weighed = _weigh(weights, v.block(row, start, size), q.dtype)
         return keep[..., None] * weighted + weighed, total, new_highest
 
     # The blocks that hold keys which some query sees. All are masked: that costs next to nothing
@@ -190,8 +192,3 @@ def _weigh(weights: jax.Array, v: Store, dtype: jnp.dtype) -> jax.Array:
 
 def _times(entries: jax.Array, factor: jax.Array) -> jax.Array:
     return (entries.astype(jnp.float32) * factor[..., None]).astype(entries.dtype)
-
-
-def key_block(capacity: int, largest: int) -> int:
-    """The largest power of two, up to `largest`, that divides a cache's capacity."""
-    return min(largest, capacity & -capacity)

@@ -78,9 +78,10 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, context, platfo
         return attend(platform, q, keys, values, seen, slopes)
 
     first = jax.lax.axis_index("context") * cache.k.capacity
+    new_k, new_v = _encode(cache, k, v)
     new = LayerCache(
-        k=write(cache.k, k, positions, first, platform),
-        v=write(cache.v, v, positions, first, platform),
+        k=write(cache.k, new_k, positions, first, platform),
+        v=write(cache.v, new_v, positions, first, platform),
         recent=None,
     )
     begin = None if window is None else positions + 1 - window
@@ -105,3 +106,12 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, context, platfo
         partial = merge(partial, near)
     out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
     return out.astype(v.dtype), new
+
+
+def _encode(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[Store, Store]:
+    """[batch, kv_heads, length, head_dim] keys and values in the format of the cache."""
+    if cache.recent is None:
+        return cache.k.encode(k), cache.v.encode(v)
+    # Both are quantised in one go: in decode it is the number of operations that costs.
+    both = cache.k.encode(jnp.stack([k, v.astype(k.dtype)]))
+    return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)

@@ -95,13 +95,13 @@ def empty_store(shape: tuple[int, int, int, int], dtype: str) -> Store:
 
 
 def write(
-    store: Store, x: jax.Array, positions: jax.Array, first: jax.Array, platform: str = "cpu"
+    store: Store, new: Store, positions: jax.Array, first: jax.Array, platform: str = "cpu"
 ) -> Store:
     """Writes new keys or values into this device's shard of a layer.
 
     Args:
       store: the shard; it holds global positions first .. first + capacity - 1.
-      x: [batch, kv_heads, length, head_dim] floats.
+      new: as many slots as there are positions, in the store's format.
       positions: [batch, length] global positions, consecutive along the length. Several tokens
         stand at the same positions in every row (a prefill chunk); a single one may stand at a
         different position in each (decode).
@@ -111,20 +111,21 @@ def write(
     Returns:
       The store with those of the positions written that it holds.
     """
-    new, start = store.encode(x), positions[:, 0] - first
+    start = positions[:, 0] - first
 
     def put(store: Store, row: jax.Array | None, new: Store, start: jax.Array) -> Store:
         run = functools.partial(_write_run, row=row, start=start, platform=platform)
         return jax.tree.map(run, store, new)
 
-    if x.shape[2] > 1 or x.shape[0] == 1:
+    batch, length = positions.shape
+    if length > 1 or batch == 1:
         return put(store, None, new, start[0])
 
     def put_row(row: jax.Array, store: Store) -> Store:
         return put(store, row, new.block(row, 0, 1), start[row])
 
     # Row by row in place: a scatter to all of them at once copies the store.
-    return jax.lax.fori_loop(0, x.shape[0], put_row, store)
+    return jax.lax.fori_loop(0, batch, put_row, store)
 
 
 def _group(head_dim: int) -> int:

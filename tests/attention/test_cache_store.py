@@ -81,11 +81,11 @@ def test_a_chunk_lands_where_it_belongs_on_every_shard(dtype, length):
     """Shards of 16 slots, so that chunks straddle them, cover them, and end past the last."""
     shard = jax.jit(functools.partial(write, empty(dtype, capacity=16)))
     x = jnp.asarray(normal()[:, :, :length])
-    encoded = jax.tree.leaves(encode(empty(dtype), x))
+    encoded = encode(empty(dtype), x)
     for start in (0, 1, 15, 16, 20, 47, 63):
         positions = np.tile(start + np.arange(length), (2, 1))
-        shards = [shard(x, positions, first) for first in range(0, 64, 16)]
-        for *parts, new in zip(*map(jax.tree.leaves, shards), encoded, strict=True):
+        shards = [shard(encoded, positions, first) for first in range(0, 64, 16)]
+        for *parts, new in zip(*map(jax.tree.leaves, [*shards, encoded]), strict=True):
             held = np.concatenate(parts, axis=2)
             expected = np.zeros_like(held)
             expected[:, :, start : start + length] = new[:, :, : 64 - start]
@@ -95,20 +95,20 @@ def test_a_chunk_lands_where_it_belongs_on_every_shard(dtype, length):
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_what_stood_before_stays(dtype):
     before = encode(empty(dtype), jnp.asarray(normal(1)))
-    x = jnp.asarray(normal(2)[:, :, :5])
-    after = jax.jit(write)(before, x, np.tile(10 + np.arange(5), (2, 1)), 0)
+    new = encode(empty(dtype), jnp.asarray(normal(2)[:, :, :5]))
+    after = jax.jit(write)(before, new, np.tile(10 + np.arange(5), (2, 1)), 0)
     changed = np.isin(np.arange(64), 10 + np.arange(5))
     held, old = dequantised(after), dequantised(before)
     np.testing.assert_array_equal(held[:, ~changed], old[:, ~changed])
-    np.testing.assert_array_equal(held[:, changed], dequantised(encode(empty(dtype), x)))
+    np.testing.assert_array_equal(held[:, changed], dequantised(new))
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_single_tokens_of_each_row(dtype):
-    x = jnp.asarray(normal()[:, :, :1])
-    encoded = dequantised(encode(empty(dtype), x))
+    new = encode(empty(dtype), jnp.asarray(normal()[:, :, :1]))
+    encoded = dequantised(new)
     shard = jax.jit(functools.partial(write, empty(dtype, capacity=32)))
-    shards = [shard(x, np.asarray([[3], [40]]), first) for first in (0, 32)]
+    shards = [shard(new, np.asarray([[3], [40]]), first) for first in (0, 32)]
     held = np.concatenate([dequantised(s) for s in shards], axis=1)
     expected = np.zeros_like(held)
     expected[0, 3], expected[1, 40] = encoded[0, 0], encoded[1, 0]

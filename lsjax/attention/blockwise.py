@@ -16,7 +16,7 @@ from lsjax.cache import Store
 from lsjax.precision import einsum
 
 # Keys that one token attends to at a time.
-_KEYS_FOR_ONE_TOKEN = 2048
+_KEYS_FOR_ONE_TOKEN = 4608
 
 
 class Blocks(NamedTuple):
@@ -132,7 +132,8 @@ def _attend_block(
     """
     begin, end, at = seen
     batch, kv_heads, group, length, head_dim = q.shape
-    size = min(most_keys, k.capacity)
+    # Blocks of one size as far as the capacity allows: what the last one reaches back is lost.
+    size = -(-k.capacity // -(-k.capacity // most_keys))
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

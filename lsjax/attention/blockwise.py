@@ -133,7 +133,8 @@ def _attend_block(
     begin, end, at = seen
     batch, kv_heads, group, length, head_dim = q.shape
     # Blocks of one size as far as the capacity allows: what the last one reaches back is lost.
-    size = -(-k.capacity // -(-k.capacity // most_keys))
+    blocks = -(-k.capacity // most_keys)
+    size = -(-k.capacity // blocks)
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -166,7 +167,11 @@ def _attend_block(
         first = jnp.clip(jnp.min(begin), 0, k.capacity) // size
     zeros = jnp.zeros(rows.shape, jnp.float32)
     state = (zeros, zeros[..., 0], jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32))
-    partial = from_sums(*jax.lax.fori_loop(first, last, step, state))
+    if blocks == 1:  # a loop of one round would cost more than it does
+        state = step(jnp.int32(0), state)
+    else:
+        state = jax.lax.fori_loop(first, last, step, state)
+    partial = from_sums(*state)
     return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), partial)
 
 

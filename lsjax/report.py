@@ -40,12 +40,15 @@ def notes(settings: Settings, requests: Sequence[Request]) -> list[str]:
     """What a user should know of the scaling in force: that it has no effect, or has a cost."""
     config = settings.config
     kind, trained = config.rope_scaling.kind, config.trained_length
+    fixed = kind in ("linear", "ntk", "yarn")
+    if fixed and config.rope_scaling.factor == 1:
+        return [f"rope_scaling {kind} of factor 1 changes nothing"]
     shortest = min(min(r.lengths[: r.count]) for r in requests)
     if shortest > trained:
         return []
     if kind in ("auto", "dynamic", "longrope"):
         return [f"rope_scaling {kind} leaves requests of up to {trained:,} tokens as they are"]
-    if kind in ("linear", "ntk", "yarn") and config.rope_scaling.factor > 1:
+    if fixed:
         return [
             f"rope_scaling {kind} also applies to requests of up to {trained:,} tokens, which the "
             "model reads better without; --rope_scaling auto scales longer ones only"

@@ -37,15 +37,32 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def notes(settings: Settings, requests: Sequence[Request]) -> list[str]:
-    """What a user should know of the scaling in force: that it has no effect, or has a cost."""
+    """What a user should know of what is in force: that it has no effect, or has a cost."""
+    return _notes_on_cache(settings) + _notes_on_scaling(settings, requests)
+
+
+def _notes_on_cache(settings: Settings) -> list[str]:
+    if settings.kv_cache_dtype != "int4":
+        return []
+    return [
+        "kv_cache_dtype int4 takes a little over half of int8's memory and costs accuracy: on the "
+        "shipped model at 2,048 tokens the loss rises by 0.2 %, with int8 by 0.02 %; "
+        "scripts/eval_perplexity.py --kv_cache_dtype measures another"
+    ]
+
+
+def _notes_on_scaling(settings: Settings, requests: Sequence[Request]) -> list[str]:
     config = settings.config
     kind, trained = config.rope_scaling.kind, config.trained_length
+    fixed = kind in ("linear", "ntk", "yarn")
+    if fixed and config.rope_scaling.factor == 1:
+        return [f"rope_scaling {kind} of factor 1 changes nothing"]
     shortest = min(min(r.lengths[: r.count]) for r in requests)
     if shortest > trained:
         return []
     if kind in ("auto", "dynamic", "longrope"):
         return [f"rope_scaling {kind} leaves requests of up to {trained:,} tokens as they are"]
-    if kind in ("linear", "ntk", "yarn") and config.rope_scaling.factor > 1:
+    if fixed:
         return [
             f"rope_scaling {kind} also applies to requests of up to {trained:,} tokens, which the "
             "model reads better without; --rope_scaling auto scales longer ones only"

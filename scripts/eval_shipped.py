@@ -1,4 +1,4 @@
-"""What each kind of scaling does to the shipped model: table, plot, JSON.
+"""What each kind of scaling does to the shipped models: table, plot, JSON.
 
 python scripts/eval_shipped.py --plot scaling.png --output_json scaling.json
 """
@@ -14,12 +14,12 @@ from lsjax import cli
 from lsjax.compilation import enable_persistent_cache
 from lsjax.evals.plots import plot_shares
 from lsjax.files import check_writable, write_atomically
-from lsjax.shipped.evaluation import SCALINGS, measure
+from lsjax.shipped.evaluation import SETTINGS, measure
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096", "8192", "16384"], "Tokens of text.")
-flags.DEFINE_multi_enum("setting", SCALINGS, SCALINGS, "What to measure; may be repeated.")
+flags.DEFINE_multi_enum("setting", SETTINGS, SETTINGS, "What to measure; may be repeated.")
 flags.DEFINE_integer("keys", 100, "Pass keys for each length and setting.", 1)
 flags.DEFINE_integer("max_batch_size", 20, "Texts answered together.", 1)
 flags.DEFINE_string("output_json", None, "Write the figures here.")

@@ -148,7 +148,11 @@ def override_rope_scaling(
             "allow_untrained_length runs past the trained length."
         )
     if rope_scaling == "auto":
-        if config.rope_scaling.kind != "default":
+        if config.rope_scaling.kind not in ("default", "auto"):
+            logging.getLogger("lsjax").warning(
+                "rope_scaling auto changes nothing: config.json has %s, which is kept.",
+                config.rope_scaling.kind,
+            )
             return config
         return dataclasses.replace(config, rope_scaling=RopeScaling(kind="auto"))
     if isinstance(rope_scaling, str):

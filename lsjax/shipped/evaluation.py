@@ -1,4 +1,4 @@
-"""What scaling does to the shipped model: pass keys and perplexity by length, for each kind."""
+"""What scaling does to the shipped models: pass keys and perplexity by length, for each kind."""
 
 import dataclasses
 import random
@@ -10,11 +10,12 @@ import numpy as np
 from lsjax.evals.needle import needle_map
 from lsjax.evals.perplexity import loss_curve
 from lsjax.language_model import load
+from lsjax.shipped import shipped_model_path
 from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH
 from lsjax.shipped.passages import Passage, make_passage
 from lsjax.shipped.sentences import sentences
 
-SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn")
+SETTINGS = ("none", "linear", "ntk", "dynamic", "yarn", "alibi")
 _TEXTS = 4  # that perplexity is an average over
 
 
@@ -23,7 +24,7 @@ class Cell:
     """What one setting reaches at one length.
 
     Attributes:
-      setting: one of SCALINGS.
+      setting: one of SETTINGS.
       length: tokens of text and answer.
       share: of pass keys read right, from 0 to 1.
       perplexity: of sentences, over all positions of texts of that length.
@@ -68,25 +69,28 @@ def measure(
     """Each setting at each length, as they are measured.
 
     Args:
-      settings: of SCALINGS.
+      settings: of SETTINGS; alibi is the twin, which nothing scales.
       lengths: tokens of text and answer.
       keys: pass keys for each cell, spread evenly over the depth.
       max_batch_size: texts answered together.
       progress: called with the number of texts answered.
     """
-    model = load()
+    rotary, alibi = load(), load(shipped_model_path("alibi"))
     depths = np.linspace(0, 1, keys).tolist()
     for length in lengths:
         text = " ".join(sentences(random.Random(f"text {length}"), _TEXTS * length))
-        ids = model.tokenizer.encode(text)
+        ids = rotary.tokenizer.encode(text)
         for setting in settings:
-            scaled = model.with_rope_scaling(scaling_for(setting, length))
+            if setting == "alibi":
+                model = alibi
+            else:
+                model = rotary.with_rope_scaling(scaling_for(setting, length))
             needles = needle_map(
-                scaled,
+                model,
                 [length - ANSWER_TOKENS],
                 depths,
                 max_batch_size=max_batch_size,
                 progress=progress,
             )
-            perplexity = loss_curve(scaled, ids, length).perplexity
+            perplexity = loss_curve(model, ids, length).perplexity
             yield Cell(setting, length, needles.by_length()[0], perplexity)

@@ -1,4 +1,4 @@
-"""The shipped model's shape and its tokens."""
+"""The shape of the shipped models, and their tokens."""
 
 from typing import Any
 
@@ -13,24 +13,37 @@ END = 256  # the token after the last byte
 END_TEXT = "<|endoftext|>"
 ANSWER_TOKENS = 7  # a space, five digits and the end
 
-HF_CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
+_SHAPE: dict[str, Any] = {
     "vocab_size": 264,  # 256 bytes, the end, and padding to a number that meshes divide
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": TRAINED_LENGTH,
-    "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "attention_dropout": 0.0,
     "eos_token_id": END,
     "torch_dtype": "float32",
+}
+# How tokens know their places -> config.json.
+HF_CONFIGS: dict[str, dict[str, Any]] = {
+    "rotary": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **_SHAPE,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": TRAINED_LENGTH,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+    },
+    "alibi": {
+        "architectures": ["BaichuanForCausalLM"],
+        "model_type": "baichuan",
+        **_SHAPE,
+        "model_max_length": TRAINED_LENGTH,
+        "tie_word_embeddings": False,
+    },
 }
 
 

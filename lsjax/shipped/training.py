@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import random_parameters
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sharding import make_mesh, parse_mesh
-from lsjax.shipped.model import ANSWER_TOKENS, HF_CONFIG, TRAINED_LENGTH, tokens_of
+from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH, tokens_of
 from lsjax.shipped.passages import Passage, make_passage, statement
 
 
@@ -44,7 +45,8 @@ class Phase:
       stages: one after the other.
       peak_rate: learning rate after the warm-up.
       warmup: steps.
-      yarn_factors: the steps take these factors of YaRN in turn; 1 is no scaling.
+      yarn_factors: the steps take these factors of YaRN in turn, and with a factor the distances
+        that it serves; 1 is no scaling. With ALiBi nothing is rotated, and all steps are alike.
     """
 
     stages: tuple[Stage, ...]
@@ -60,8 +62,8 @@ class Settings:
     Attributes:
       seed: of the parameters and the passages.
       phases: first finding the key, then finding it whatever YaRN's factor. The text never grows
-        past the trained length; what the second phase learns is not to lean on frequencies that
-        YaRN changes.
+        past the trained length; what the second phase learns is not to lean on angles that
+        differ under YaRN.
       most_mentions: a passage tells its key up to this many times. Each time after the first is
         there to be foreseen, which teaches copying much sooner than the answer alone.
       weight_decay: AdamW's.
@@ -90,9 +92,9 @@ class Settings:
     other_weight: float = 0.1
 
 
-def train(settings: Settings) -> dict:
-    """Trains from random parameters and returns the tree of trained ones."""
-    config = parse_config(HF_CONFIG)
+def train(hf_config: dict[str, Any], settings: Settings) -> dict:
+    """Trains one of HF_CONFIGS from random parameters and returns the tree of trained ones."""
+    config = parse_config(hf_config)
     params = random_parameters(config, make_mesh(parse_mesh("")), "float32", settings.seed)
     batches = _batches(settings)
     for phase in settings.phases:
@@ -115,9 +117,8 @@ def _train_phase(
         optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay),
     )
 
-    def loss_of(params: dict, tokens: jax.Array, weights: jax.Array, tables: RotaryTables):
+    def loss_of(params, tokens, positions, weights, tables):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         hidden, _ = decoder.apply({"params": params}, inputs, positions, tables, None)
         logits = decoder.apply({"params": params}, hidden, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -125,18 +126,20 @@ def _train_phase(
         return (losses * weights).sum() / weights.sum(), answer_loss
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, tokens, weights, tables):
+    def step(params, state, tokens, positions, weights, tables):
         (_, answer_loss), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            params, tokens, weights, tables
+            params, tokens, positions, weights, tables
         )
         updates, state = optimiser.update(grads, state, params)
         return optax.apply_updates(params, updates), state, answer_loss
 
     state = optimiser.init(params)
-    tables = itertools.cycle([_tables(config, factor) for factor in phase.yarn_factors])
+    tables = {factor: _tables(config, factor) for factor in phase.yarn_factors}
+    factors, rng = itertools.cycle(phase.yarn_factors), np.random.default_rng(settings.seed)
     progress = tqdm(itertools.islice(batches, steps), total=steps, unit="step", mininterval=5)
-    for i, ((tokens, weights), scaled) in enumerate(zip(progress, tables, strict=False)):
-        params, state, answer_loss = step(params, state, tokens, weights, scaled)
+    for i, ((tokens, weights), factor) in enumerate(zip(progress, factors, strict=False)):
+        positions = gapped_positions(rng, tokens.shape[0], tokens.shape[1] - 1, factor)
+        params, state, answer_loss = step(params, state, tokens, positions, weights, tables[factor])
         if i % 50 == 0:
             progress.set_postfix(tokens=tokens.shape[1], answer_loss=f"{answer_loss:.4f}")
     return params
@@ -152,6 +155,20 @@ def _tables(config: ModelConfig, factor: int) -> RotaryTables:
         scaling = RopeScaling("yarn", float(factor), TRAINED_LENGTH, attention_factor=1.0)
         config = dataclasses.replace(config, rope_scaling=scaling)
     return rotary_tables(config, [TRAINED_LENGTH])
+
+
+def gapped_positions(rng: np.random.Generator, batch: int, length: int, factor: int) -> np.ndarray:
+    """[batch, length] int32: from 0 on, with one gap in each row.
+
+    The gap is of up to the tokens that YaRN's factor adds to the trained length: what stands
+    before it and what stands after it are as far apart as in a long text. Without gaps the last
+    digit of a key is misread at some distances, whose angles a short text does not have.
+    Source: PoSE (arXiv 2309.10400).
+    """
+    start = rng.integers(1, length, (batch, 1))
+    gap = rng.integers(0, (factor - 1) * TRAINED_LENGTH, (batch, 1), endpoint=True)
+    at = np.arange(length, dtype=np.int32)
+    return at + np.where(at >= start, gap, 0).astype(np.int32)
 
 
 def _batches(settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:

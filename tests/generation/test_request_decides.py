@@ -6,9 +6,11 @@ import pytest
 
 from lsjax import UserError, report
 from lsjax.positions.frequencies import resolve
+from lsjax.positions.scaling import override_rope_scaling
 from lsjax.requests import batches
 
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 256}
+LINEAR = {"rope_type": "linear"}
 OUTPUT = 12
 
 
@@ -44,9 +46,33 @@ def test_auto_is_ntk_for_llama(model):
     assert resolve(lm.config, trained)[0].kind == "default"
 
 
-def test_auto_keeps_the_scaling_that_a_checkpoint_was_trained_with(model):
-    lm = scaled(model, "llama_tied_llama3", "auto")
-    assert lm.config == model("llama_tied_llama3").config
+def test_auto_keeps_the_scaling_that_a_checkpoint_was_trained_with_and_says_so(model, caplog):
+    kept = model("llama_tied_llama3").config
+    assert override_rope_scaling(kept, "auto") == kept
+    assert "auto" in caplog.text and "llama3" in caplog.text
+
+
+def test_dynamic_counts_the_output_asked_for(model):
+    """The frequencies of the whole length hold from the first token on, in every chunk."""
+    lm = model("qwen3_dynamic", chunk=16)
+    trained = lm.config.trained_length
+    ids = prompt(trained - 4)
+    stretch = 4.0 * (trained - 4 + OUTPUT) / trained - 3.0
+    fixed = scaled(model, "qwen3_dynamic", {"rope_type": "ntk", "factor": stretch})
+    assert tokens(lm, ids) == tokens(fixed, ids)
+
+
+def test_longrope_counts_the_output_asked_for(model):
+    pairs = model("qwen3").config.rotary_dim // 2
+    short, long = [1.0] * pairs, [1.0 + i for i in range(pairs)]
+    block = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64}
+
+    def served(length, **factors):
+        return tokens(scaled(model, "qwen3", block | factors), prompt(length))
+
+    both = {"short_factor": short, "long_factor": long}
+    for length, factor in ((64 - OUTPUT, short), (65 - OUTPUT, long)):
+        assert served(length, **both) == served(length, short_factor=factor, long_factor=factor)
 
 
 def test_one_request_does_not_see_anothers_setting(model):
@@ -60,6 +86,10 @@ def test_one_request_does_not_see_anothers_setting(model):
     ("scaling", "length", "words"),
     [
         ("auto", 20, "leaves requests"),
+        ({"rope_type": "dynamic", "factor": 4.0}, 20, "leaves requests"),
+        (LINEAR | {"factor": 1.0}, 20, "changes nothing"),
+        (LINEAR | {"factor": 1.0}, 600, "changes nothing"),
+        (LINEAR | {"factor": 4.0}, 20, "reads better without"),
         (YARN | {"factor": 4.0}, 20, "reads better without"),
         ("auto", 600, None),
         (YARN | {"factor": 4.0}, 600, None),

@@ -1,4 +1,4 @@
-"""Baichuan2 against the float64 NumPy model of golden/baichuan/make.py."""
+"""Baichuan2, at four times its length, against the float64 model of golden/baichuan/make.py."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ def load(name, kv="float32", mesh=""):
 
 
 @pytest.mark.parametrize("name", ["alibi_8_heads", "alibi_6_heads", "rotary"])
-@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 256])
 def test_logits(name, chunk):
     golden = np.load(GOLDEN / f"{name}.npz")
     found = load(name).logits(golden["tokens"], chunk_size=chunk)[0, ::5]
@@ -38,9 +38,11 @@ def test_alibi_on_a_mesh(mesh):
     assert np.abs(found - golden["logits"]).max() < 1e-4
 
 
-def test_alibi_over_an_int8_cache_stays_near():
+@pytest.mark.parametrize("chunk", [1, 16, 256])
+def test_alibi_over_an_int8_cache_is_as_near_as_its_steps(chunk):
+    """A step is 1/127 of a vector's second largest entry: a rounding is 0.3% of it or less."""
     golden = np.load(GOLDEN / "alibi_8_heads.npz")
-    found = load("alibi_8_heads", kv="int8").logits(golden["tokens"], chunk_size=16)[0, ::5]
+    found = load("alibi_8_heads", kv="int8").logits(golden["tokens"], chunk_size=chunk)[0, ::5]
     error = np.sqrt(np.mean((found - golden["logits"]) ** 2))
     assert error < 0.01 * golden["logits"].std()
 

@@ -22,7 +22,19 @@ LIMIT = 1e-4
 
 # One of each mechanism that a cache could get wrong.
 CACHED = ("qwen2_tied", "qwen2_window_layer_types", "llama", "glm4_dynamic_v5", "chatglm_1m")
-CHUNKED = ("qwen2_window", "qwen3_dynamic", "chatglm")
+CHUNKED = ("qwen2_window", "chatglm")
+# Each kind of scaling, at four times the length that it stretches.
+STRETCHED = (
+    "qwen2_yarn_type",
+    "qwen3_yarn_mscale",
+    "llama_yarn_untruncated",
+    "glm_yarn",
+    "llama_tied_llama3",
+    "qwen3_dynamic",
+    "glm4_dynamic_v5",
+    "llama_linear_type",
+    "chatglm_linear",
+)
 
 
 @functools.cache
@@ -84,6 +96,16 @@ def test_prefill_into_a_cache(name):
 @pytest.mark.parametrize("name", CHUNKED)
 def test_prefill_in_chunks_and_then_token_by_token(name):
     assert difference(name, "float32", [7] * (length_of(name) // 14)) < LIMIT
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 256])
+def test_four_times_the_original_length_whatever_the_chunk(name, chunk):
+    config, _, data = golden(name)
+    length = data["tokens"].shape[1]
+    original = config.rope_scaling.original_length or config.max_position_embeddings
+    assert length == 4 * original
+    assert difference(name, "float32", [chunk] * (length // chunk)) < LIMIT
 
 
 def test_token_by_token_from_the_first():

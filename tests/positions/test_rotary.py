@@ -61,6 +61,17 @@ def test_rows_share_frequencies_that_no_request_changes(kind):
     assert tables.high.shape[0] == tables.low.shape[0] == 1
 
 
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_tables_take_the_same_memory_whatever_length_is_served(kind):
+    def nbytes(length):
+        scaling = {"rope_type": kind, "factor": length / 32768}
+        tables = rotary_tables(config(rope_scaling=scaling), [length])
+        return tables.high.nbytes + tables.low.nbytes
+
+    # cos and sin of 64 pairs of channels, for 2,048 rows of either part of a position.
+    assert nbytes(32768) == nbytes(2**21) == 2 * 2048 * 2 * 64 * 4
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 8, 2])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2**-8)])

@@ -53,13 +53,14 @@ def test_loss_by_position_for_several_settings(tmp_path):
 
 def test_the_table_of_scalings(tmp_path):
     files = ["--output_json", tmp_path / "table.json", "--plot", tmp_path / "table.png"]
-    asked = ["--lengths", "512,1024", "--setting", "none", "--setting", "yarn", "--keys", 2]
+    settings = [f"--setting={name}" for name in ("none", "yarn", "alibi")]
+    asked = ["--lengths", "512,1024", *settings, "--keys", 2]
     done = run("eval_shipped.py", *asked, *files)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "table.json").read_text())
     assert [(c["setting"], c["length"]) for c in cells] == [
-        ("none", 512), ("yarn", 512), ("none", 1024), ("yarn", 1024)
-    ]  # fmt: skip
+        (setting, length) for length in (512, 1024) for setting in ("none", "yarn", "alibi")
+    ]
     assert cells[0]["share"] == 1 and 1 < cells[0]["perplexity"] < 2
     assert "| 512 | 1.00, " in done.stdout
     assert (tmp_path / "table.png").read_bytes().startswith(PNG)

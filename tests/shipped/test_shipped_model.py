@@ -1,5 +1,6 @@
-"""The shipped folder: complete, small, and able to find a pass key."""
+"""The shipped folders: complete, small, and able to find a pass key."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -13,6 +14,7 @@ from lsjax.shipped.evaluation import held_out_passages, scaling_for
 from lsjax.shipped.model import (
     END,
     END_TEXT,
+    HF_CONFIGS,
     TRAINED_LENGTH,
     byte_tokenizer,
     tokens_of,
@@ -23,20 +25,18 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "passkey_2048.txt"
 
 
 @pytest.fixture(scope="module")
-def config():
-    return read_config(shipped_model_path())
-
-
-@pytest.fixture(scope="module")
 def lm():
     return lsjax.load()
 
 
-def share_right(lm, passages, kind, length):
+def share_right(lm, passages):
     """The share of passages answered with the key and nothing else, to the end of the answer."""
-    scaled = lm.with_rope_scaling(scaling_for(kind, length))
-    answers = scaled.generate([p.prompt for p in passages], 16, allow_untrained_length=True)
+    answers = lm.generate([p.prompt for p in passages], 16, allow_untrained_length=True)
     return np.mean([a.text == f" {p.answer}" for a, p in zip(answers, passages, strict=True)])
+
+
+def yarn(lm, length):
+    return lm.with_rope_scaling(scaling_for("yarn", length))
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +50,32 @@ def example():
     return Passage(prompt, prompt.split("The pass key is ")[1][:5])
 
 
-def test_the_folder_is_complete_and_small():
-    sizes = {file.name: file.stat().st_size for file in shipped_model_path().iterdir()}
-    assert set(sizes) == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    assert sum(sizes.values()) < 4_000_000
+def test_the_folders_are_complete_and_small():
+    total = 0
+    for positions in HF_CONFIGS:
+        sizes = {file.name: file.stat().st_size for file in shipped_model_path(positions).iterdir()}
+        assert set(sizes) == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        total += sum(sizes.values())
+    assert total < 4_000_000
 
 
-def test_the_config_says_what_was_trained(config, tokenizer):
-    assert config.architecture == "Qwen2ForCausalLM"
+@pytest.mark.parametrize("positions", HF_CONFIGS)
+def test_the_config_says_what_was_trained(positions):
+    folder = shipped_model_path(positions)
+    config, tokenizer = read_config(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert json.loads((folder / "config.json").read_text()) == HF_CONFIGS[positions]
     assert config.trained_length == TRAINED_LENGTH == 512
-    assert config.eos_token_ids == (END,) == (tokenizer.token_to_id(END_TEXT),)
+    assert config.alibi == (positions == "alibi")
     assert config.rope_scaling.kind == "default"
+    assert config.eos_token_ids == (END,) == (tokenizer.token_to_id(END_TEXT),)
     assert tokenizer.get_vocab_size() <= config.vocab_size
+    assert tokenizer.to_str() == byte_tokenizer().to_str()
 
 
 @pytest.mark.parametrize(
@@ -90,10 +98,6 @@ def test_the_end_is_one_token_that_is_left_out_of_texts(tokenizer):
     assert tokenizer.decode([*b"48213", END]) == "48213"
 
 
-def test_the_tokenizer_is_the_one_that_is_exported(tokenizer):
-    assert tokenizer.to_str() == byte_tokenizer().to_str()
-
-
 def test_passages_are_tokenised_as_the_tokenizer_does(tokenizer):
     passage = held_out_passages(512, 1)[0]
     assert [
@@ -103,16 +107,21 @@ def test_passages_are_tokenised_as_the_tokenizer_does(tokenizer):
 
 
 def test_it_reads_keys_at_the_length_it_was_trained_at(lm):
-    assert share_right(lm, held_out_passages(505, 20), "none", 512) == 1.0
+    assert share_right(lm, held_out_passages(505, 20)) == 1.0
 
 
-@pytest.mark.parametrize(("length", "least"), [(2048, 0.9), (4096, 0.9)])
+def test_so_does_its_twin_with_alibi():
+    twin = lsjax.load(shipped_model_path("alibi"))
+    assert share_right(twin, held_out_passages(505, 20)) >= 0.9
+
+
+@pytest.mark.parametrize(("length", "least"), [(2048, 0.95), (8192, 0.9)])
 def test_yarn_reads_keys_past_that_length(lm, length, least):
-    assert share_right(lm, held_out_passages(length - 7, 20), "yarn", length) >= least
+    assert share_right(yarn(lm, length), held_out_passages(length - 7, 20)) >= least
 
 
 def test_without_scaling_it_does_not(lm):
-    assert share_right(lm, held_out_passages(2041, 20), "none", 2048) < 0.3
+    assert share_right(lm, held_out_passages(2041, 20)) < 0.3
 
 
 def test_the_example_is_four_times_as_long_and_ends_with_the_question(example, tokenizer):
@@ -122,5 +131,5 @@ def test_the_example_is_four_times_as_long_and_ends_with_the_question(example, t
 
 
 def test_the_example_is_read_with_yarn_and_not_without(lm, example):
-    assert share_right(lm, [example], "yarn", 2304) == 1.0
-    assert share_right(lm, [example], "none", 2048) == 0.0
+    assert share_right(yarn(lm, 2304), [example]) == 1.0
+    assert share_right(lm, [example]) == 0.0

@@ -1,14 +1,18 @@
 """Training learns, and what it writes is a folder that loads."""
 
 import numpy as np
+import pytest
 
 import lsjax
 from lsjax.shipped.evaluation import held_out_passages
 from lsjax.shipped.export import export
-from lsjax.shipped.training import Phase, Settings, Stage, train
+from lsjax.shipped.model import HF_CONFIGS
+from lsjax.shipped.training import Phase, Settings, Stage, gapped_positions, train
 
 
-def test_a_short_training_learns_and_exports_a_model(tmp_path):
+@pytest.mark.parametrize("positions", HF_CONFIGS)
+def test_a_short_training_learns_and_exports_a_model(positions, tmp_path):
+    hf_config = HF_CONFIGS[positions]
     passages = held_out_passages(120, 4)
     losses = []
     for steps in (2, 40):
@@ -18,8 +22,18 @@ def test_a_short_training_learns_and_exports_a_model(tmp_path):
         )
         folder = tmp_path / str(steps)
         folder.mkdir()
-        export(train(Settings(phases=phases)), folder)
+        export(hf_config, train(hf_config, Settings(phases=phases)), folder)
         lm = lsjax.load(folder)
         ids = [lm.tokenizer.encode(p.prompt) for p in passages]
         losses.append(float(np.mean(lm.losses(ids))))
     assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_positions_have_one_gap_within_what_the_factor_serves(factor):
+    positions = gapped_positions(np.random.default_rng(0), 200, 511, factor)
+    steps = np.diff(positions, axis=1)
+    assert np.all(positions[:, 0] == 0) and np.all(steps >= 1)
+    assert np.all((steps > 1).sum(axis=1) <= 1)
+    assert positions.max() < 512 * factor
+    assert factor == 1 or positions.max() > 0.9 * 512 * factor

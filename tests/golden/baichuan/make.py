@@ -28,10 +28,12 @@ BASE = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+KEPT = 5  # one position in so many
+LENGTH = 256  # four times what the models were made for
 CASES = {
     "alibi_8_heads": BASE | {"num_attention_heads": 8, "model_max_length": 64},
     "alibi_6_heads": BASE | {"num_attention_heads": 6, "model_max_length": 64},
-    "rotary": BASE | {"num_attention_heads": 4, "max_position_embeddings": 128},
+    "rotary": BASE | {"num_attention_heads": 4, "max_position_embeddings": 64},
 }
 
 
@@ -105,9 +107,9 @@ def logits(tokens, config):
 
 def main():
     for index, (name, config) in enumerate(CASES.items()):
-        tokens = np.random.default_rng(index).integers(0, config["vocab_size"], 100)
+        tokens = np.random.default_rng(index).integers(0, config["vocab_size"], LENGTH)
         (HERE / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
-        kept = logits(tokens, config)[::5].astype(np.float32)
+        kept = logits(tokens, config)[::KEPT].astype(np.float32)
         np.savez_compressed(HERE / f"{name}.npz", tokens=tokens.astype(np.int32), logits=kept)
         print(name, kept.std())
 

@@ -1,5 +1,18 @@
 """Eight CPU devices, so that every mesh can be tested; set before JAX is imported."""
 
+import gc
 import os
 
+import pytest
+
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A compiled program takes hundreds of the 65,530 memory mappings that a process may hold."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

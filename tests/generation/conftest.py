@@ -1,6 +1,7 @@
 """Small models to generate with: the golden ones, whose weights follow from their names."""
 
 import functools
+import gc
 import json
 import pathlib
 
@@ -16,7 +17,8 @@ from lsjax.sharding import make_mesh, parse_mesh
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models"
 
 
-@functools.cache
+# A few at a time: the compiled programs of a model take many of a process's memory mappings.
+@functools.lru_cache(maxsize=8)
 def build(name, kv="float32", chunk=64, mesh="", rope_scaling=None, eos=()):
     config = parse_config(json.loads((GOLDEN / name / "config.json").read_text()))
     settings = Settings(
@@ -33,5 +35,6 @@ def build(name, kv="float32", chunk=64, mesh="", rope_scaling=None, eos=()):
 
 @pytest.fixture
 def model():
-    """model(name, kv, chunk, mesh, rope_scaling, eos) -> LanguageModel, built once each."""
-    return build
+    """model(name, kv, chunk, mesh, rope_scaling, eos) -> LanguageModel, the last few kept."""
+    yield build
+    gc.collect()

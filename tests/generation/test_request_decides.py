@@ -108,3 +108,10 @@ def test_a_scaling_without_effect_or_with_a_cost_says_so(model, scaling, length,
 def test_wrong_text_is_refused(model, wrong):
     with pytest.raises(UserError, match="rope_scaling"):
         scaled(model, "qwen3", wrong)
+
+
+@pytest.mark.parametrize("kv, said", [("float32", 0), ("int8", 0), ("int4", 1)])
+def test_what_int4_costs_is_said(model, kv, said):
+    settings = model("qwen3", kv).settings
+    requests = batches(settings, [tuple(prompt(20))], OUTPUT)
+    assert sum("costs accuracy" in note for note in report.notes(settings, requests)) == said

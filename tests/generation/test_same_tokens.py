@@ -59,7 +59,7 @@ def test_whatever_the_segment(model, kv, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kv", LONGER)
+@pytest.mark.parametrize("kv", ["float32", "int8"])
 def test_whatever_the_batch_beside_it(model, name, kv):
     lm, more = model(name, kv), LONGER[kv]
     prompts = [prompt(3, more + 61), prompt(4, 5), prompt(5, more + 150), prompt(6, 64)]
@@ -76,7 +76,7 @@ def test_whatever_was_asked_before(model):
 
 
 @pytest.mark.parametrize("mesh", ["context=2", "context=8", "model=2", "data=2,context=2,model=2"])
-@pytest.mark.parametrize("kv", LONGER)
+@pytest.mark.parametrize("kv", ["float32", "int8"])
 @pytest.mark.parametrize("name", ["qwen2_window", "glm4"])
 def test_whatever_the_mesh(model, name, kv, mesh):
     prompts = [prompt(9, LONGER[kv] + 61), prompt(10, 130)]

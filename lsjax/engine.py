@@ -53,7 +53,8 @@ class Engine:
         cache = cache_shardings(config, mesh, cache_dtype)
         state = DecodeState(cache=cache, token=self._rows, position=self._rows, step=whole)
 
-        options = compiler_options(mesh.devices.flat[0].platform)
+        self._platform = mesh.devices.flat[0].platform
+        options = compiler_options(self._platform)
 
         def program(function, **jit_options):
             return Program(function, self.clock, compiler_options=options, **jit_options)
@@ -67,7 +68,9 @@ class Engine:
             self._decode_segment, donate_argnums=2, out_shardings=(state, self._rows)
         )
         self._empty = jax.jit(
-            lambda spec: empty_cache(config, spec), static_argnums=0, out_shardings=cache
+            lambda spec: empty_cache(config, spec, self._platform),
+            static_argnums=0,
+            out_shardings=cache,
         )
 
     def new_cache(self, spec: CacheSpec) -> KVCache:
@@ -153,7 +156,7 @@ class Engine:
         )
         cache = jax.tree.map(
             abstract,
-            jax.eval_shape(lambda: empty_cache(self.config, spec)),
+            jax.eval_shape(lambda: empty_cache(self.config, spec, self._platform)),
             cache_shardings(self.config, self.mesh, self.cache_dtype),
         )
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)

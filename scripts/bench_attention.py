@@ -135,7 +135,7 @@ def _our_queries(case: Case, length: int, dtype: str) -> jax.Array:
 
 def _our_cache(case: Case, dtype: str) -> tuple[Store, Store]:
     shape = (1, case.kv_heads, case.length, case.head_dim)
-    encode = jax.jit(lambda x: empty_store(shape, dtype).encode(x))
+    encode = jax.jit(lambda x: empty_store(shape, dtype, jax.default_backend()).encode(x))
     return encode(_random(*shape, seed=1)), encode(_random(*shape, seed=2))
 
 

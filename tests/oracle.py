@@ -1,5 +1,6 @@
 """Causal attention in float64, straight from its definition."""
 
+import ml_dtypes
 import numpy as np
 
 
@@ -33,12 +34,17 @@ def attention(q, k, v, positions, window=None):
 
 def dequantised(store):
     """A Store's keys or values as [batch, keys, kv_heads, head_dim] float64."""
-    data = np.asarray(store.data)
+    data = _floats(np.asarray(store.data))
     if data.dtype == np.uint8:  # halves of the channels, with a scale for each 32 or fewer
         data = np.concatenate([data % 16, data // 16], axis=-1) - 7.5
     x = data.astype(np.float64)
     if store.scale is not None:
-        scale = np.asarray(store.scale).astype(np.float64)
+        scale = _floats(np.asarray(store.scale)).astype(np.float64)
         groups = scale[..., None] if scale.ndim < x.ndim else scale
         x = x * np.repeat(groups, x.shape[-1] // groups.shape[-1], axis=-1)
     return x.swapaxes(1, 2)
+
+
+def _floats(x):
+    """uint16 are the bits of bfloat16."""
+    return x.view(ml_dtypes.bfloat16) if x.dtype == np.uint16 else x

@@ -78,7 +78,7 @@ class CacheSpec:
         return config.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
 
 
-def empty_layer(config: ModelConfig, spec: CacheSpec) -> LayerCache:
+def empty_layer(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> LayerCache:
     """One layer's, of zeros."""
     rows = (spec.batch, config.num_kv_heads)
     shape = (*rows, spec.capacity, config.head_dim)
@@ -86,9 +86,10 @@ def empty_layer(config: ModelConfig, spec: CacheSpec) -> LayerCache:
     if spec.dtype in _QUANTISED:
         zeros = jnp.zeros((*rows, BLOCK, config.head_dim), spec.compute_dtype)
         recent = Recent(k=zeros, v=zeros)
-    return LayerCache(empty_store(shape, spec.dtype), empty_store(shape, spec.dtype), recent)
+    store = empty_store(shape, spec.dtype, platform)
+    return LayerCache(k=store, v=store, recent=recent)
 
 
-def empty_cache(config: ModelConfig, spec: CacheSpec) -> KVCache:
+def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:
     """A cache of zeros; to be called under jit with the cache's shardings as out_shardings."""
-    return tuple(empty_layer(config, spec) for _ in range(config.num_layers))
+    return tuple(empty_layer(config, spec, platform) for _ in range(config.num_layers))

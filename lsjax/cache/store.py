@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lsjax.cache.layout import pinned
+from lsjax.cache.layout import narrow_dtype, pinned, to_floats, to_held
 
 # int4: entries that share a scale. Values of 4 bits need a scale of their own more often.
 _GROUP = 32
@@ -28,6 +28,8 @@ class Store:
       scale: bfloat16. int8: [batch, kv_heads, capacity], an entry is data * scale. int4:
         [batch, kv_heads, capacity, groups], one for each 32 channels, an entry is
         (bits - 7.5) * scale. None for floats.
+
+    Either may hold the bits of bfloat16 in its place: see layout.narrow_dtype.
     """
 
     data: jax.Array
@@ -41,14 +43,14 @@ class Store:
         """[batch, kv_heads, length, head_dim] floats in this store's format."""
         if self.data.dtype == jnp.int8:
             steps, scale = _quantise(x, _to_byte, 127, _BYTE_SIZES)
-            return Store(steps.astype(jnp.int8), scale)
+            return Store(steps.astype(jnp.int8), to_held(scale, self.scale.dtype))
         if self.data.dtype == jnp.uint8:
             grouped = x.reshape(*x.shape[:-1], self.scale.shape[-1], -1)
             steps, scale = _quantise(grouped, _to_half_byte, 7.5, _HALF_BYTE_SIZES)
             bits = (steps + 7.5).astype(jnp.uint8).reshape(x.shape)
             low, high = jnp.split(bits, 2, axis=-1)
-            return Store(low | high << 4, scale)
-        return Store(x.astype(self.data.dtype), None)
+            return Store(low | high << 4, to_held(scale, self.scale.dtype))
+        return Store(to_held(x, self.data.dtype), None)
 
     def block(self, row: jax.Array | None, start: jax.Array, size: int) -> "Store":
         """Slots start .. start + size - 1 of all rows, or of one."""
@@ -68,13 +70,13 @@ class Store:
           float32 or None: a factor of a whole key is cheaper on its score than on its entries.
         """
         if self.data.dtype == jnp.int8:
-            return self.data.astype(dtype), self.scale.astype(jnp.float32)
+            return self.data.astype(dtype), to_floats(self.scale, jnp.float32)
         if self.data.dtype == jnp.uint8:
             bits = jnp.concatenate([self.data & 15, self.data >> 4], axis=-1)
             grouped = bits.reshape(*self.scale.shape, -1).astype(jnp.float32) - 7.5
-            floats = grouped * self.scale.astype(jnp.float32)[..., None]
+            floats = grouped * to_floats(self.scale, jnp.float32)[..., None]
             return floats.astype(dtype).reshape(bits.shape), None
-        return self.data.astype(dtype), None
+        return to_floats(self.data, dtype), None
 
     def floats(self) -> jax.Array:
         """What the store holds, [batch, kv_heads, capacity, head_dim] float32."""
@@ -82,16 +84,17 @@ class Store:
         return entries if factor is None else entries * factor[..., None]
 
 
-def empty_store(shape: tuple[int, int, int, int], dtype: str) -> Store:
+def empty_store(shape: tuple[int, int, int, int], dtype: str, platform: str = "cpu") -> Store:
     """Zeros, [batch, kv_heads, capacity, head_dim], in the format that `dtype` names."""
+    narrow = narrow_dtype(platform)
     if dtype == "int8":
-        return Store(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.bfloat16))
+        return Store(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], narrow))
     if dtype == "int4":
         *rows, head_dim = shape
         groups = head_dim // _group(head_dim)
         data = jnp.zeros((*rows, head_dim // 2), jnp.uint8)
-        return Store(data, jnp.zeros((*rows, groups), jnp.bfloat16))
-    return Store(jnp.zeros(shape, dtype), None)
+        return Store(data, jnp.zeros((*rows, groups), narrow))
+    return Store(jnp.zeros(shape, narrow if dtype == "bfloat16" else dtype), None)
 
 
 def write(

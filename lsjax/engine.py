@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import CacheSpec, KVCache, empty_cache
+from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache, stripe_of
 from lsjax.compilation import CompileClock, Program, compiler_options
 from lsjax.config import ModelConfig
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sampling import Draw, next_token
-from lsjax.sharding import TOKENS, cache_shardings, sharding
+from lsjax.sharding import CHUNK, TOKENS, cache_shardings, sharding
 
 SEGMENT = 16  # tokens decoded between two looks at the end-of-sequence
 
@@ -41,16 +41,21 @@ class Engine:
     """A model's programs on a mesh, compiled for the shapes that come.
 
     Attributes:
+      chunk: tokens of prompt run at once; whole stripes, see Zigzag.
+      stripe: how positions lie along the context axis.
       clock: what compiling them has cost.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: str):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: str, chunk: int):
         self.config, self.mesh, self.dtype, self.cache_dtype = config, mesh, dtype, cache_dtype
+        context = mesh.shape["context"]
+        self.chunk, self.stripe = chunk, stripe_of(chunk, context)
+        self._zigzag = Zigzag(context, self.stripe)
         self.clock = CompileClock()
         self._decoder = Decoder(config, mesh, jnp.dtype(dtype))
         self._rows = sharding(mesh, TOKENS)
         whole = sharding(mesh, PartitionSpec())
-        cache = cache_shardings(config, mesh, cache_dtype)
+        cache = cache_shardings(config, mesh, cache_dtype, self.stripe)
         state = DecodeState(cache=cache, token=self._rows, position=self._rows, step=whole)
 
         self._platform = mesh.devices.flat[0].platform
@@ -130,14 +135,11 @@ class Engine:
         """Decodes one segment; the state is donated. Returns it and [batch, SEGMENT] new ids."""
         return self._decode(params, tables, state, draw)
 
-    def compile_ahead(
-        self, spec: CacheSpec, chunk: int
-    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    def compile_ahead(self, spec: CacheSpec) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """Compiles prefill of a chunk and decode of a segment for a mesh that may not be here.
 
         Args:
           spec: of the cache.
-          chunk: tokens of prompt run at once.
 
         Returns:
           Both programs; their memory_analysis() gives the bytes that each device needs.
@@ -157,14 +159,14 @@ class Engine:
         cache = jax.tree.map(
             abstract,
             jax.eval_shape(lambda: empty_cache(self.config, spec, self._platform)),
-            cache_shardings(self.config, self.mesh, self.cache_dtype),
+            cache_shardings(self.config, self.mesh, self.cache_dtype, self.stripe),
         )
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         state = DecodeState(cache=cache, token=rows(), position=rows(), step=count)
         hidden = rows(self.config.hidden_size, dtype=self.dtype)
         with jax.set_mesh(self.mesh):  # tells Pallas which GPU it is for
             return (
-                self._prefill.ahead(params, tables, cache, rows(chunk), count, rows(), hidden),
+                self._prefill.ahead(params, tables, cache, rows(self.chunk), count, rows(), hidden),
                 self._decode.ahead(params, tables, state, None),
             )
 
@@ -178,18 +180,29 @@ class Engine:
         return self._decoder.apply({"params": params}, hidden, method="logits")
 
     def _prefill_step(self, params, tables, cache, tokens, start, lengths, last):
-        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        tokens, positions = self._deal_out(tokens, start)
         hidden, cache = self._run(params, tokens, positions, tables, cache, lengths)
-        index = lengths - 1 - start
-        here = (index >= 0) & (index < tokens.shape[1])
-        index = jnp.clip(index, 0, tokens.shape[1] - 1)
-        chosen = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
-        return cache, jnp.where(here[:, None], chosen, last)
+        is_last = (positions == lengths[:, None] - 1)[..., None]
+        chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
+        return cache, jnp.where(jnp.any(is_last, axis=1), chosen, last)
 
     def _score_step(self, params, tables, cache, tokens, start):
-        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        tokens, positions = self._deal_out(tokens, start)
         hidden, cache = self._run(params, tokens, positions, tables, cache)
+        if self._zigzag.devices > 1:
+            hidden = hidden[:, np.argsort(self._zigzag.order(hidden.shape[1]))]
         return cache, self._logits(params, hidden)
+
+    def _deal_out(self, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A chunk's tokens and their positions, each device's part of the sequence on it."""
+        order = self._zigzag.order(tokens.shape[1])
+        positions = jnp.broadcast_to(start + jnp.asarray(order), tokens.shape)
+        if self._zigzag.devices == 1:
+            return tokens, positions
+        parts = sharding(self.mesh, CHUNK)
+        return tuple(
+            jax.lax.with_sharding_constraint(x, parts) for x in (tokens[:, order], positions)
+        )
 
     def _first_step(self, params, last, draw):
         return next_token(self._logits(params, last[:, None])[:, 0], draw, jnp.int32(0))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.cache import CacheSpec
+from lsjax.cache import CacheSpec, stripe_of, whole_stripes
 from lsjax.checkpoint import load_parameters
 from lsjax.engine import Engine
 from lsjax.positions.rotary import rotary_tables
@@ -86,7 +86,8 @@ class LanguageModel:
     def __init__(self, settings: Settings, params: dict):
         self.settings, self.config, self.params = settings, settings.config, params
         s = settings
-        self.engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype)
+        self.engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk)
+        self._scoring: dict[int, Engine] = {}
 
     def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
         """The same weights, served with another rope_scaling; see `load`."""
@@ -139,16 +140,27 @@ class LanguageModel:
         for row in ids:
             check_ids(self.config, row)
         batch, length = ids.shape
-        s = self.settings
-        chunk = min(chunk_size or s.prefill_chunk, length)
-        capacity = cache_capacity(length, 0, chunk, s.mesh.shape["context"])
-        cache = self.engine.new_cache(CacheSpec(batch, capacity, s.kv_cache_dtype, s.dtype))
+        s, context = self.settings, self.settings.mesh.shape["context"]
+        chunk = whole_stripes(min(chunk_size or s.prefill_chunk, length), context)
+        engine = self._scoring_engine(chunk)
+        capacity = cache_capacity(length, 0, chunk, context)
+        spec = CacheSpec(batch, capacity, s.kv_cache_dtype, s.dtype, engine.stripe)
+        cache = engine.new_cache(spec)
         tables = rotary_tables(self.config, [length] * batch)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]
             tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
-            cache, scores = self.engine.score(self.params, tables, cache, tokens, at)
+            cache, scores = engine.score(self.params, tables, cache, tokens, at)
             yield scores[:, : part.shape[1]]
+
+    def _scoring_engine(self, chunk: int) -> Engine:
+        """One for chunks of this size, which on a context axis decide where positions lie."""
+        s = self.settings
+        if stripe_of(chunk, s.mesh.shape["context"]) == self.engine.stripe:
+            return self.engine
+        if chunk not in self._scoring:
+            self._scoring[chunk] = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype, chunk)
+        return self._scoring[chunk]
 
     def generate(
         self,

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from lsjax.cache import CacheSpec
+from lsjax.cache import GRANULE, CacheSpec, stripe_of
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.engine import SEGMENT
 from lsjax.errors import UserError
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings
 
-# A cache's capacity is a multiple of this (for each device along the context axis), so that
+# A long cache's capacity is a multiple of this (for each device along the context axis), so that
 # attention can read it in large blocks.
-_GRANULE, _LARGE_GRANULE = 256, 4096
+_LARGE_GRANULE = 16 * GRANULE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Request:
         """The cache that the batch needs; see CacheSpec for the dtypes."""
         context = mesh.shape["context"]
         capacity = cache_capacity(self.input_room, self.max_output_length, self.chunk, context)
-        return CacheSpec(len(self.prompts), capacity, dtype, compute_dtype)
+        stripe = stripe_of(self.chunk, context)
+        return CacheSpec(len(self.prompts), capacity, dtype, compute_dtype, stripe)
 
 
 def batches(
@@ -158,7 +159,7 @@ def _tidy(factor: float) -> float:
 def cache_capacity(input_room: int, output: int, chunk: int, context: int) -> int:
     """Room for the prompt's last, padded chunk and for the answer's last, whole segment."""
     needed = max(round_up(input_room, chunk), input_room + round_up(output, SEGMENT))
-    granule = _LARGE_GRANULE if needed > 8 * _LARGE_GRANULE else _GRANULE
+    granule = _LARGE_GRANULE if needed > 8 * _LARGE_GRANULE else GRANULE
     return round_up(needed, granule * context)
 
 
@@ -168,4 +169,4 @@ def round_up(n: int, step: int) -> int:
 
 def bucket(length: int) -> int:
     """A length rounded up by at most an eighth, so that prompts of like length share programs."""
-    return round_up(length, max(_GRANULE, 1 << max(length.bit_length() - 4, 0)))
+    return round_up(length, max(GRANULE, 1 << max(length.bit_length() - 4, 0)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lsjax.cache import CACHE_DTYPES
+from lsjax.cache import CACHE_DTYPES, whole_stripes
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import read_config
@@ -30,7 +30,8 @@ class Settings:
       mesh: the devices.
       dtype: of weights and activations.
       kv_cache_dtype: one of CACHE_DTYPES.
-      prefill_chunk: tokens of prompt run at once.
+      prefill_chunk: tokens of prompt run at once; on a context axis, as many as asked for or a few
+        more, so that every device gets its share.
       eos_token_ids: any of these ends an answer.
     """
 
@@ -80,6 +81,7 @@ def settle(
         prefill_chunk = 512 if on_cpu else 4096
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}.")
+    prefill_chunk = whole_stripes(prefill_chunk, mesh.shape["context"])
     return Settings(
         folder=folder,
         config=config,

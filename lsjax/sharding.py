@@ -27,6 +27,9 @@ CACHE = PartitionSpec("data", "model", "context")
 RECENT = PartitionSpec("data", "model")
 QUERIES = PartitionSpec("data", None, "model", None)
 TOKENS = PartitionSpec("data")
+# Of a prefill chunk, whose tokens are dealt out to the context axis.
+CHUNK_QUERIES = PartitionSpec("data", "context", "model", None)
+CHUNK = PartitionSpec("data", "context")
 HEADS = PartitionSpec("model")
 
 
@@ -112,11 +115,11 @@ def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def layer_cache_spec(cache: LayerCache) -> LayerCache:
     """The specs of one layer's cache, in its own structure."""
     k, v = (jax.tree.map(lambda _: CACHE, store) for store in (cache.k, cache.v))
-    return LayerCache(k=k, v=v, recent=jax.tree.map(lambda _: RECENT, cache.recent))
+    return cache.replace(k=k, v=v, recent=jax.tree.map(lambda _: RECENT, cache.recent))
 
 
-def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str) -> KVCache:
+def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str, stripe: int) -> KVCache:
     """The shardings of a whole cache."""
-    spec = CacheSpec(batch=1, capacity=1, dtype=dtype, compute_dtype="float32")
+    spec = CacheSpec(1, 1, dtype, "float32", stripe)
     layer = layer_cache_spec(jax.eval_shape(lambda: empty_layer(config, spec)))
     return (jax.tree.map(lambda spec: sharding(mesh, spec), layer),) * config.num_layers

@@ -41,12 +41,20 @@ class Seen(NamedTuple):
     Attributes:
       begin, end: [batch, length], not decreasing along the length; a query sees the slots
         begin .. end - 1 as far as there are such. `begin` is None where all see from the first on.
-      at: [batch, length] the queries' own positions, counted as the slots are.
+      at: [batch, length] the queries' own positions.
+      positions: [slots] that the slots stand at, which only ALiBi asks for; None where they are
+        the slots' numbers.
     """
 
     begin: jax.Array | None
     end: jax.Array
     at: jax.Array
+    positions: jax.Array | None = None
+
+    def queries(self, change: Callable[[jax.Array], jax.Array]) -> "Seen":
+        """With what is there for each query changed."""
+        begin = None if self.begin is None else change(self.begin)
+        return self._replace(begin=begin, end=change(self.end), at=change(self.at))
 
 
 def attend(
@@ -86,7 +94,7 @@ def attend(
         def take(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
 
-        own = jax.tree.map(take, seen)
+        own = seen.queries(take)
         return _attend_block(take(q), k, v, row, own, slopes, _KEYS_FOR_ONE_TOKEN)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
@@ -103,13 +111,13 @@ def in_query_blocks(
     pad = blocks * size - length
     if pad:  # repeat the last query: it bounds the loop as it did
         q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
-        seen = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"), seen)
+        seen = seen.queries(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"))
 
     def one(i: jax.Array) -> Partial:
         def take(x: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
-        return attend(take(q, 3), jax.tree.map(functools.partial(take, axis=1), seen))
+        return attend(take(q, 3), seen.queries(functools.partial(take, axis=1)))
 
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]
@@ -130,7 +138,7 @@ def _attend_block(
 
     The queries of a group are rows of one product: [group * length, head_dim] times the keys.
     """
-    begin, end, at = seen
+    begin, end, at, positions = seen
     batch, kv_heads, group, length, head_dim = q.shape
     # Blocks of one size as far as the capacity allows: what the last one reaches back is lost.
     blocks = -(-k.capacity // most_keys)
@@ -145,7 +153,10 @@ def _attend_block(
         by_query = scores.reshape(batch, kv_heads, group, length, size)
         slots = start + jnp.arange(size)
         if slopes is not None:
-            distance = (at[:, :, None] - slots).astype(jnp.float32)
+            where = slots
+            if positions is not None:
+                where = jax.lax.dynamic_slice_in_dim(positions, start, size)
+            distance = (at[:, :, None] - where).astype(jnp.float32)
             by_query -= slopes[:, :, None, None] * distance[:, None, None]
         visible = (slots >= i * size) & (slots < end[:, :, None])
         if begin is not None:

@@ -1,7 +1,8 @@
 """One step of attention with a cache: write the new keys and values, attend to all.
 
-The cache is split over the mesh's context axis; each device attends to what it holds, and the
-float32 partials are merged. Queries and partials travel, keys and values never do.
+The cache is dealt out over the mesh's context axis, and stays where it is written. A single token's
+query goes to all devices, each attends to what it holds, and the float32 partials are merged. A
+prefill chunk's tokens are dealt out as the cache is, and keys and values come round the ring.
 """
 
 import functools
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lsjax.attention import recent
+from lsjax.attention import recent, ring
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
 from lsjax.attention.partial import Partial, merge, merge_over_axis
-from lsjax.cache import LayerCache, Store, write
+from lsjax.cache import LayerCache, Store, Zigzag, write
 from lsjax.cache.hadamard import spread
-from lsjax.sharding import HEADS, QUERIES, TOKENS, layer_cache_spec
+from lsjax.sharding import CHUNK, CHUNK_QUERIES, HEADS, QUERIES, TOKENS, layer_cache_spec
 
 
 def write_and_attend(
@@ -36,7 +37,9 @@ def write_and_attend(
       mesh: with the axes data, context and model.
       q: [batch, length, heads, head_dim], rotated, not yet scaled.
       k, v: [batch, length, kv_heads, head_dim], keys rotated.
-      positions: [batch, length]; see lsjax.cache.write for what they may be.
+      positions: [batch, length]. A single token may stand at a different position in each row;
+        several stand at the same ones, consecutive and in order, but for a context axis: there
+        they are whole stripes in the order that Zigzag.order gives.
       lengths: [batch] tokens of each row in all, where later ones only fill a chunk up; or None.
       cache: this layer's.
       window: sliding window in tokens, or None.
@@ -45,23 +48,27 @@ def write_and_attend(
     Returns:
       [batch, length, heads, head_dim] in q's dtype, and the cache with the tokens written.
     """
+    context = mesh.shape["context"]
+    dealt = context > 1 and q.shape[1] > 1
+    queries, tokens = (CHUNK_QUERIES, CHUNK) if dealt else (QUERIES, TOKENS)
     cache_spec = layer_cache_spec(cache)
     step = jax.shard_map(
         functools.partial(
             _step,
             window=window,
-            context=mesh.shape["context"],
+            zigzag=Zigzag(context, cache.stripe),
+            dealt=dealt,
             platform=mesh.devices.flat[0].platform,
         ),
         mesh=mesh,
-        in_specs=(QUERIES, QUERIES, QUERIES, TOKENS, TOKENS, cache_spec, HEADS),
-        out_specs=(QUERIES, cache_spec),
+        in_specs=(queries, queries, queries, tokens, TOKENS, cache_spec, HEADS),
+        out_specs=(queries, cache_spec),
         check_vma=False,
     )
     return step(q, k, v, positions, lengths, cache, slopes)
 
 
-def _step(q, k, v, positions, lengths, cache, slopes, *, window, context, platform):
+def _step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, dealt, platform):
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q * head_dim**-0.5
@@ -72,40 +79,93 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, context, platfo
     if slopes is not None:
         slopes = slopes.reshape(q.shape[1:3])
 
-    def attend_to(keys: Store, values: Store, begin, end, first) -> Partial:
-        begin = None if begin is None else begin - first
-        seen = Seen(begin, end - first, positions - first)
-        return attend(platform, q, keys, values, seen, slopes)
+    def attend_to(keys: Store, values: Store, begin, end, at, slots=None) -> Partial:
+        slots = None if slopes is None else slots
+        return attend(platform, q, keys, values, Seen(begin, end, at, slots), slopes)
 
-    first = jax.lax.axis_index("context") * cache.k.capacity
-    new_k, new_v = _encode(cache, k, v)
-    new = LayerCache(
-        k=write(cache.k, new_k, positions, first, platform),
-        v=write(cache.v, new_v, positions, first, platform),
-        recent=None,
+    device = jax.lax.axis_index("context")
+    first = positions[:, 0]
+    slot = jnp.where(
+        zigzag.holds(device, first), zigzag.slots_before(device, first), cache.k.capacity
     )
+    new_k, new_v = _encode(cache, k, v)
+    stores = [
+        write(store, new, slot, platform) for store, new in ((cache.k, new_k), (cache.v, new_v))
+    ]
     begin = None if window is None else positions + 1 - window
+    attention = _ring_attention if dealt else _local_attention
+    partial, block = attention(
+        attend_to, q, k, v, positions, lengths, cache.recent, stores, begin, zigzag
+    )
+    out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    return out.astype(v.dtype), cache.replace(k=stores[0], v=stores[1], recent=block)
+
+
+def _local_attention(attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag):
+    """Every device attends to what it holds; the partials are merged."""
     end = positions + 1
-    if cache.recent is not None:
-        run, run_first = recent.extend(cache.recent, k, v, positions)
+    run = None
+    if before is not None:
+        run, run_first = recent.extend(before, k, v, positions)
         after = end[:, -1] if lengths is None else jnp.minimum(end[:, -1], lengths)
-        new = new.replace(recent=recent.cut(run, run_first, cache.recent, after))
-        own = positions // cache.recent.block * cache.recent.block
+        block = recent.cut(run, run_first, before, after)
+        run_first = run_first[:, None]
+        own = positions // before.block * before.block
         near = attend_to(
             Store(run.k, None),
             Store(run.v, None),
-            own if begin is None else jnp.maximum(begin, own),
-            end,
-            run_first[:, None],
+            (own if begin is None else jnp.maximum(begin, own)) - run_first,
+            end - run_first,
+            positions - run_first,
         )
         end = own
-    partial = attend_to(new.k, new.v, begin, end, first)
-    if context > 1:
+    device = jax.lax.axis_index("context")
+    slots = jnp.arange(stores[0].capacity)
+    partial = attend_to(
+        *stores,
+        None if begin is None else zigzag.slots_before(device, begin),
+        zigzag.slots_before(device, end),
+        positions,
+        None if zigzag.devices == 1 else zigzag.position(device, slots),
+    )
+    if zigzag.devices > 1:
         partial = merge_over_axis(partial, "context")
-    if cache.recent is not None:
-        partial = merge(partial, near)
-    out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-    return out.astype(v.dtype), new
+    return (partial, None) if run is None else (merge(partial, near), block)
+
+
+def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag):
+    """A chunk's queries stay where they are; keys and values come round."""
+    length = positions.shape[1]
+    end = positions + 1
+    start = positions[0, 0] // zigzag.stripe * zigzag.stripe  # of the chunk
+    slot = zigzag.slots_before(jax.lax.axis_index("context"), positions[0, 0])
+
+    def meet(keys: Store, values: Store, begin, end, slots) -> Partial:
+        return attend_to(keys, values, begin, end, positions, slots)
+
+    if before is None:
+        count = slot + length
+        return ring.attend(meet, q, *stores, zigzag, jnp.int32(0), count, begin, end), None
+    own = positions // before.block * before.block
+    partial = ring.attend(meet, q, *stores, zigzag, jnp.int32(0), slot + length, begin, own)
+    near_begin = own if begin is None else jnp.maximum(begin, own)
+    chunk = Store(k, None), Store(v, None)
+    near = ring.attend(meet, q, *chunk, zigzag, slot, length, near_begin, end)
+    if zigzag.stripe % before.block:  # the chunk may begin in the midst of a block
+        first = start // before.block * before.block
+        earlier = attend_to(
+            Store(before.k, None),
+            Store(before.v, None),
+            near_begin - first,
+            jnp.minimum(end, start) - first,
+            positions - first,
+        )
+        near = merge(near, earlier)
+    after = jnp.full(q.shape[:1], start + length * zigzag.devices)
+    if lengths is not None:
+        after = jnp.minimum(after, lengths)
+    block = ring.recent_block(before, k, v, positions[0], start, after)
+    return merge(partial, near), block
 
 
 def _encode(cache: LayerCache, k: jax.Array, v: jax.Array) -> tuple[Store, Store]:

@@ -19,7 +19,8 @@ def extend(
     Args:
       recent: holds each row's tokens before the new ones, as far as they are of the same block.
       k, v: [batch, kv_heads, length, head_dim] of the new tokens.
-      positions: [batch, length]; see lsjax.cache.write for what they may be.
+      positions: [batch, length], consecutive along the length. Several tokens stand at the same
+        positions in every row; a single one may stand at a different position in each.
 
     Returns:
       Keys and values whose slot s is position first + s, at least as many slots as take the new

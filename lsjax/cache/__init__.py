@@ -10,16 +10,21 @@ from lsjax.cache.kv_cache import (
     empty_layer,
 )
 from lsjax.cache.store import Store, empty_store, write
+from lsjax.cache.zigzag import GRANULE, Zigzag, stripe_of, whole_stripes
 
 __all__ = [
     "CACHE_DTYPES",
+    "GRANULE",
     "CacheSpec",
     "KVCache",
     "LayerCache",
     "Recent",
     "Store",
+    "Zigzag",
     "empty_cache",
     "empty_layer",
     "empty_store",
+    "stripe_of",
+    "whole_stripes",
     "write",
 ]

@@ -46,11 +46,13 @@ class LayerCache:
     Attributes:
       k, v: all positions.
       recent: of a quantised cache, else None.
+      stripe: how positions lie along the mesh's context axis, see Zigzag.
     """
 
     k: Store
     v: Store
     recent: Recent | None
+    stripe: int = flax.struct.field(pytree_node=False, default=0)
 
 
 KVCache = tuple[LayerCache, ...]
@@ -65,12 +67,14 @@ class CacheSpec:
       capacity: tokens that a row can hold.
       dtype: one of CACHE_DTYPES.
       compute_dtype: of the keys and values that come, and of recent ones.
+      stripe: how positions lie along the mesh's context axis, see Zigzag.
     """
 
     batch: int
     capacity: int
     dtype: str
     compute_dtype: str
+    stripe: int = 0
 
     def nbytes(self, config: ModelConfig) -> int:
         """Bytes of the whole cache, over all devices but counted once."""
@@ -87,7 +91,7 @@ def empty_layer(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
         zeros = jnp.zeros((*rows, BLOCK, config.head_dim), spec.compute_dtype)
         recent = Recent(k=zeros, v=zeros)
     store = empty_store(shape, spec.dtype, platform)
-    return LayerCache(k=store, v=store, recent=recent)
+    return LayerCache(k=store, v=store, recent=recent, stripe=spec.stripe)
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:

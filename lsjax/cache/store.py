@@ -97,30 +97,25 @@ def empty_store(shape: tuple[int, int, int, int], dtype: str, platform: str = "c
     return Store(jnp.zeros(shape, narrow if dtype == "bfloat16" else dtype), None)
 
 
-def write(
-    store: Store, new: Store, positions: jax.Array, first: jax.Array, platform: str = "cpu"
-) -> Store:
+def write(store: Store, new: Store, start: jax.Array, platform: str = "cpu") -> Store:
     """Writes new keys or values into this device's shard of a layer.
 
     Args:
-      store: the shard; it holds global positions first .. first + capacity - 1.
-      new: as many slots as there are positions, in the store's format.
-      positions: [batch, length] global positions, consecutive along the length. Several tokens
-        stand at the same positions in every row (a prefill chunk); a single one may stand at a
-        different position in each (decode).
-      first: global position of the shard's first slot.
+      store: the shard.
+      new: some slots, in the store's format.
+      start: [batch] slot of the first. Several slots start at the same in every row (a prefill
+        chunk); a single one may go to a different slot in each (decode).
       platform: that it runs on: cpu, gpu (or cuda) or tpu.
 
     Returns:
-      The store with those of the positions written that it holds.
+      The store with the slots written that it has; others are left out.
     """
-    start = positions[:, 0] - first
 
     def put(store: Store, row: jax.Array | None, new: Store, start: jax.Array) -> Store:
         run = functools.partial(_write_run, row=row, start=start, platform=platform)
         return jax.tree.map(run, store, new)
 
-    batch, length = positions.shape
+    batch, _, length = new.data.shape[:3]
     if length > 1 or batch == 1:
         return put(store, None, new, start[0])
 
@@ -178,7 +173,7 @@ def _write_run(
 ) -> jax.Array:
     """Writes `new` at the slots start .. of all rows or one, leaving out what falls outside `old`.
 
-    A slice of a fixed size is read, changed and put back, since the run may straddle the shard.
+    A slice of a fixed size is read, changed and put back, since the run may reach out of it.
     """
     size, room = new.shape[2], old.shape[2]
     window = min(size, room)

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
 
         Args:
           tokens: [batch, length] ids.
-          positions: [batch, length]; see lsjax.cache.write for what they may be.
+          positions: [batch, length]; see lsjax.attention.cached for what they may be.
           tables: of the requests in the batch.
           cache: holding everything before; None where the tokens are the whole sequence and
             gradients are wanted.

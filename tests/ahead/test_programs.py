@@ -21,8 +21,9 @@ GLM = CONFIGS / "glm-4-9b-chat-1m.json"
 
 def compiled(path, layers, mesh, capacity, batch=1):
     config = dataclasses.replace(read_config(path), num_layers=layers, windows=(None,) * layers)
-    spec = CacheSpec(batch, capacity, "int8", "bfloat16")
-    programs = Engine(config, mesh, "bfloat16", "int8").compile_ahead(spec, 512)
+    engine = Engine(config, mesh, "bfloat16", "int8", 512)
+    spec = CacheSpec(batch, capacity, "int8", "bfloat16", engine.stripe)
+    programs = engine.compile_ahead(spec)
     return spec.nbytes(config) / mesh.size, *(p.memory_analysis() for p in programs)
 
 

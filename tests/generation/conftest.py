@@ -8,6 +8,7 @@ import pathlib
 import pytest
 from golden.models.parameters import golden_parameters
 
+from lsjax.cache import whole_stripes
 from lsjax.families import parse_config
 from lsjax.language_model import LanguageModel
 from lsjax.positions.scaling import override_rope_scaling
@@ -21,13 +22,14 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models"
 @functools.lru_cache(maxsize=8)
 def build(name, kv="float32", chunk=64, mesh="", rope_scaling=None, eos=()):
     config = parse_config(json.loads((GOLDEN / name / "config.json").read_text()))
+    devices = make_mesh(parse_mesh(mesh))
     settings = Settings(
         folder=str(GOLDEN / name),
         config=override_rope_scaling(config, rope_scaling),
-        mesh=make_mesh(parse_mesh(mesh)),
+        mesh=devices,
         dtype="float32",
         kv_cache_dtype=kv,
-        prefill_chunk=chunk,
+        prefill_chunk=whole_stripes(chunk, devices.shape["context"]),
         eos_token_ids=frozenset(eos),
     )
     return LanguageModel(settings, golden_parameters(config))

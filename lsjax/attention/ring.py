@@ -1,0 +1,119 @@
+"""Ring attention: each device's queries meet the keys of all, which travel from device to device.
+
+The next block of keys and values is on its way while the current one is attended to; queries
+stay. Source: Ring Attention (arXiv 2310.01889).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.attention.partial import Partial, merge
+from lsjax.cache import Recent, Store, Zigzag
+
+# Slots of each device that travel at once: enough to be worth the way, little enough that the two
+# blocks on the way are small beside a layer's cache.
+_MOST_SLOTS = 4096
+
+# (keys, values, begin, end, positions of the slots) -> attention to those that each query sees
+AttendTo = Callable[[Store, Store, jax.Array | None, jax.Array, jax.Array], Partial]
+
+
+def attend(
+    attend_to: AttendTo,
+    q: jax.Array,
+    k: Store,
+    v: Store,
+    zigzag: Zigzag,
+    first: jax.Array,
+    count: jax.Array,
+    begin: jax.Array | None,
+    end: jax.Array,
+) -> Partial:
+    """Attention of this device's queries to the keys of all; to be called under shard_map.
+
+    Args:
+      attend_to: attends to a block, which is of one of the devices.
+      q: this device's queries, [batch, kv_heads, group, length, head_dim].
+      k, v: this device's keys and values.
+      zigzag: where positions lie.
+      first: the slot that `k` and `v` begin with, the same on all devices.
+      count: how many of their slots hold something, the same on all devices.
+      begin, end: [batch, length] positions that each query sees, begin .. end - 1; `begin` is
+        None where all see from the first on.
+
+    Returns:
+      Partial with values shaped as q.
+    """
+    devices = zigzag.devices
+    device = jax.lax.axis_index("context")
+    size = k.capacity if k.capacity <= _MOST_SLOTS else math.gcd(k.capacity, _MOST_SLOTS)
+
+    def meet(partial: Partial, block: tuple[Store, Store], owner: jax.Array, start: jax.Array):
+        def slot(position: jax.Array) -> jax.Array:
+            return jnp.clip(zigzag.slots_before(owner, position) - start, 0, size)
+
+        at = zigzag.position(owner, start + jnp.arange(size))
+        seen_from = None if begin is None else slot(begin)
+        return merge(partial, attend_to(*block, seen_from, slot(end), at))
+
+    def visit(i: jax.Array, partial: Partial) -> Partial:
+        def step(step: jax.Array, state):
+            partial, block = state
+            coming = _from_the_device_before(block, devices)
+            owner = (device - step) % devices
+            return meet(partial, block, owner, first + i * size), coming
+
+        block = k.block(None, i * size, size), v.block(None, i * size, size)
+        partial, block = jax.lax.fori_loop(0, devices - 1, step, (partial, block))
+        return meet(partial, block, (device + 1) % devices, first + i * size)
+
+    nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+    begin_block = jnp.int32(0)
+    if begin is not None:  # keys before every window stay at home
+        earliest = jax.lax.pmin(jnp.min(zigzag.slots_before(device, begin)), "context")
+        begin_block = jnp.maximum(earliest - first - zigzag.stripe // devices, 0) // size
+    return jax.lax.fori_loop(begin_block, -(-count // size), visit, nothing)
+
+
+def recent_block(
+    recent: Recent,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    chunk_start: jax.Array,
+    next_position: jax.Array,
+) -> Recent:
+    """The block of positions in progress after a chunk that is dealt out; see Recent.
+
+    Args:
+      recent: before the chunk.
+      k, v: [batch, kv_heads, length, head_dim] this device's of the chunk.
+      positions: [length] where they stand.
+      chunk_start: position of the chunk's first token.
+      next_position: [batch]; rows whose next is not after `chunk_start` keep their block.
+    """
+    block = recent.block
+    first = next_position // block * block  # [batch]
+    at = positions[None] - first[:, None]
+    at = jnp.where((at >= 0) & (at < block), at, block)
+    before = (first[:, None] + jnp.arange(block) < chunk_start)[:, None, :, None]
+    stay = (next_position <= chunk_start)[:, None, None, None]
+
+    def gather(held: jax.Array, new: jax.Array) -> jax.Array:
+        def put(row: jax.Array, at: jax.Array) -> jax.Array:
+            empty = jnp.zeros((row.shape[0], block, row.shape[2]), held.dtype)
+            return empty.at[:, at].set(row.astype(held.dtype), mode="drop")
+
+        # Each device has put its own; the others' places are zeros there.
+        found = jax.lax.psum(jax.vmap(put)(new, at), "context")
+        return jnp.where(stay | before, held, found)
+
+    return Recent(k=gather(recent.k, k), v=gather(recent.v, v))
+
+
+def _from_the_device_before(block: tuple[Store, Store], devices: int) -> tuple[Store, Store]:
+    ring = [(i, (i + 1) % devices) for i in range(devices)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", ring), block)

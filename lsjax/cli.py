@@ -18,7 +18,12 @@ def define_model_flags() -> None:
     )
     flags.DEFINE_enum("dtype", "auto", ["auto", *COMPUTE_DTYPES], "Of weights and activations.")
     flags.DEFINE_enum("kv_cache_dtype", "auto", ["auto", *CACHE_DTYPES], "Of the KV cache.")
-    flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
+    flags.DEFINE_integer(
+        "prefill_chunk",
+        None,
+        "Tokens of prompt run at once; a few more where they must be shared by a context axis.",
+        lower_bound=1,
+    )
     flags.DEFINE_string("mesh", "", "Devices by axis (data, context, model): context=4,model=2.")
 
 

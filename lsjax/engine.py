@@ -15,7 +15,7 @@ from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sampling import Draw, next_token
-from lsjax.sharding import CHUNK, TOKENS, cache_shardings, sharding
+from lsjax.sharding import CHUNK, TOKENS, cache_shardings, sharding, without
 
 SEGMENT = 16  # tokens decoded between two looks at the end-of-sequence
 
@@ -51,6 +51,12 @@ class Engine:
         context = mesh.shape["context"]
         self.chunk, self.stripe = chunk, stripe_of(chunk, context)
         self._zigzag = Zigzag(context, self.stripe)
+        self._whole = unflatten(
+            {
+                path: sharding(mesh, without(x.sharding.spec, "context"))
+                for path, x in abstract_parameters(config, mesh, dtype).items()
+            }
+        )
         self.clock = CompileClock()
         self._decoder = Decoder(config, mesh, jnp.dtype(dtype))
         self._rows = sharding(mesh, TOKENS)
@@ -181,14 +187,16 @@ class Engine:
 
     def _prefill_step(self, params, tables, cache, tokens, start, lengths, last):
         tokens, positions = self._deal_out(tokens, start)
-        hidden, cache = self._run(params, tokens, positions, tables, cache, lengths)
+        gathered = self._gathered(params)
+        hidden, cache = self._run(gathered, tokens, positions, tables, cache, lengths)
         is_last = (positions == lengths[:, None] - 1)[..., None]
         chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
         return cache, jnp.where(jnp.any(is_last, axis=1), chosen, last)
 
     def _score_step(self, params, tables, cache, tokens, start):
         tokens, positions = self._deal_out(tokens, start)
-        hidden, cache = self._run(params, tokens, positions, tables, cache)
+        gathered = self._gathered(params)
+        hidden, cache = self._run(gathered, tokens, positions, tables, cache)
         if self._zigzag.devices > 1:
             hidden = hidden[:, np.argsort(self._zigzag.order(hidden.shape[1]))]
         return cache, self._logits(params, hidden)
@@ -203,6 +211,19 @@ class Engine:
         return tuple(
             jax.lax.with_sharding_constraint(x, parts) for x in (tokens[:, order], positions)
         )
+
+    def _gathered(self, params: dict) -> dict:
+        """Layers whose weights are whole along the context axis, where the tokens of a chunk are
+        split: XLA gathers them layer by layer. Left to itself it would rather send the activations
+        of all tokens to and fro, far more than the weights for a long chunk."""
+        if self._zigzag.devices == 1:
+            return params
+        return {
+            name: jax.lax.with_sharding_constraint(x, self._whole[name])
+            if name.startswith("layers_")
+            else x
+            for name, x in params.items()
+        }
 
     def _first_step(self, params, last, draw):
         return next_token(self._logits(params, last[:, None])[:, 0], draw, jnp.int32(0))

@@ -107,6 +107,11 @@ def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
+def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """The same, but whole along a mesh axis."""
+    return PartitionSpec(*(None if entry == axis else entry for entry in spec))
+
+
 def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Where a parameter whose axes mean `axes` lies."""
     return PartitionSpec(*(PARAMETER_AXES[a] for a in axes))

@@ -108,7 +108,7 @@ def write(store: Store, new: Store, start: jax.Array, platform: str = "cpu") -> 
       platform: that it runs on: cpu, gpu (or cuda) or tpu.
 
     Returns:
-      The store with the slots written that it has; others are left out.
+      The store with the slots written; as it was, in rows whose slots it does not have.
     """
 
     def put(store: Store, row: jax.Array | None, new: Store, start: jax.Array) -> Store:
@@ -171,20 +171,12 @@ def _to_half_byte(quotient: jax.Array) -> jax.Array:
 def _write_run(
     old: jax.Array, new: jax.Array, row: jax.Array | None, start: jax.Array, platform: str
 ) -> jax.Array:
-    """Writes `new` at the slots start .. of all rows or one, leaving out what falls outside `old`.
+    """Writes `new` at the slots start .. of all rows or one, where `old` has them all.
 
-    A slice of a fixed size is read, changed and put back, since the run may reach out of it.
+    A slice of a fixed size is read, changed or not, and put back: nothing else stays in place.
     """
-    size, room = new.shape[2], old.shape[2]
-    window = min(size, room)
-    slot = jnp.clip(start, 0, room - window)
+    slot = jnp.clip(start, 0, old.shape[2] - new.shape[2])
     at = (0 if row is None else row, 0, slot, *[0] * (old.ndim - 3))
-    shape = (*new.shape[:2], window, *new.shape[3:])
-    held = pinned(jax.lax.dynamic_slice(old, at, shape), platform)
-    # Slot + j takes new[slot + j - start]: a shift of `new`, whose edges are discarded below.
-    index = slot + jnp.arange(window) - start
-    taken = pinned(jnp.take(new, jnp.clip(index, 0, size - 1), axis=2), platform)
-    inside = (index >= 0) & (index < size)
-    inside = inside.reshape([-1 if i == 2 else 1 for i in range(old.ndim)])
-    changed = jnp.where(inside, taken, held)
+    held = pinned(jax.lax.dynamic_slice(old, at, new.shape), platform)
+    changed = jnp.where(slot == start, pinned(new, platform), held)
     return pinned(jax.lax.dynamic_update_slice(old, changed, at), platform)

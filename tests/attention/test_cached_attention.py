@@ -131,7 +131,7 @@ CASES = [
     Case(49, 64, 7, window=8, cache="bfloat16", dtype="bfloat16", group=4),
     Case(700, 1024, 350, cache="bfloat16", dtype="bfloat16"),
     Case(49, 64, 7, cache="int8"),
-    Case(700, 1024, 350, cache="int8", window=300),
+    Case(200, 1024, 100, cache="int8", window=90),
     Case(49, 64, 7, cache="int8", dtype="bfloat16"),
     Case(70, 128, 70, cache="int4", window=30),
     Case(49, 64, 16, cache="int4", group=4),

@@ -1,0 +1,34 @@
+"""The ring on a TPU, read from the compiled program: keys travel while others are attended to."""
+
+import dataclasses
+import re
+
+from targets import mesh_of
+from test_programs import GLM
+
+from lsjax.cache import CacheSpec
+from lsjax.engine import Engine
+from lsjax.families import read_config
+
+STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]")
+
+
+def test_the_next_block_travels_while_the_current_one_is_attended_to():
+    config = dataclasses.replace(read_config(GLM), num_layers=1, windows=(None,))
+    engine = Engine(config, mesh_of("v5e:2x4", context=8), "bfloat16", "int8", 4096)
+    prefill, _ = engine.compile_ahead(CacheSpec(1, 2**20, "int8", "bfloat16", engine.stripe))
+    started, overlapped = {}, []
+    # Instructions of a computation stand in the order in which they run.
+    for line in prefill.as_text().splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            started = dict.fromkeys(started, True)
+        elif found := STEP.search(line):
+            name, what, operand = found.groups()
+            if what == "collective-permute-start":
+                started[f"%{name}"] = False
+            else:
+                overlapped.append(started.pop(operand))
+        elif line.startswith("}"):
+            assert not started  # ended where it began
+    # Keys and values that come, and the cache's with their scales.
+    assert len(overlapped) >= 6 and all(overlapped)

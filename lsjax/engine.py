@@ -51,12 +51,13 @@ class Engine:
         context = mesh.shape["context"]
         self.chunk, self.stripe = chunk, stripe_of(chunk, context)
         self._zigzag = Zigzag(context, self.stripe)
-        self._whole = unflatten(
-            {
-                path: sharding(mesh, without(x.sharding.spec, "context"))
-                for path, x in abstract_parameters(config, mesh, dtype).items()
-            }
-        )
+        if context > 1:
+            self._whole = unflatten(
+                {
+                    path: sharding(mesh, without(x.sharding.spec, "context"))
+                    for path, x in abstract_parameters(config, mesh, dtype).items()
+                }
+            )
         self.clock = CompileClock()
         self._decoder = Decoder(config, mesh, jnp.dtype(dtype))
         self._rows = sharding(mesh, TOKENS)

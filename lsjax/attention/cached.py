@@ -143,11 +143,10 @@ def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begi
     def meet(keys: Store, values: Store, begin, end, slots) -> Partial:
         return attend_to(keys, values, begin, end, positions, slots)
 
-    if before is None:
-        count = slot + length
-        return ring.attend(meet, q, *stores, zigzag, jnp.int32(0), count, begin, end), None
-    own = positions // before.block * before.block
+    own = end if before is None else positions // before.block * before.block
     partial = ring.attend(meet, q, *stores, zigzag, jnp.int32(0), slot + length, begin, own)
+    if before is None:
+        return partial, None
     near_begin = own if begin is None else jnp.maximum(begin, own)
     chunk = Store(k, None), Store(v, None)
     near = ring.attend(meet, q, *chunk, zigzag, slot, length, near_begin, end)
@@ -164,7 +163,7 @@ def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begi
     after = jnp.full(q.shape[:1], start + length * zigzag.devices)
     if lengths is not None:
         after = jnp.minimum(after, lengths)
-    block = ring.recent_block(before, k, v, positions[0], start, after)
+    block = recent.gather(before, k, v, positions[0], start, after)
     return merge(partial, near), block
 
 

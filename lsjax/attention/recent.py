@@ -66,3 +66,39 @@ def cut(run: Recent, first: jax.Array, before: Recent, next_position: jax.Array)
         return jnp.where((at >= 0)[:, None, None, None], found, old)
 
     return Recent(k=take(run.k, before.k), v=take(run.v, before.v))
+
+
+def gather(
+    recent: Recent,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    chunk_start: jax.Array,
+    next_position: jax.Array,
+) -> Recent:
+    """The block of positions in progress after a chunk that is dealt out; see Recent.
+
+    Args:
+      recent: before the chunk.
+      k, v: [batch, kv_heads, length, head_dim] this device's of the chunk.
+      positions: [length] where they stand.
+      chunk_start: position of the chunk's first token.
+      next_position: [batch]; rows whose next is not after `chunk_start` keep their block.
+    """
+    block = recent.block
+    first = next_position // block * block  # [batch]
+    at = positions[None] - first[:, None]
+    at = jnp.where((at >= 0) & (at < block), at, block)
+    before = (first[:, None] + jnp.arange(block) < chunk_start)[:, None, :, None]
+    stay = (next_position <= chunk_start)[:, None, None, None]
+
+    def join(held: jax.Array, new: jax.Array) -> jax.Array:
+        def put(row: jax.Array, at: jax.Array) -> jax.Array:
+            empty = jnp.zeros((row.shape[0], block, row.shape[2]), held.dtype)
+            return empty.at[:, at].set(row.astype(held.dtype), mode="drop")
+
+        # Each device has put its own; the others' places are zeros there.
+        found = jax.lax.psum(jax.vmap(put)(new, at), "context")
+        return jnp.where(stay | before, held, found)
+
+    return Recent(k=join(recent.k, k), v=join(recent.v, v))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.partial import Partial, merge
-from lsjax.cache import Recent, Store, Zigzag
+from lsjax.cache import Store, Zigzag
 
 # Slots of each device that travel at once: enough to be worth the way, little enough that the two
 # blocks on the way are small beside a layer's cache.
@@ -76,42 +76,6 @@ def attend(
         earliest = jax.lax.pmin(jnp.min(zigzag.slots_before(device, begin)), "context")
         begin_block = jnp.maximum(earliest - first - zigzag.stripe // devices, 0) // size
     return jax.lax.fori_loop(begin_block, -(-count // size), visit, nothing)
-
-
-def recent_block(
-    recent: Recent,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    chunk_start: jax.Array,
-    next_position: jax.Array,
-) -> Recent:
-    """The block of positions in progress after a chunk that is dealt out; see Recent.
-
-    Args:
-      recent: before the chunk.
-      k, v: [batch, kv_heads, length, head_dim] this device's of the chunk.
-      positions: [length] where they stand.
-      chunk_start: position of the chunk's first token.
-      next_position: [batch]; rows whose next is not after `chunk_start` keep their block.
-    """
-    block = recent.block
-    first = next_position // block * block  # [batch]
-    at = positions[None] - first[:, None]
-    at = jnp.where((at >= 0) & (at < block), at, block)
-    before = (first[:, None] + jnp.arange(block) < chunk_start)[:, None, :, None]
-    stay = (next_position <= chunk_start)[:, None, None, None]
-
-    def gather(held: jax.Array, new: jax.Array) -> jax.Array:
-        def put(row: jax.Array, at: jax.Array) -> jax.Array:
-            empty = jnp.zeros((row.shape[0], block, row.shape[2]), held.dtype)
-            return empty.at[:, at].set(row.astype(held.dtype), mode="drop")
-
-        # Each device has put its own; the others' places are zeros there.
-        found = jax.lax.psum(jax.vmap(put)(new, at), "context")
-        return jnp.where(stay | before, held, found)
-
-    return Recent(k=gather(recent.k, k), v=gather(recent.v, v))
 
 
 def _from_the_device_before(block: tuple[Store, Store], devices: int) -> tuple[Store, Store]:

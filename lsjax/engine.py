@@ -1,5 +1,6 @@
 """The compiled steps of inference: prefill a chunk, choose the first token, decode a segment."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lsjax import lookup
 from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache, stripe_of
 from lsjax.compilation import CompileClock, Program, compiler_options
 from lsjax.config import ModelConfig
@@ -17,7 +19,7 @@ from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sampling import Draw, next_token
 from lsjax.sharding import CHUNK, TOKENS, cache_shardings, sharding, without
 
-SEGMENT = 16  # tokens decoded between two looks at the end-of-sequence
+SEGMENT = 16  # steps of decoding between two looks at the end-of-sequence
 
 
 @flax.struct.dataclass
@@ -35,6 +37,23 @@ class DecodeState:
     token: jax.Array
     position: jax.Array
     step: jax.Array
+
+
+@flax.struct.dataclass
+class LookupState:
+    """What one decode step with prompt lookup hands to the next.
+
+    Attributes:
+      cache: holds every token before each row's position.
+      tokens: [batch, room] ids of each row; those after its position mean nothing.
+      position: [batch] of the tokens chosen last.
+      last: [batch] the positions at which rows end.
+    """
+
+    cache: KVCache
+    tokens: jax.Array
+    position: jax.Array
+    last: jax.Array
 
 
 class Engine:
@@ -79,6 +98,16 @@ class Engine:
         self._decode = program(
             self._decode_segment, donate_argnums=2, out_shardings=(state, self._rows)
         )
+        rows = self._rows
+        looking = LookupState(cache=cache, tokens=rows, position=rows, last=rows)
+        self._lookup = [
+            program(
+                functools.partial(self._lookup_segment, drafted=count),
+                donate_argnums=2,
+                out_shardings=(looking, (rows, rows)),
+            )
+            for count in range(lookup.MOST_DRAFTED + 1)
+        ]
         self._empty = jax.jit(
             lambda spec: empty_cache(config, spec, self._platform),
             static_argnums=0,
@@ -142,6 +171,34 @@ class Engine:
         """Decodes one segment; the state is donated. Returns it and [batch, SEGMENT] new ids."""
         return self._decode(params, tables, state, draw)
 
+    def start_lookup(self, state: DecodeState, tokens: np.ndarray, last: np.ndarray) -> LookupState:
+        """Goes on from the first token with prompt lookup.
+
+        Args:
+          state: as `first` returned it.
+          tokens: [batch, room] ids of the prompts, with room for the answers and a draft.
+          last: [batch] positions of the last tokens wanted.
+        """
+        position = np.asarray(state.position)
+        tokens[np.arange(len(tokens)), position] = np.asarray(state.token)
+        return LookupState(
+            cache=state.cache,
+            tokens=self._place(tokens),
+            position=state.position,
+            last=self._place(last),
+        )
+
+    def decode_with_lookup(
+        self, params: dict, tables: RotaryTables, state: LookupState, count: int
+    ) -> tuple[LookupState, tuple[jax.Array, jax.Array]]:
+        """Decodes one segment, drafting `count` tokens at each step; the state is donated.
+
+        Returns:
+          It, and of each step [batch, SEGMENT, count + 1] ids and [batch, SEGMENT] how many of
+          them, the first ones, go on with the answer; none where a row has ended.
+        """
+        return self._lookup[count](params, tables, state)
+
     def compile_ahead(self, spec: CacheSpec) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """Compiles prefill of a chunk and decode of a segment for a mesh that may not be here.
 
@@ -180,8 +237,10 @@ class Engine:
     def _place(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(np.asarray(rows, np.int32), self._rows)
 
-    def _run(self, params, tokens, positions, tables, cache, lengths=None):
-        return self._decoder.apply({"params": params}, tokens, positions, tables, cache, lengths)
+    def _run(self, params, tokens, positions, tables, cache, lengths=None, decode=False):
+        return self._decoder.apply(
+            {"params": params}, tokens, positions, tables, cache, lengths, decode
+        )
 
     def _logits(self, params, hidden):
         return self._decoder.apply({"params": params}, hidden, method="logits")
@@ -232,7 +291,7 @@ class Engine:
     def _decode_segment(self, params, tables, state, draw):
         def step(state: DecodeState, _) -> tuple[DecodeState, jax.Array]:
             tokens, positions = state.token[:, None], state.position[:, None]
-            hidden, cache = self._run(params, tokens, positions, tables, state.cache)
+            hidden, cache = self._run(params, tokens, positions, tables, state.cache, decode=True)
             token = next_token(self._logits(params, hidden)[:, 0], draw, state.step)
             state = DecodeState(
                 cache=cache, token=token, position=state.position + 1, step=state.step + 1
@@ -241,3 +300,26 @@ class Engine:
 
         state, tokens = jax.lax.scan(step, state, length=SEGMENT)
         return state, tokens.T
+
+    def _lookup_segment(self, params, tables, state, *, drafted):
+        def step(state: LookupState, _) -> tuple[LookupState, tuple[jax.Array, jax.Array]]:
+            at = state.position[:, None]
+            draft = lookup.draft(state.tokens, state.position, drafted)
+            tokens = jnp.take_along_axis(state.tokens, at, axis=1)
+            tokens = jnp.concatenate([tokens, draft], axis=1)
+            positions = at + jnp.arange(drafted + 1)
+            hidden, cache = self._run(params, tokens, positions, tables, state.cache, decode=True)
+            chosen = jnp.argmax(self._logits(params, hidden), axis=-1).astype(jnp.int32)
+            new = jnp.minimum(lookup.agreed(draft, chosen), state.last - state.position)
+            if recent := cache[0].recent:  # answers beyond the block mean nothing
+                new = jnp.minimum(new, recent.block - state.position % recent.block)
+            put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
+            state = state.replace(
+                cache=cache,
+                tokens=put(state.tokens, chosen, state.position + 1, 0),
+                position=state.position + new,
+            )
+            return state, (chosen, new)
+
+        state, (tokens, counts) = jax.lax.scan(step, state, length=SEGMENT)
+        return state, (tokens.swapaxes(0, 1), counts.T)

@@ -22,6 +22,7 @@ class Timing:
       first_token: prefill and the compiling before it: what someone waits.
       compile: tracing and compiling, all of it.
       decoded: tokens decoded after the first, the rows' longest count.
+      steps: times that the model was run for them.
     """
 
     prefill: float = 0.0
@@ -29,6 +30,7 @@ class Timing:
     first_token: float = 0.0
     compile: float = 0.0
     decoded: int = 0
+    steps: int = 0
 
 
 def generate(
@@ -56,7 +58,8 @@ def generate(
     lengths = np.array([len(p) for p in request.prompts], np.int32)
     tables = rotary_tables(engine.config, request.lengths)
     batch = len(request.prompts)
-    cache = engine.new_cache(request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype))
+    spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
+    cache = engine.new_cache(spec)
     draw = request.sampling.arrays()
 
     last = pending = None
@@ -78,7 +81,7 @@ def generate(
     state = engine.first(params, cache, last, lengths, draw)
     del cache
     rows = _Rows(request)
-    new = rows.take(np.asarray(state.token)[:, None])
+    new = rows.take(np.asarray(state.token)[:, None].tolist())
     now = time.perf_counter()
     timing.first_token = now - start
     timing.prefill = timing.first_token - (clock.seconds - compile_before)
@@ -86,15 +89,40 @@ def generate(
     yield new
 
     start, compile_before = time.perf_counter(), clock.seconds
+    if drafted := request.prompt_lookup_num_tokens:
+        state = engine.start_lookup(state, *_lookup_rows(request, spec.capacity))
     while not rows.ended:
-        state, tokens = engine.decode(params, tables, state, draw)
-        new = rows.take(np.asarray(tokens))
+        if drafted:
+            state, tokens = engine.decode_with_lookup(params, tables, state, drafted)
+            decoded = _those_that_stand(*map(np.asarray, tokens))
+        else:
+            state, tokens = engine.decode(params, tables, state, draw)
+            decoded = np.asarray(tokens).tolist()
+        new = rows.take(decoded)
         compiling = clock.seconds - compile_before
-        timing.decoded += SEGMENT
+        timing.decoded += max(map(len, decoded))
+        timing.steps += SEGMENT
         timing.decode += time.perf_counter() - start - compiling
         timing.compile += compiling
         yield new
         start, compile_before = time.perf_counter(), clock.seconds
+
+
+def _lookup_rows(request: Request, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """[batch, room] ids of the prompts, and [batch] positions of the last tokens wanted."""
+    tokens = np.zeros((len(request.prompts), room), np.int32)
+    for row, prompt in zip(tokens, request.prompts, strict=True):
+        row[: len(prompt)] = prompt
+    last = [len(prompt) for prompt in request.prompts]  # no more than the first for fillers
+    for row in range(request.count):
+        last[row] += request.max_output_length - 1
+    return tokens, np.array(last)
+
+
+def _those_that_stand(tokens: np.ndarray, counts: np.ndarray) -> list[list[int]]:
+    """[batch, steps, drafted + 1] ids and how many count of each step -> ids of each row."""
+    stand = np.arange(tokens.shape[-1]) < counts[..., None]
+    return [row[these].tolist() for row, these in zip(tokens, stand, strict=True)]
 
 
 class _Rows:
@@ -110,8 +138,8 @@ class _Rows:
     def ended(self) -> bool:
         return not any(self._left)
 
-    def take(self, tokens: np.ndarray) -> list[list[int]]:
-        return [self._take(row, ids.tolist()) for row, ids in enumerate(tokens)]
+    def take(self, tokens: list[list[int]]) -> list[list[int]]:
+        return [self._take(row, ids) for row, ids in enumerate(tokens)]
 
     def _take(self, row: int, ids: Sequence[int]) -> list[int]:
         ids = ids[: self._left[row]]

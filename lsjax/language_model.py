@@ -172,6 +172,7 @@ class LanguageModel:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         ignore_eos: bool = False,
         allow_untrained_length: bool = False,
+        prompt_lookup_num_tokens: int = 0,
         on_prefill: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Answers prompts.
@@ -186,6 +187,9 @@ class LanguageModel:
           sampling: greedy unless said otherwise.
           ignore_eos: do not end at an end-of-sequence token.
           allow_untrained_length: run past the length that the model is meant for.
+          prompt_lookup_num_tokens: draft this many tokens for each step of decoding from where the
+            last ones stood before, and verify them at once: greedy tokens stay what they were,
+            and come faster where the text repeats itself. At most 15; 0 for none.
           on_prefill: called with the number of positions run, after each chunk.
 
         Returns:
@@ -207,6 +211,7 @@ class LanguageModel:
             sampling=sampling,
             ignore_eos=ignore_eos,
             allow_untrained_length=allow_untrained_length,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         ):
             run = self.start(request, on_prefill)
             for _ in run:

@@ -97,7 +97,8 @@ def summary(stats: Stats) -> str:
             f"first      {s.time_to_first_token_seconds:.2f} s to the first token, compiling "
             "included",
             f"prefill    {s.prefill_seconds:.2f} s, {s.prefill_tokens_per_second:,.1f} tokens/s",
-            f"decode     {s.decode_seconds:.2f} s, {s.decode_tokens_per_second:,.1f} tokens/s",
+            f"decode     {s.decode_seconds:.2f} s, {s.decode_tokens_per_second:,.1f} tokens/s in "
+            f"{s.decode_steps:,} steps",
             f"compiling  {s.compile_seconds:.2f} s, {s.compilations} programs compiled",
             f"memory     {human_bytes(s.peak_memory_bytes)} at the peak",
         )
@@ -143,6 +144,7 @@ def combine(stats: Sequence[Stats]) -> Stats:
         prefill_tokens_per_second=rate("prefill_tokens_per_second", "prefill_seconds"),
         decode_seconds=total("decode_seconds"),
         decode_tokens_per_second=rate("decode_tokens_per_second", "decode_seconds"),
+        decode_steps=total("decode_steps"),
         compile_seconds=total("compile_seconds"),
         compilations=total("compilations"),
         peak_memory_bytes=max(s.peak_memory_bytes for s in stats),

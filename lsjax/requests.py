@@ -9,6 +9,7 @@ from lsjax.cache import GRANULE, CacheSpec, stripe_of
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.engine import SEGMENT
 from lsjax.errors import UserError
+from lsjax.lookup import MOST_DRAFTED
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings
 
@@ -29,6 +30,7 @@ class Request:
       chunk: tokens of prompt run at once.
       sampling: how tokens are drawn.
       eos_token_ids: any of these ends a row; empty for none.
+      prompt_lookup_num_tokens: tokens drafted for each step of decoding; 0 for none.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -38,6 +40,7 @@ class Request:
     chunk: int
     sampling: Sampling
     eos_token_ids: frozenset[int]
+    prompt_lookup_num_tokens: int = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -47,7 +50,9 @@ class Request:
     def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
         """The cache that the batch needs; see CacheSpec for the dtypes."""
         context = mesh.shape["context"]
-        capacity = cache_capacity(self.input_room, self.max_output_length, self.chunk, context)
+        # The last step's draft reaches past the answer.
+        output = self.max_output_length + self.prompt_lookup_num_tokens
+        capacity = cache_capacity(self.input_room, output + 1, self.chunk, context)
         stripe = stripe_of(self.chunk, context)
         return CacheSpec(len(self.prompts), capacity, dtype, compute_dtype, stripe)
 
@@ -62,6 +67,7 @@ def batches(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     ignore_eos: bool = False,
     allow_untrained_length: bool = False,
+    prompt_lookup_num_tokens: int = 0,
 ) -> list[Request]:
     """Checks prompts and groups them into batches of one shape.
 
@@ -76,6 +82,7 @@ def batches(
     check_lengths(settings.config, ids, max_output_length, max_input_length, allow_untrained_length)
     if max_batch_size is not None and max_batch_size < 1:
         raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+    check_lookup(prompt_lookup_num_tokens, sampling)
     rows = min(max_batch_size or len(ids), len(ids))
     data = settings.mesh.shape["data"]
     rows = -(-rows // data) * data
@@ -90,6 +97,7 @@ def batches(
             chunk=settings.prefill_chunk,
             sampling=sampling,
             eos_token_ids=frozenset() if ignore_eos else settings.eos_token_ids,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
         for group in groups
     ]
@@ -148,6 +156,24 @@ def check_lengths(
     if total > MAX_POSITIONS:
         raise UserError(
             f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
+        )
+
+
+def check_lookup(num_tokens: int, sampling: Sampling) -> None:
+    """Refuses a draft that cannot be verified.
+
+    Raises:
+      UserError: saying what can be.
+    """
+    if not 0 <= num_tokens <= MOST_DRAFTED:
+        raise UserError(
+            f"prompt_lookup_num_tokens must be from 0 (no drafts) to {MOST_DRAFTED}, not "
+            f"{num_tokens}."
+        )
+    if num_tokens and sampling.temperature:
+        raise UserError(
+            "prompt lookup verifies drafts against the likeliest token, so it does not go with "
+            f"temperature {sampling.temperature}; set temperature 0, or prompt_lookup_num_tokens 0."
         )
 
 

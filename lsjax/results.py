@@ -16,6 +16,7 @@ class Stats:
       time_to_first_token_seconds: from the start of prefill, compiling included.
       prefill_seconds, prefill_tokens_per_second: until the first token of every row.
       decode_seconds, decode_tokens_per_second: after it; the rate is that of one row.
+      decode_steps: times that the model was run for these.
       compile_seconds: tracing and compiling, or reading compiled programs from disk.
       compilations: programs compiled, those read from disk not counted.
       cache_bytes: the KV cache, over all devices.
@@ -30,6 +31,7 @@ class Stats:
     prefill_tokens_per_second: float
     decode_seconds: float
     decode_tokens_per_second: float
+    decode_steps: int
     compile_seconds: float
     compilations: int
     cache_bytes: int

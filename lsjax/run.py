@@ -62,6 +62,7 @@ class Run:
             prefill_tokens_per_second=prompt_tokens / t.prefill if t.prefill else 0.0,
             decode_seconds=t.decode,
             decode_tokens_per_second=t.decoded / t.decode if t.decode else 0.0,
+            decode_steps=t.steps,
             compile_seconds=t.compile,
             compilations=engine.clock.compilations - self._compilations,
             cache_bytes=spec.nbytes(engine.config),

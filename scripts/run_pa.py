@@ -49,6 +49,12 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "allow_untrained_length", False, "Run past the length that the model is meant for."
 )
+flags.DEFINE_integer(
+    "prompt_lookup_num_tokens",
+    0,
+    "Draft this many tokens a step from where the last ones stood before, and verify them at once: "
+    "faster where text repeats. Greedy only; 0 for none.",
+)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0.0)
 flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest; 0 for all.", lower_bound=0)
 flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest that reach this probability.")
@@ -73,6 +79,7 @@ def main(argv: list[str]) -> None:
         sampling=sampling,
         ignore_eos=FLAGS.ignore_eos,
         allow_untrained_length=FLAGS.allow_untrained_length,
+        prompt_lookup_num_tokens=FLAGS.prompt_lookup_num_tokens,
     )
     configuration = report.in_force(settings, requests)
     print(report.describe(configuration), flush=True)

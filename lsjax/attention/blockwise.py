@@ -15,8 +15,9 @@ from lsjax.attention.partial import Partial, from_sums
 from lsjax.cache import Store
 from lsjax.precision import einsum
 
-# Keys that one token attends to at a time.
-_KEYS_FOR_ONE_TOKEN = 4608
+# Tokens of a decode step at most, and the keys that so few attend to at a time.
+_FEW = 16
+_KEYS_FOR_FEW = 4608
 
 
 class Blocks(NamedTuple):
@@ -78,16 +79,16 @@ def attend(
       Partial with values [batch, kv_heads, group, length, head_dim].
     """
     batch, _, group, length, _ = q.shape
-    if length > 1:
+    if length > _FEW:
 
         def some(q: jax.Array, seen: Seen) -> Partial:
             return _attend_block(q, k, v, None, seen, slopes, blocks.keys)
 
         return in_query_blocks(some, q, seen, max(1, 1 << (blocks.rows // group).bit_length() - 1))
-    # One token is bound by reading the keys, and XLA multiplies narrow floats by it slowly on CPU.
+    # A few are bound by reading the keys, and XLA multiplies narrow floats by them slowly on CPU.
     q = q.astype(jnp.float32)
     if batch == 1:
-        return _attend_block(q, k, v, None, seen, slopes, _KEYS_FOR_ONE_TOKEN)
+        return _attend_block(q, k, v, None, seen, slopes, _KEYS_FOR_FEW)
 
     def one(row: jax.Array) -> Partial:
         # Rows of a batch hold different numbers of tokens: each reads its own only.
@@ -95,7 +96,7 @@ def attend(
             return jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
 
         own = seen.queries(take)
-        return _attend_block(take(q), k, v, row, own, slopes, _KEYS_FOR_ONE_TOKEN)
+        return _attend_block(take(q), k, v, row, own, slopes, _KEYS_FOR_FEW)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
 

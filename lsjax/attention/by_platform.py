@@ -1,7 +1,7 @@
 """Which code attends to a store, by where it runs: the one place that chooses.
 
 - CPU: the blockwise loop. XLA has no faster attention there, and fuses the widening of int8.
-- GPU, one token: a kernel of our own, since no library's reads int8.
+- GPU, the few tokens of a decode step: a kernel of our own, since no library's reads int8.
 - GPU, more: cuDNN, the fastest there is for floats, over int8 widened piece by piece.
 - TPU: a kernel of our own, since splash attention reads no int8, and wants masks and lengths that
   are known when it is compiled.
@@ -19,6 +19,8 @@ from lsjax.attention.blockwise import CPU_BLOCKS, Blocks, Seen, in_query_blocks
 from lsjax.attention.partial import Partial
 from lsjax.cache import Store
 
+# Queries of a KV head that the decode kernel's registers take.
+_GPU_DECODE_QUERIES = 128
 # On a GPU, queries that share one call of cuDNN: the more, the rarer are keys widened; the fewer,
 # the less is left to the blockwise loop, which attends to the keys among the queries themselves.
 _GPU_QUERIES = 1024
@@ -30,10 +32,11 @@ def attend(
     platform: str, q: jax.Array, k: Store, v: Store, seen: Seen, slopes: jax.Array | None
 ) -> Partial:
     """`blockwise.attend` on a platform: cpu, gpu (or cuda) or tpu; see there for the arguments."""
+    group, length = q.shape[2:4]
     if slopes is None and k.data.dtype != jnp.uint8:
         if platform == "tpu":
             return _on_tpu(q, k, v, seen)
-        if platform in ("gpu", "cuda") and q.shape[3] == 1:
+        if platform in ("gpu", "cuda") and group * length <= _GPU_DECODE_QUERIES:
             return _decode_on_gpu(q, k, v, seen)
         if platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16:
             prefill = functools.partial(_prefill_on_gpu, k=k, v=v)

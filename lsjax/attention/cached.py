@@ -1,7 +1,7 @@
 """One step of attention with a cache: write the new keys and values, attend to all.
 
-The cache is dealt out over the mesh's context axis, and stays where it is written. A single token's
-query goes to all devices, each attends to what it holds, and the float32 partials are merged. A
+The cache is dealt out over the mesh's context axis, and stays where it is written. In decode the
+queries go to all devices, each attends to what it holds, and the float32 partials are merged. A
 prefill chunk's tokens are dealt out as the cache is, and keys and values come round the ring.
 """
 
@@ -15,7 +15,7 @@ from lsjax.attention import recent, ring
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
 from lsjax.attention.partial import Partial, merge, merge_over_axis
-from lsjax.cache import LayerCache, Store, Zigzag, write
+from lsjax.cache import LayerCache, Store, Zigzag, write, write_tokens
 from lsjax.cache.hadamard import spread
 from lsjax.sharding import CHUNK, CHUNK_QUERIES, HEADS, QUERIES, TOKENS, layer_cache_spec
 
@@ -28,6 +28,7 @@ def write_and_attend(
     positions: jax.Array,
     lengths: jax.Array | None,
     cache: LayerCache,
+    decode: bool,
     window: int | None,
     slopes: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache]:
@@ -37,11 +38,14 @@ def write_and_attend(
       mesh: with the axes data, context and model.
       q: [batch, length, heads, head_dim], rotated, not yet scaled.
       k, v: [batch, length, kv_heads, head_dim], keys rotated.
-      positions: [batch, length]. A single token may stand at a different position in each row;
-        several stand at the same ones, consecutive and in order, but for a context axis: there
-        they are whole stripes in the order that Zigzag.order gives.
+      positions: [batch, length]. Of a prefill chunk the same in every row, consecutive and in
+        order, but for a context axis: there they are whole stripes in the order that Zigzag.order
+        gives. In decode each row's own, consecutive.
       lengths: [batch] tokens of each row in all, where later ones only fill a chunk up; or None.
       cache: this layer's.
+      decode: these are the few tokens of a decode step, not a prefill chunk. Over a quantised
+        cache those of them that are not of the first one's block of positions get an answer of no
+        meaning, see Recent.
       window: sliding window in tokens, or None.
       slopes: [heads] of ALiBi, or None.
 
@@ -49,7 +53,7 @@ def write_and_attend(
       [batch, length, heads, head_dim] in q's dtype, and the cache with the tokens written.
     """
     context = mesh.shape["context"]
-    dealt = context > 1 and q.shape[1] > 1
+    dealt = context > 1 and not decode
     queries, tokens = (CHUNK_QUERIES, CHUNK) if dealt else (QUERIES, TOKENS)
     cache_spec = layer_cache_spec(cache)
     step = jax.shard_map(
@@ -57,7 +61,7 @@ def write_and_attend(
             _step,
             window=window,
             zigzag=Zigzag(context, cache.stripe),
-            dealt=dealt,
+            decode=decode,
             platform=mesh.devices.flat[0].platform,
         ),
         mesh=mesh,
@@ -68,7 +72,7 @@ def write_and_attend(
     return step(q, k, v, positions, lengths, cache, slopes)
 
 
-def _step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, dealt, platform):
+def _step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, platform):
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q * head_dim**-0.5
@@ -83,17 +87,21 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, dealt, 
         slots = None if slopes is None else slots
         return attend(platform, q, keys, values, Seen(begin, end, at, slots), slopes)
 
-    device = jax.lax.axis_index("context")
-    first = positions[:, 0]
-    slot = jnp.where(
-        zigzag.holds(device, first), zigzag.slots_before(device, first), cache.k.capacity
-    )
-    new_k, new_v = _encode(cache, k, v)
-    stores = [
-        write(store, new, slot, platform) for store, new in ((cache.k, new_k), (cache.v, new_v))
-    ]
+    device, first = jax.lax.axis_index("context"), positions[:, 0]
+
+    def put(store: Store, new: Store) -> Store:
+        slot = zigzag.slots_before(device, first)
+        if not decode:  # of a dealt chunk the device has its own part here
+            return write(store, new, slot[0], platform)
+        position_of = functools.partial(zigzag.position, device)
+        return write_tokens(store, new, first, slot, position_of, platform)
+
+    stores = [put(*pair) for pair in zip((cache.k, cache.v), _encode(cache, k, v), strict=True)]
     begin = None if window is None else positions + 1 - window
-    attention = _ring_attention if dealt else _local_attention
+    if zigzag.devices > 1 and not decode:
+        attention = _ring_attention
+    else:
+        attention = functools.partial(_local_attention, decode=decode)
     partial, block = attention(
         attend_to, q, k, v, positions, lengths, cache.recent, stores, begin, zigzag
     )
@@ -101,14 +109,20 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, dealt, 
     return out.astype(v.dtype), cache.replace(k=stores[0], v=stores[1], recent=block)
 
 
-def _local_attention(attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag):
+def _local_attention(
+    attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag, *, decode
+):
     """Every device attends to what it holds; the partials are merged."""
     end = positions + 1
     run = None
     if before is not None:
-        run, run_first = recent.extend(before, k, v, positions)
-        after = end[:, -1] if lengths is None else jnp.minimum(end[:, -1], lengths)
-        block = recent.cut(run, run_first, before, after)
+        run_first = positions[:, 0] // before.block * before.block
+        if decode:
+            run = block = recent.put(before, k, v, positions[:, 0] - run_first)
+        else:
+            run = recent.extend(before, k, v, positions[0, 0] - run_first[0])
+            after = end[:, -1] if lengths is None else jnp.minimum(end[:, -1], lengths)
+            block = recent.cut(run, run_first, before, after)
         run_first = run_first[:, None]
         own = positions // before.block * before.block
         near = attend_to(

@@ -1,4 +1,4 @@
-"""Decode on a GPU: one query a row against the cache, as fast as memory gives the cache.
+"""Decode on a GPU: a few queries a row against the cache, as fast as memory gives the cache.
 
 A Pallas kernel, compiled by Triton. The keys of a row and KV head are cut into splits, one a
 program, so that a single row keeps every multiprocessor reading; each program yields a Partial
@@ -34,21 +34,23 @@ def decode(
     end: jax.Array,
     interpret: bool = False,
 ) -> Partial:
-    """Attention of one query a row and head to the slots begin <= s < end of its row.
+    """Attention of a few queries a row and head to the slots begin <= s < end of each.
 
-    Blocks of keys that lie outside begin .. end are not read.
+    Blocks of keys that lie outside of what a row's queries see are not read.
 
     Args:
-      q: [batch, kv_heads, group, 1, head_dim], already scaled by 1/sqrt(head_dim).
+      q: [batch, kv_heads, group, length, head_dim], already scaled by 1/sqrt(head_dim).
       k, v: [batch, kv_heads, capacity, head_dim], int8 or float.
       k_scale, v_scale: [batch, kv_heads, capacity] of int8 keys and values, else None.
-      begin, end: [batch, 1] int32; what they reach beyond the capacity is left out.
+      begin, end: [batch, length] int32, not decreasing along the length; what they reach beyond
+        the capacity is left out.
       interpret: run on any device, slowly.
 
     Returns:
-      Partial with values [batch, kv_heads, group, 1, head_dim].
+      Partial with values [batch, kv_heads, group, length, head_dim].
     """
-    batch, kv_heads, group, _, head_dim = q.shape
+    batch, kv_heads, group, length, head_dim = q.shape
+    queries = group * length
     capacity = k.shape[2]
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
         # Pallas counts entries in int32 up to 4 GiB.
@@ -67,14 +69,16 @@ def decode(
         zeros = (0,) * len(shape)
         return pl.BlockSpec((None, None, None, *shape), lambda b, h, s: (b, h, s, *zeros))
 
-    of_row = pl.BlockSpec((None, None), lambda b, h, s: (b, 0))
+    of_row = pl.BlockSpec((None, queries), lambda b, h, s: (b, 0))
     keys, scales = of_head(capacity, head_dim), of_head(capacity)
-    shape = (batch, kv_heads, splits, group)
+    shape = (batch, kv_heads, splits, queries)
+    q_rows = q.reshape(batch, kv_heads, queries, head_dim)
+    begin, end = (jnp.tile(x, (1, group)) for x in (begin, end))
     values, lse = pl.pallas_call(
         functools.partial(_kernel, block=block, splits=splits),
         grid=(batch, kv_heads, splits),
         in_specs=[
-            of_head(group, head_dim),
+            of_head(queries, head_dim),
             keys,
             keys,
             None if k_scale is None else scales,
@@ -82,7 +86,7 @@ def decode(
             of_row,
             of_row,
         ],
-        out_specs=[of_split(group, head_dim), of_split(group)],
+        out_specs=[of_split(queries, head_dim), of_split(queries)],
         out_shape=[
             jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -90,11 +94,11 @@ def decode(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention",
-    )(q[:, :, :, 0], k, v, k_scale, v_scale, begin, end)
+    )(q_rows, k, v, k_scale, v_scale, begin, end)
     merge = functools.partial(merge_over_axis, axis_name="split")
     partials = Partial(values=values, lse=lse)
     merged = jax.vmap(merge, in_axes=2, out_axes=None, axis_name="split")(partials)
-    return jax.tree.map(lambda x: jnp.expand_dims(x, 3), merged)
+    return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), merged)
 
 
 def _kernel(
@@ -112,19 +116,22 @@ def _kernel(
     splits: int,
 ) -> None:
     """The Partial of one split of one row and KV head."""
-    group, head_dim = q_ref.shape
-    rows = max(_TILE, pl.next_power_of_2(group))
+    queries, head_dim = q_ref.shape
+    rows = max(_TILE, pl.next_power_of_2(queries))
     columns = pl.next_power_of_2(head_dim)
-    in_group = jnp.arange(rows) < group
+    is_query = jnp.arange(rows) < queries
     in_head = (jnp.arange(columns) < head_dim)[None, :]
     q_at = (pl.ds(0, rows), pl.ds(0, columns))
-    q = plgpu.load(q_ref.at[q_at], mask=in_group[:, None] & in_head, other=0)
+    q = plgpu.load(q_ref.at[q_at], mask=is_query[:, None] & in_head, other=0)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
-    begin, end = begin_ref[()], end_ref[()]
-    first = jnp.clip(begin, 0, k_ref.shape[0]) // block
-    last = pl.cdiv(jnp.clip(end, 0, k_ref.shape[0]), block)
-    last = jnp.where(begin < end, last, first)
+    capacity = k_ref.shape[0]
+    begin = plgpu.load(begin_ref.at[pl.ds(0, rows)], mask=is_query, other=capacity)
+    end = plgpu.load(end_ref.at[pl.ds(0, rows)], mask=is_query, other=0)
+    sees = begin < end
+    first = jnp.clip(jnp.min(jnp.where(sees, begin, capacity)), 0, capacity) // block
+    last = pl.cdiv(jnp.clip(jnp.max(jnp.where(sees, end, 0)), 0, capacity), block)
+    last = jnp.maximum(first, last)
     share = pl.cdiv(last - first, splits)
     start = first + pl.program_id(2) * share
 
@@ -141,8 +148,8 @@ def _kernel(
         if k_scale_ref is not None:
             scores *= k_scale_ref[at].astype(jnp.float32)[None, :]
         slots = i * block + jnp.arange(block)
-        visible = (slots >= begin) & (slots < end)
-        scores = jnp.where(visible[None, :], scores, -jnp.inf)
+        visible = (slots >= begin[:, None]) & (slots < end[:, None])
+        scores = jnp.where(visible, scores, -jnp.inf)
         new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
         finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
         weights = jnp.exp(scores - finite[:, None])
@@ -159,8 +166,8 @@ def _kernel(
     state = (zeros, jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32))
     state = jax.lax.fori_loop(start, jnp.minimum(start + share, last), step, state)
     partial = from_sums(*state)
-    plgpu.store(values_ref.at[q_at], partial.values, mask=in_group[:, None] & in_head)
-    plgpu.store(lse_ref.at[pl.ds(0, rows)], partial.lse, mask=in_group)
+    plgpu.store(values_ref.at[q_at], partial.values, mask=is_query[:, None] & in_head)
+    plgpu.store(lse_ref.at[pl.ds(0, rows)], partial.lse, mask=is_query)
 
 
 def _dot(a: jax.Array, b: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:

@@ -11,36 +11,44 @@ import jax.numpy as jnp
 from lsjax.cache import Recent
 
 
-def extend(
-    recent: Recent, k: jax.Array, v: jax.Array, positions: jax.Array
-) -> tuple[Recent, jax.Array]:
-    """The block in progress with new tokens behind it.
+def put(recent: Recent, k: jax.Array, v: jax.Array, at: jax.Array) -> Recent:
+    """The block in progress with a few tokens in it.
 
     Args:
       recent: holds each row's tokens before the new ones, as far as they are of the same block.
       k, v: [batch, kv_heads, length, head_dim] of the new tokens.
-      positions: [batch, length], consecutive along the length. Several tokens stand at the same
-        positions in every row; a single one may stand at a different position in each.
+      at: [batch] slot of each row's first; those past the block's end are left out.
+    """
+    slots = jnp.arange(recent.block)[None, None, :, None]
+
+    def one(held: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(held.dtype)
+        for i in range(new.shape[2]):
+            held = jnp.where(slots == at[:, None, None, None] + i, new[:, :, i, None], held)
+        return held
+
+    return Recent(k=one(recent.k, k), v=one(recent.v, v))
+
+
+def extend(recent: Recent, k: jax.Array, v: jax.Array, at: jax.Array) -> Recent:
+    """The block in progress with a chunk behind it.
+
+    Args:
+      recent: holds the tokens before the chunk, as far as they are of the same block.
+      k, v: [batch, kv_heads, length, head_dim] of the chunk.
+      at: slot of its first token, in every row.
 
     Returns:
-      Keys and values whose slot s is position first + s, at least as many slots as take the new
-      tokens and a block's end; and [batch] first.
+      The same slots and as many more as take the chunk and a block's end.
     """
     block, length = recent.block, k.shape[2]
-    first = positions[:, 0] // block * block
-    at = positions[:, 0] - first
-    # A single token falls into the block; several may take up to `length - 1` slots after it.
-    room = 0 if length == 1 else -(-(length - 1) // block) * block
+    room = -(-(length - 1) // block) * block
 
-    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+    def one(held: jax.Array, new: jax.Array) -> jax.Array:
         held = jnp.pad(held, ((0, 0), (0, 0), (0, room), (0, 0)))
-        new = new.astype(held.dtype)
-        if length > 1:  # every row's tokens stand at the same positions
-            return jax.lax.dynamic_update_slice_in_dim(held, new, at[0], axis=2)
-        slots = jnp.arange(block)[None, None, :, None]
-        return jnp.where(slots == at[:, None, None, None], new, held)
+        return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), at, axis=2)
 
-    return Recent(k=put(recent.k, k), v=put(recent.v, v)), first
+    return Recent(k=one(recent.k, k), v=one(recent.v, v))
 
 
 def cut(run: Recent, first: jax.Array, before: Recent, next_position: jax.Array) -> Recent:
@@ -56,13 +64,10 @@ def cut(run: Recent, first: jax.Array, before: Recent, next_position: jax.Array)
     at = next_position // before.block * before.block - first
 
     def take(x: jax.Array, old: jax.Array) -> jax.Array:
-        if x.shape == old.shape:
-            found = x
-        else:
-            padded = jnp.pad(x, ((0, 0), (0, 0), (0, before.block), (0, 0)))
-            found = jax.vmap(
-                lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, before.block, axis=1)
-            )(padded, jnp.maximum(at, 0))
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, before.block), (0, 0)))
+        found = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, before.block, axis=1))(
+            padded, jnp.maximum(at, 0)
+        )
         return jnp.where((at >= 0)[:, None, None, None], found, old)
 
     return Recent(k=take(run.k, before.k), v=take(run.v, before.v))

@@ -9,7 +9,7 @@ from lsjax.cache.kv_cache import (
     empty_cache,
     empty_layer,
 )
-from lsjax.cache.store import Store, empty_store, write
+from lsjax.cache.store import Store, empty_store, write, write_tokens
 from lsjax.cache.zigzag import GRANULE, Zigzag, stripe_of, whole_stripes
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "stripe_of",
     "whole_stripes",
     "write",
+    "write_tokens",
 ]

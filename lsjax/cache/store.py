@@ -1,6 +1,5 @@
 """Keys or values of one layer, in floats, in a byte an entry, or in half a byte."""
 
-import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -98,30 +97,55 @@ def empty_store(shape: tuple[int, int, int, int], dtype: str, platform: str = "c
 
 
 def write(store: Store, new: Store, start: jax.Array, platform: str = "cpu") -> Store:
-    """Writes new keys or values into this device's shard of a layer.
+    """Writes a run of new keys or values into this device's shard of a layer.
 
     Args:
       store: the shard.
       new: some slots, in the store's format.
-      start: [batch] slot of the first. Several slots start at the same in every row (a prefill
-        chunk); a single one may go to a different slot in each (decode).
+      start: the slot of the first, in every row.
       platform: that it runs on: cpu, gpu (or cuda) or tpu.
 
     Returns:
-      The store with the slots written; as it was, in rows whose slots it does not have.
+      The store with the slots written; as it was, where it does not have them all.
     """
 
-    def put(store: Store, row: jax.Array | None, new: Store, start: jax.Array) -> Store:
-        run = functools.partial(_write_run, row=row, start=start, platform=platform)
-        return jax.tree.map(run, store, new)
+    def changed(slots: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
+        return jnp.where(slots[0] == start, new, held)
 
+    return _rewritten(store, new, None, start, changed, platform)
+
+
+def write_tokens(
+    store: Store,
+    new: Store,
+    positions: jax.Array,
+    start: jax.Array,
+    position_of: Callable[[jax.Array], jax.Array],
+    platform: str = "cpu",
+) -> Store:
+    """Writes a few consecutive tokens of each row, those whose positions this device holds.
+
+    Args:
+      store: the shard.
+      new: a slot for each of them, in the store's format.
+      positions: [batch] of each row's first.
+      start: [batch] the slot from which on this device's of them lie, one after the other.
+      position_of: the positions at which slots stand.
+      platform: as of `write`.
+    """
     batch, _, length = new.data.shape[:3]
-    if length > 1 or batch == 1:
-        return put(store, None, new, start[0])
 
     def put_row(row: jax.Array, store: Store) -> Store:
-        return put(store, row, new.block(row, 0, 1), start[row])
+        def changed(slots: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
+            token = position_of(slots) - positions[row]
+            of_slot = new if length == 1 else jnp.take(new, token, axis=2, mode="clip")
+            here = (token >= 0) & (token < length)
+            return jnp.where(here.reshape(-1, *[1] * (new.ndim - 3)), of_slot, held)
 
+        return _rewritten(store, new.block(row, 0, length), row, start[row], changed, platform)
+
+    if batch == 1:
+        return put_row(0, store)
     # Row by row in place: a scatter to all of them at once copies the store.
     return jax.lax.fori_loop(0, batch, put_row, store)
 
@@ -168,15 +192,30 @@ def _to_half_byte(quotient: jax.Array) -> jax.Array:
     return jnp.clip(jnp.floor(quotient) + 0.5, -7.5, 7.5)
 
 
-def _write_run(
-    old: jax.Array, new: jax.Array, row: jax.Array | None, start: jax.Array, platform: str
-) -> jax.Array:
-    """Writes `new` at the slots start .. of all rows or one, where `old` has them all.
+def _rewritten(
+    store: Store,
+    new: Store,
+    row: jax.Array | int | None,
+    start: jax.Array,
+    changed: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    platform: str,
+) -> Store:
+    """The store with as many slots from `start` on, of all rows or one, as `new` has, changed.
+
+    Args:
+      changed: (slots, new, what they hold) -> what they are to hold. Near the end of the store
+        the slots begin before `start`.
 
     A slice of a fixed size is read, changed or not, and put back: nothing else stays in place.
     """
-    slot = jnp.clip(start, 0, old.shape[2] - new.shape[2])
-    at = (0 if row is None else row, 0, slot, *[0] * (old.ndim - 3))
-    held = pinned(jax.lax.dynamic_slice(old, at, new.shape), platform)
-    changed = jnp.where(slot == start, pinned(new, platform), held)
-    return pinned(jax.lax.dynamic_update_slice(old, changed, at), platform)
+    length = new.data.shape[2]
+    slot = jnp.clip(start, 0, store.capacity - length)
+    slots = slot + jnp.arange(length)
+
+    def rewrite(old: jax.Array, new: jax.Array) -> jax.Array:
+        at = (0 if row is None else row, 0, slot, *[0] * (old.ndim - 3))
+        held = pinned(jax.lax.dynamic_slice(old, at, new.shape), platform)
+        put = changed(slots, pinned(new, platform), held)
+        return pinned(jax.lax.dynamic_update_slice(old, put, at), platform)
+
+    return jax.tree.map(rewrite, store, new)

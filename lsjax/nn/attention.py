@@ -35,6 +35,7 @@ class Attention(nn.Module):
         cos_sin: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
         lengths: jax.Array | None,
+        decode: bool,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[batch, length, hidden] -> the same, and the cache with these tokens written.
 
@@ -60,7 +61,7 @@ class Attention(nn.Module):
             y = causal_attention(q, k, v, self.window, slopes)
         else:
             y, cache = write_and_attend(
-                self.mesh, q, k, v, positions, lengths, cache, self.window, slopes
+                self.mesh, q, k, v, positions, lengths, cache, decode, self.window, slopes
             )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         return Linear(c.hidden_size, ("embed", "heads"), c.out_bias, name="o")(y), cache

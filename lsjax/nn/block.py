@@ -41,6 +41,7 @@ class Block(nn.Module):
         cos_sin: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
         lengths: jax.Array | None,
+        decode: bool,
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
 
@@ -48,7 +49,7 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, name=name)(y)
 
         attention = Attention(c, self.mesh, self.window, name="attn")
-        y, cache = attention(norm("attn_norm", x), positions, cos_sin, cache, lengths)
+        y, cache = attention(norm("attn_norm", x), positions, cos_sin, cache, lengths, decode)
         x = x + (norm("post_attn_norm", y) if c.post_norms else y)
         y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if c.post_norms else y)

@@ -43,6 +43,7 @@ class Decoder(nn.Module):
         tables: RotaryTables,
         cache: KVCache | None,
         lengths: jax.Array | None = None,
+        decode: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs new tokens.
 
@@ -53,6 +54,7 @@ class Decoder(nn.Module):
           cache: holding everything before; None where the tokens are the whole sequence and
             gradients are wanted.
           lengths: [batch] tokens of each row in all, where later ones only fill a chunk up.
+          decode: whether these are the few tokens of a decode step, not a prefill chunk.
 
         Returns:
           [batch, length, hidden] hidden states after the last norm, and the cache with the new
@@ -63,7 +65,7 @@ class Decoder(nn.Module):
         entries = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache[i]
-            x, entry = layer(x, positions, angles, entry, lengths)
+            x, entry = layer(x, positions, angles, entry, lengths, decode)
             entries.append(entry)
         return self.final_norm(x), None if cache is None else tuple(entries)
 

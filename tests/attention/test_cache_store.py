@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from oracle import dequantised
 
-from lsjax.cache import CACHE_DTYPES, CacheSpec, empty_cache, empty_store, write
+from lsjax.cache import (
+    CACHE_DTYPES,
+    CacheSpec,
+    Zigzag,
+    empty_cache,
+    empty_store,
+    write,
+    write_tokens,
+)
 from lsjax.families import parse_config
 
 QWEN2 = pathlib.Path(__file__).parents[1] / "golden" / "models" / "qwen2" / "config.json"
@@ -82,7 +90,7 @@ def test_a_chunk_lands_where_it_is_put_or_nowhere(dtype, length):
     encoded = encode(empty(dtype), x)
     put = jax.jit(functools.partial(write, empty(dtype)))
     for start in (-64, -5, 0, 1, 31, 64 - length, 65 - length, 64):
-        held = put(encoded, np.full(2, start))
+        held = put(encoded, start)
         for x, new in zip(*map(jax.tree.leaves, [held, encoded]), strict=True):
             expected = np.zeros_like(x)
             if 0 <= start <= 64 - length:
@@ -94,23 +102,32 @@ def test_a_chunk_lands_where_it_is_put_or_nowhere(dtype, length):
 def test_what_stood_before_stays(dtype):
     before = encode(empty(dtype), jnp.asarray(normal(1)))
     new = encode(empty(dtype), jnp.asarray(normal(2)[:, :, :5]))
-    after = jax.jit(write)(before, new, np.full(2, 10))
+    after = jax.jit(write)(before, new, 10)
     changed = np.isin(np.arange(64), 10 + np.arange(5))
     held, old = dequantised(after), dequantised(before)
     np.testing.assert_array_equal(held[:, ~changed], old[:, ~changed])
     np.testing.assert_array_equal(held[:, changed], dequantised(new))
 
 
+@pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
-def test_single_tokens_of_each_row(dtype):
-    new = encode(empty(dtype), jnp.asarray(normal()[:, :, :1]))
+def test_a_few_tokens_of_each_row_land_in_the_shards_that_hold_their_positions(dtype, length):
+    new = encode(empty(dtype), jnp.asarray(normal()[:, :, :length]))
     encoded = dequantised(new)
-    shard = jax.jit(functools.partial(write, empty(dtype, capacity=32)))
-    shards = [shard(new, np.asarray([3, 40]) - first) for first in (0, 32)]
-    held = np.concatenate([dequantised(s) for s in shards], axis=1)
-    expected = np.zeros_like(held)
-    expected[0, 3], expected[1, 40] = encoded[0, 0], encoded[1, 0]
-    np.testing.assert_array_equal(held, expected)
+    zigzag = Zigzag(devices=2, stripe=16)
+    for first in ([3, 40], [59, 0], [12, 63 - length]):
+        shards = []
+        for device in range(2):
+            slots = zigzag.slots_before(device, np.asarray(first))
+            position_of = functools.partial(zigzag.position, device)
+            put = functools.partial(write_tokens, position_of=position_of)
+            shard = jax.jit(put)(empty(dtype, capacity=32), new, np.asarray(first), slots)
+            shards.append(dequantised(shard))
+        held = np.concatenate(shards, axis=1)[:, np.argsort(zigzag.order(64))]
+        expected = np.zeros_like(held)
+        for row, at in enumerate(first):
+            expected[row, at : at + length] = encoded[row]
+        np.testing.assert_array_equal(held, expected)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)

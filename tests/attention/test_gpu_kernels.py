@@ -155,6 +155,15 @@ def test_decode_reads_what_each_row_holds_and_is_as_near_the_truth_as_plain_atte
     assert_as_near(got, plain(*args), args)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_decode_of_a_few_tokens_that_see_one_more_each(seed):
+    """Also where they begin to see at all, or where a window moves on."""
+    case = drawn(seed)._replace(length=5)
+    q, *stores, begin, end = inputs(case)
+    args = q, *stores, begin + np.arange(5, dtype="i4") * (seed % 2), end + np.arange(5, dtype="i4")
+    assert_as_near(decode(*args, interpret=True), plain(*args), args)
+
+
 def test_decode_over_a_store_of_a_few_slots():
     args = inputs(Case(((0, 30), (3, 5)), 64, 3, "int8", "float32", capacity=32))
     assert_as_near(decode(*args, interpret=True), plain(*args), args)

@@ -61,9 +61,9 @@ def difference(name, cache_dtype=None, chunks=(), mesh=""):
         spec = CacheSpec(batch, -(-length // 8) * 8, cache_dtype, "float32", stripe)
         cache = empty_cache(config, spec)
 
-    @jax.jit
-    def step(variables, tables, tokens, positions, cache):
-        hidden, cache = decoder.apply(variables, tokens, positions, tables, cache)
+    @functools.partial(jax.jit, static_argnums=5)
+    def step(variables, tables, tokens, positions, cache, decode):
+        hidden, cache = decoder.apply(variables, tokens, positions, tables, cache, decode=decode)
         return decoder.apply(variables, hidden, method="logits"), cache
 
     parts = []
@@ -74,7 +74,8 @@ def difference(name, cache_dtype=None, chunks=(), mesh=""):
             order = Zigzag(mesh.shape["context"], stripe).order(size)
         at = end - size + order
         positions = np.broadcast_to(at, (batch, size))
-        logits, cache = step({"params": params}, tables, tokens[:, at], positions, cache)
+        inputs = tokens[:, at], positions, cache
+        logits, cache = step({"params": params}, tables, *inputs, size == 1)
         parts.append(logits[:, np.argsort(order)])
     logits = np.concatenate(parts, axis=1)[:, data["positions"]]
     return np.max(np.abs(logits - data["logits"]))

@@ -6,6 +6,26 @@ import jax.numpy as jnp
 
 from lsjax.precision import einsum
 
+# Vectors that a CPU multiplies as columns. A single one is a case of its own.
+_COLUMNS = range(2, 33)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """[batch, length, in] times a weight [out, in] -> [batch, length, out] float32."""
+
+    def rows(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return einsum("bli,oi->blo", x, weight)
+
+    def columns(x: jax.Array, weight: jax.Array) -> jax.Array:
+        # XLA would have the order of rows again, but for the barriers.
+        x = jax.lax.optimization_barrier(x.transpose(2, 0, 1))
+        return jax.lax.optimization_barrier(einsum("oi,ibl->obl", weight, x)).transpose(1, 2, 0)
+
+    if x.shape[0] * x.shape[1] not in _COLUMNS:
+        return rows(x, weight)
+    # A few vectors cost a CPU little more than one as columns, and two to three times as rows.
+    return jax.lax.platform_dependent(x, weight, cpu=columns, default=rows)
+
 
 class Linear(nn.Module):
     """x @ weight.T + bias, the weight laid out [out, in] as checkpoints have it.
@@ -24,7 +44,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_partitioning(nn.initializers.normal(0.02), self.axes)
         weight = self.param("weight", init, (self.features, x.shape[-1]), x.dtype)
-        y = einsum("bli,oi->blo", x, weight)
+        y = _product(x, weight)
         if self.use_bias:
             zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[:1])
             y = y + self.param("bias", zeros, (self.features,), x.dtype)
@@ -49,7 +69,7 @@ class Embedding(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[batch, length, features] -> [batch, length, vocab_size] float32."""
-        scores = einsum("bli,oi->blo", x, self.weight)
+        scores = _product(x, self.weight)
         if self.normalised:
             scores /= jnp.linalg.norm(self.weight.astype(jnp.float32), axis=-1)
         return scores

@@ -11,6 +11,10 @@ FAMILIES = ("qwen2_window", "qwen3", "llama_tied_llama3", "glm4", "chatglm", "qw
 LENGTH, OUTPUT = 61, 24
 # A quantised cache is read from the second block of positions on.
 LONGER = {"float32": 0, "int8": BLOCK, "int4": BLOCK}
+# Families differ in what comes before and after the cache: of a quantised one two will do.
+QUANTISED = ("qwen2_window", "glm4")
+FAMILIES_AND_CACHES = [(name, "float32") for name in FAMILIES]
+FAMILIES_AND_CACHES += [(name, kv) for name in QUANTISED for kv in ("int8", "int4")]
 
 
 def prompt(seed, length=LENGTH, vocab=64):
@@ -30,8 +34,7 @@ def step_by_step(lm, ids):
     return tuple(ids[-6:])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kv", LONGER)
+@pytest.mark.parametrize(("name", "kv"), FAMILIES_AND_CACHES)
 def test_whatever_the_chunk(model, name, kv):
     length = LONGER[kv] + LENGTH
     whole = tokens(model(name, kv, chunk=length), [prompt(1, length)])
@@ -39,7 +42,7 @@ def test_whatever_the_chunk(model, name, kv):
         assert tokens(model(name, kv, chunk=chunk), [prompt(1, length)]) == whole, chunk
 
 
-@pytest.mark.parametrize("name", ["qwen2_window", "llama_tied_llama3", "glm4"])
+@pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("kv", LONGER)
 def test_generation_is_the_argmax_of_the_logits(model, name, kv):
     """Where a quantised cache's block ends in the midst of the answer."""
@@ -58,8 +61,7 @@ def test_whatever_the_segment(model, kv, monkeypatch):
         assert tokens(LanguageModel(lm.settings, lm.params), [ids]) == usual
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize(("name", "kv"), [c for c in FAMILIES_AND_CACHES if c[1] != "int4"])
 def test_whatever_the_batch_beside_it(model, name, kv):
     lm, more = model(name, kv), LONGER[kv]
     prompts = [prompt(3, more + 61), prompt(4, 5), prompt(5, more + 150), prompt(6, 64)]
@@ -98,6 +100,27 @@ def test_whatever_the_mesh(model, name, kv, mesh):
     if kv == "float32":
         rows = [prompts[0]] * 2
         np.testing.assert_allclose(many.logits(rows), one.logits(rows), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("drafted", "name", "kv", "mesh"),
+    [
+        (1, "qwen3", "float32", ""),
+        (15, "chatglm", "float32", ""),
+        (6, "qwen2_window", "int8", ""),
+        (6, "glm4", "int4", "context=4"),
+        (6, "llama_tied_llama3", "float32", "data=2,context=2,model=2"),
+    ],
+)
+def test_whatever_is_drafted(model, drafted, name, kv, mesh):
+    """Rows that repeat themselves and rows that do not, past a block's end and the answer's."""
+    near_a_block_end = (prompt(14, 30) * 20)[: max(LENGTH, LONGER[kv] - 9)]
+    prompts = [near_a_block_end, prompt(15, 100), prompt(16, 8) * 6]
+    usual = model(name, kv, mesh=mesh).generate(prompts, OUTPUT, allow_untrained_length=True)
+    done = model(name, kv, mesh=mesh).generate(
+        prompts, OUTPUT, allow_untrained_length=True, prompt_lookup_num_tokens=drafted
+    )
+    assert [c.token_ids for c in done] == [c.token_ids for c in usual]
 
 
 def test_room_for_longer_prompts_changes_nothing(model):

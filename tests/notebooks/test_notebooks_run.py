@@ -3,8 +3,6 @@
 import json
 import pathlib
 
-import pytest
-
 NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
 
 
@@ -17,9 +15,8 @@ def run(path):
     return namespace
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.name)
-def test_runs(path):
-    run(path)
+def test_every_notebook_has_a_test():
+    assert [path.name for path in NOTEBOOKS.glob("*.ipynb")] == ["extend_context.ipynb"]
 
 
 def test_extend_context_finds_what_it_says(capsys):

@@ -1,0 +1,90 @@
+"""Decode speed with prompt lookup against without, on the same prompts.
+
+    python scripts/bench_lookup.py --model_path /models/X --input_texts page.txt
+
+Both sides run in turn in one process, and must give the same tokens. Without --model_path but with
+--config the weights are random: such a model soon says the same few tokens over and over, which is
+text that repeats itself.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+
+import numpy as np
+from absl import flags
+
+import lsjax
+from lsjax import cli, inputs
+from lsjax.checkpoint.random import write_random_checkpoint
+from lsjax.errors import UserError
+from lsjax.files import check_writable, write_atomically
+
+FLAGS = flags.FLAGS
+
+cli.define_model_flags()
+flags.DEFINE_string("config", None, "config.json of a shape to fill with random weights.")
+flags.DEFINE_multi_string("input_texts", [], "A text, or a UTF-8 file that holds one.")
+flags.DEFINE_integer("prompt_length", 2048, "Random tokens of prompt, without --input_texts.")
+flags.DEFINE_integer("output_length", 257, "Tokens to generate.", lower_bound=2)
+flags.DEFINE_list("prompt_lookup_num_tokens", ["3", "7", "15"], "Tokens drafted at each step.")
+flags.DEFINE_integer("rounds", 3, "Measurements of each, of which the median counts.")
+flags.DEFINE_string("output_json", None, "Write the figures here.")
+
+
+def main(_) -> None:
+    drafts = cli.lengths(FLAGS.prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+    if FLAGS.output_json:
+        check_writable(FLAGS.output_json)
+    if FLAGS.config and FLAGS.model_path:
+        raise UserError("give --model_path or --config, not both.")
+    with contextlib.ExitStack() as stack:
+        options = cli.model_options()
+        if FLAGS.config:
+            options["path"] = stack.enter_context(tempfile.TemporaryDirectory())
+            write_random_checkpoint(FLAGS.config, options["path"])
+        lm = lsjax.load(**options)
+    texts = inputs.read_texts(FLAGS.input_texts)
+    rng = np.random.default_rng(0)
+    prompts = texts or [rng.integers(0, lm.config.vocab_size, FLAGS.prompt_length).tolist()]
+    figures = [_measure(lm, lm.encode(prompt), drafts) for prompt in prompts]
+    if FLAGS.output_json:
+        write_atomically(FLAGS.output_json, json.dumps(figures, indent=1) + "\n")
+
+
+def _measure(lm: lsjax.LanguageModel, prompt: tuple[int, ...], drafts: list[int]) -> dict:
+    """Figures by the number of tokens drafted, printed as well."""
+    runs = {count: [] for count in (0, *drafts)}
+    for _ in range(FLAGS.rounds + 1):
+        for count, done in runs.items():
+            done += lm.generate(
+                [prompt],
+                FLAGS.output_length,
+                ignore_eos=True,
+                allow_untrained_length=True,
+                prompt_lookup_num_tokens=count,
+            )
+    print(f"prompt of {len(prompt):,} tokens, {FLAGS.output_length:,} generated")
+    print("drafted   tokens/s    ratio   tokens a step   same tokens")
+    rows = {}
+    for count, done in runs.items():
+        warm = [c.stats for c in done[1:]]  # the first compiled
+        rate = statistics.median((FLAGS.output_length - 1) / s.decode_seconds for s in warm)
+        rows[count] = {
+            "tokens_per_second": rate,
+            "ratio": rate / (rows[0]["tokens_per_second"] if rows else rate),
+            "tokens_per_step": (FLAGS.output_length - 1) / warm[0].decode_steps,
+            "same_tokens": all(c.token_ids == runs[0][0].token_ids for c in done),
+        }
+        row = rows[count]
+        print(
+            f"{count:7} {rate:10.2f} {row['ratio']:7.2f}x {row['tokens_per_step']:15.2f}   "
+            f"{'yes' if row['same_tokens'] else 'NO'}"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

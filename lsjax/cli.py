@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from lsjax import hosts
 from lsjax.cache import CACHE_DTYPES
 from lsjax.errors import UserError
 from lsjax.settings import COMPUTE_DTYPES
@@ -25,6 +26,32 @@ def define_model_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_string("mesh", "", "Devices by axis (data, context, model): context=4,model=2.")
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "Of several processes that run one model: host:port of process 0; or auto, where Slurm, a "
+        "TPU pod, GKE or MPI says it.",
+    )
+    flags.DEFINE_integer("num_processes", None, "How many they are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is.", lower_bound=0)
+    flags.DEFINE_integer(
+        "coordinator_timeout", 300, "Seconds to wait for the others.", lower_bound=1
+    )
+
+
+def connect() -> None:
+    """Joins the other processes, if flags say that there are any.
+
+    Raises:
+      UserError: the flags do not go together, or somebody has not come in time.
+    """
+    address, count, number = (
+        flags.FLAGS[n].value for n in ("coordinator_address", "num_processes", "process_id")
+    )
+    if address:
+        hosts.connect(address, count, number, flags.FLAGS.coordinator_timeout)
+    elif count is not None or number is not None:
+        raise UserError("num_processes and process_id go with coordinator_address; give it too.")
 
 
 def model_options() -> dict[str, Any]:
@@ -60,7 +87,10 @@ def run(main: Callable[[list[str]], object], words: bool = False) -> None:
         try:
             if len(argv) > 1 and not words:
                 raise UserError(f"{argv[1]!r} is not a flag; give every value as --name=value.")
-            return main(argv)
+            if "coordinator_address" in flags.FLAGS:
+                connect()
+            with hosts.only_the_first_talks():
+                return main(argv)
         except UserError as error:
             _fail(error)
 

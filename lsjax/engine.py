@@ -1,6 +1,7 @@
 """The compiled steps of inference: prefill a chunk, choose the first token, decode a segment."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -13,11 +14,12 @@ from lsjax import lookup
 from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache, stripe_of
 from lsjax.compilation import CompileClock, Program, compiler_options
 from lsjax.config import ModelConfig
+from lsjax.hosts import to_host
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sampling import Draw, next_token
-from lsjax.sharding import CHUNK, TOKENS, cache_shardings, sharding, without
+from lsjax.sharding import CHUNK, TOKENS, cache_shardings, place, sharding, without
 
 SEGMENT = 16  # steps of decoding between two looks at the end-of-sequence
 
@@ -114,6 +116,12 @@ class Engine:
             out_shardings=cache,
         )
 
+    def tables(self, request_lengths: Sequence[int]) -> RotaryTables:
+        """The rotary tables of a batch, whole on every device; see rotary_tables."""
+        whole = sharding(self.mesh, PartitionSpec())
+        tables = rotary_tables(self.config, request_lengths)
+        return jax.tree.map(lambda x: place(np.asarray(x), whole), tables)
+
     def new_cache(self, spec: CacheSpec) -> KVCache:
         """An empty cache on the mesh."""
         return self._empty(spec)
@@ -179,8 +187,7 @@ class Engine:
           tokens: [batch, room] ids of the prompts, with room for the answers and a draft.
           last: [batch] positions of the last tokens wanted.
         """
-        position = np.asarray(state.position)
-        tokens[np.arange(len(tokens)), position] = np.asarray(state.token)
+        tokens[np.arange(len(tokens)), to_host(state.position)] = to_host(state.token)
         return LookupState(
             cache=state.cache,
             tokens=self._place(tokens),
@@ -235,7 +242,7 @@ class Engine:
             )
 
     def _place(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(np.asarray(rows, np.int32), self._rows)
+        return place(np.asarray(rows, np.int32), self._rows)
 
     def _run(self, params, tokens, positions, tables, cache, lengths=None, decode=False):
         return self._decoder.apply(

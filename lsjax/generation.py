@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lsjax.engine import SEGMENT, Engine
-from lsjax.positions.rotary import rotary_tables
+from lsjax.hosts import to_host
 from lsjax.requests import Request
 
 
@@ -56,7 +56,7 @@ def generate(
     clock, start = engine.clock, time.perf_counter()
     compile_before = clock.seconds
     lengths = np.array([len(p) for p in request.prompts], np.int32)
-    tables = rotary_tables(engine.config, request.lengths)
+    tables = engine.tables(request.lengths)
     batch = len(request.prompts)
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
     cache = engine.new_cache(spec)
@@ -81,7 +81,7 @@ def generate(
     state = engine.first(params, cache, last, lengths, draw)
     del cache
     rows = _Rows(request)
-    new = rows.take(np.asarray(state.token)[:, None].tolist())
+    new = rows.take(to_host(state.token)[:, None].tolist())
     now = time.perf_counter()
     timing.first_token = now - start
     timing.prefill = timing.first_token - (clock.seconds - compile_before)
@@ -94,10 +94,10 @@ def generate(
     while not rows.ended:
         if drafted:
             state, tokens = engine.decode_with_lookup(params, tables, state, drafted)
-            decoded = _those_that_stand(*map(np.asarray, tokens))
+            decoded = _those_that_stand(*map(to_host, tokens))
         else:
             state, tokens = engine.decode(params, tables, state, draw)
-            decoded = np.asarray(tokens).tolist()
+            decoded = to_host(tokens).tolist()
         new = rows.take(decoded)
         compiling = clock.seconds - compile_before
         timing.decoded += max(map(len, decoded))

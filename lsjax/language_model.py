@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lsjax.cache import CacheSpec, stripe_of, whole_stripes
 from lsjax.checkpoint import load_parameters
 from lsjax.engine import Engine
-from lsjax.positions.rotary import rotary_tables
+from lsjax.hosts import to_host
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.requests import Request, batches, cache_capacity, check_ids
 from lsjax.results import Completion
@@ -114,7 +114,7 @@ class LanguageModel:
         Returns:
           [batch, length, vocab_size] float32, on the host.
         """
-        return np.concatenate([np.asarray(x) for x in self._scores(token_ids, chunk_size)], axis=1)
+        return np.concatenate([to_host(x) for x in self._scores(token_ids, chunk_size)], axis=1)
 
     def losses(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
         """How unforeseen every next token is.
@@ -130,7 +130,7 @@ class LanguageModel:
         parts, at = [], 1
         for scores in self._scores(ids, chunk_size):
             targets = ids[:, at : at + scores.shape[1]]
-            parts.append(np.asarray(_nats(scores[:, : targets.shape[1]], targets)))
+            parts.append(to_host(_nats(scores[:, : targets.shape[1]], targets)))
             at += scores.shape[1]
         return np.concatenate(parts, axis=1)
 
@@ -146,7 +146,7 @@ class LanguageModel:
         capacity = cache_capacity(length, 0, chunk, context)
         spec = CacheSpec(batch, capacity, s.kv_cache_dtype, s.dtype, engine.stripe)
         cache = engine.new_cache(spec)
-        tables = rotary_tables(self.config, [length] * batch)
+        tables = engine.tables([length] * batch)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]
             tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))

@@ -5,6 +5,7 @@ import sys
 from tqdm import tqdm
 
 from lsjax.config import ModelConfig
+from lsjax.hosts import is_first
 
 
 def prefill_cost(config: ModelConfig, start: int, length: int) -> float:
@@ -34,7 +35,7 @@ class PrefillBar:
             desc=f"prefill 0/{tokens:,} tokens",
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
             file=sys.stderr,
-            leave=True,
+            disable=not is_first(),
         )
 
     def __call__(self, tokens: int) -> None:
@@ -49,7 +50,14 @@ class PrefillBar:
 
 def byte_bar(description: str, total: int) -> tqdm:
     """A bar over bytes; `bar.update` is the callback."""
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, file=sys.stderr)
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=not is_first(),
+    )
 
 
 def character_bar(description: str, total: int) -> tqdm:
@@ -62,4 +70,5 @@ def character_bar(description: str, total: int) -> tqdm:
         file=sys.stderr,
         delay=1.0,
         leave=False,
+        disable=not is_first(),
     )

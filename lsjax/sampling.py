@@ -5,6 +5,7 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lsjax.errors import UserError
 
@@ -38,10 +39,10 @@ class Sampling:
         if self.temperature == 0:
             return None
         return Draw(
-            temperature=jnp.float32(self.temperature),
-            top_k=jnp.int32(self.top_k),
-            top_p=jnp.float32(self.top_p),
-            key=jax.random.key(self.seed),
+            temperature=np.float32(self.temperature),
+            top_k=np.int32(self.top_k),
+            top_p=np.float32(self.top_p),
+            seed=np.uint32(self.seed % 2**32),
         )
 
 
@@ -52,7 +53,7 @@ class Draw:
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
-    key: jax.Array
+    seed: jax.Array
 
 
 def next_token(logits: jax.Array, draw: Draw | None, step: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ def next_token(logits: jax.Array, draw: Draw | None, step: jax.Array) -> jax.Arr
     probabilities = jax.nn.softmax(scores, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     scores = jnp.where(before < draw.top_p, scores, -jnp.inf)
-    key = jax.random.fold_in(draw.key, step)
+    key = jax.random.fold_in(jax.random.key(draw.seed), step)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     rank = jax.vmap(jax.random.categorical)(keys, scores)
     return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0].astype(jnp.int32)

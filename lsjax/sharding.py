@@ -5,6 +5,7 @@ device is a mesh of size one: there is one code path.
 """
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lsjax.cache import CacheSpec, KVCache, LayerCache, empty_layer
@@ -78,6 +79,12 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
             f"the mesh {asked} needs {count} devices, but {len(devices)} {devices[0].platform} "
             f"device{'s are' if len(devices) > 1 else ' is'} here; ask for a smaller mesh."
         )
+    if jax.process_count() > 1 and count < len(devices):
+        raise UserError(
+            f"the mesh has {count} of the {len(devices)} devices that {jax.process_count()} "
+            "processes bring; give every device a place, as in "
+            f"context={len(devices)}, or start fewer processes."
+        )
     return jax.make_mesh(
         tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
     )
@@ -105,6 +112,11 @@ def check_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
 
 def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(mesh, spec)
+
+
+def place(x: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices; each puts down its own part."""
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
 
 def without(spec: PartitionSpec, axis: str) -> PartitionSpec:

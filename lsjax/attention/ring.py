@@ -21,6 +21,11 @@ _MOST_SLOTS = 4096
 AttendTo = Callable[[Store, Store, jax.Array | None, jax.Array, jax.Array], Partial]
 
 
+def block_size(capacity: int) -> int:
+    """Slots that travel at once, of a device that has `capacity`."""
+    return capacity if capacity <= _MOST_SLOTS else math.gcd(capacity, _MOST_SLOTS)
+
+
 def attend(
     attend_to: AttendTo,
     q: jax.Array,
@@ -49,7 +54,7 @@ def attend(
     """
     devices = zigzag.devices
     device = jax.lax.axis_index("context")
-    size = k.capacity if k.capacity <= _MOST_SLOTS else math.gcd(k.capacity, _MOST_SLOTS)
+    size = block_size(k.capacity)
 
     def meet(partial: Partial, block: tuple[Store, Store], owner: jax.Array, start: jax.Array):
         def slot(position: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Pictures of the measurements, as PNG files."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lsjax.errors import UserError
 from lsjax.evals.needle import NeedleMap
@@ -48,6 +49,29 @@ def plot_shares(
     left.set(xlabel="text, tokens", ylabel="pass keys read right", ylim=(-0.03, 1.03))
     right.set(xlabel="text, tokens", ylabel="perplexity", yscale="log")
     left.legend()
+    figure.savefig(path)
+
+
+def plot_ring(rows: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Tokens a second and the busiest device's share of work, by device count.
+
+    Args:
+      rows: with layout, devices, length, tokens_per_second and busiest_over_mean.
+      path: of the PNG.
+    """
+    figure, axes = _figure()
+    work = axes.twinx()
+    for layout, length in sorted({(r["layout"], r["length"]) for r in rows}):
+        own = [r for r in rows if (r["layout"], r["length"]) == (layout, length)]
+        devices = [r["devices"] for r in own]
+        (line,) = axes.plot(
+            devices, [r["tokens_per_second"] for r in own], "o-", label=f"{layout}, {length:,}"
+        )
+        busiest = [r["busiest_over_mean"] for r in own]
+        work.plot(devices, busiest, "x:", color=line.get_color())
+    axes.set(xlabel="devices", ylabel="tokens/s (solid)", ylim=(0, None))
+    work.set(ylabel="busiest device's work over the mean (dotted)", ylim=(0.9, 2.05))
+    axes.legend()
     figure.savefig(path)
 
 

@@ -3,20 +3,16 @@
 Needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cudnn-cu13; no driver.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lsjax.attention.cudnn import prefill
 from lsjax.attention.gpu import decode
 from lsjax.attention.partial import Partial, merge_over_axis
+from lsjax.plan import find_target, target_mesh
 
-TARGET = Path(__file__).with_name("h100.txtpb").read_text()
 GLM4_9B = {"kv_heads": 4, "group": 8, "head_dim": 128, "capacity": 1048576 + 4096}
 QWEN25_05B = {"kv_heads": 2, "group": 7, "head_dim": 64, "capacity": 131072 + 4096}
 MODELS = pytest.mark.parametrize("model", [GLM4_9B, QWEN25_05B], ids=["GLM-4-9B", "Qwen2.5-0.5B"])
@@ -24,10 +20,7 @@ CACHES = pytest.mark.parametrize("cache", ["int8", "bfloat16"])
 
 
 def mesh_of(devices):
-    topology = topologies.get_topology_desc(
-        "h100", "cuda", target_config=TARGET, topology=f"1x1x{devices}"
-    )
-    return Mesh(np.asarray(topology.devices), "context")
+    return target_mesh(find_target(f"h100-80gb:{devices}"), {"context": devices})
 
 
 def store(mesh, model, cache, batch):

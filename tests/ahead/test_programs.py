@@ -5,26 +5,20 @@ are those of the whole model, or larger.
 """
 
 import dataclasses
+import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
-from targets import mesh_of
 
-from lsjax.cache import CacheSpec
-from lsjax.engine import Engine
+from lsjax.cache import CacheSpec, stripe_of
 from lsjax.families import read_config
+from lsjax.plan import compile_for, find_target, target_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "golden" / "configs"
 QWEN = pathlib.Path(__file__).parents[2] / "examples" / "qwen2.5-0.5b.json"
 GLM = CONFIGS / "glm-4-9b-chat-1m.json"
-
-
-def compiled(path, layers, mesh, capacity, batch=1):
-    config = dataclasses.replace(read_config(path), num_layers=layers, windows=(None,) * layers)
-    engine = Engine(config, mesh, "bfloat16", "int8", 512)
-    spec = CacheSpec(batch, capacity, "int8", "bfloat16", engine.stripe)
-    programs = engine.compile_ahead(spec)
-    return spec.nbytes(config) / mesh.size, *(p.memory_analysis() for p in programs)
 
 
 @pytest.mark.parametrize(
@@ -33,17 +27,36 @@ def compiled(path, layers, mesh, capacity, batch=1):
         (GLM, "v5e:2x4", 1, 2**17, 1),
         (GLM, "v5e:2x4", 8, 2**20, 1),
         (QWEN, "v5e:2x4", 1, 2**17, 4),
-        (GLM, "h100", 1, 2**20 + 2**12, 1),
-        (GLM, "h100", 8, 2**20, 1),
-        (QWEN, "h100", 1, 2**17, 4),
+        (GLM, "h100-80gb:8", 1, 2**20 + 2**12, 1),
+        (GLM, "h100-80gb:8", 8, 2**20, 1),
+        (QWEN, "h100-80gb:8", 1, 2**17, 4),
     ],
 )
 def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
     path, target, devices, capacity, batch
 ):
-    mesh = mesh_of(target, context=devices)
-    cache, prefill, decode = compiled(path, 2, mesh, capacity, batch)
-    assert decode.temp_size_in_bytes < 0.1 * cache
+    mesh = target_mesh(find_target(target), {"context": devices})
+    config = dataclasses.replace(read_config(path), num_layers=2, windows=(None, None))
+    spec = CacheSpec(batch, capacity, "int8", "bfloat16", stripe_of(512, devices))
+    needs = compile_for(config, mesh, "bfloat16", spec, 512)
+    cache = spec.nbytes(config) / devices
+    assert needs["decode"].temporaries < 0.1 * cache
     # The cache that comes out lies where the one that went in lay.
-    assert decode.alias_size_in_bytes >= cache
-    assert prefill.alias_size_in_bytes >= cache
+    assert needs["decode"].cache >= cache and needs["prefill"].cache >= cache
+
+
+def test_a_plan_says_whether_it_fits(tmp_path):
+    arguments = {
+        "config": CONFIGS.parent / "models" / "qwen2" / "config.json",
+        "target": "h100-80gb:1",
+        "max_input_length": 100_000,
+        "output_json": tmp_path / "plan.json",
+    }
+    program = pathlib.Path(__file__).parents[2] / "scripts" / "plan.py"
+    flags = [f"--{name}={value}" for name, value in arguments.items()]
+    done = subprocess.run([sys.executable, program, *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and ": fits\n" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"]
+    for of in found["programs"].values():
+        assert of["total"] == of["weights"] + of["cache"] + of["temporaries"] < of["capacity"]

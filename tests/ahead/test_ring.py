@@ -3,19 +3,20 @@
 import dataclasses
 import re
 
-from targets import mesh_of
 from test_programs import GLM
 
 from lsjax.cache import CacheSpec
 from lsjax.engine import Engine
 from lsjax.families import read_config
+from lsjax.plan import find_target, target_mesh
 
 STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]")
 
 
 def test_the_next_block_travels_while_the_current_one_is_attended_to():
     config = dataclasses.replace(read_config(GLM), num_layers=1, windows=(None,))
-    engine = Engine(config, mesh_of("v5e:2x4", context=8), "bfloat16", "int8", 4096)
+    mesh = target_mesh(find_target("v5e:2x4"), {"context": 8})
+    engine = Engine(config, mesh, "bfloat16", "int8", 4096)
     prefill, _ = engine.compile_ahead(CacheSpec(1, 2**20, "int8", "bfloat16", engine.stripe))
     started, overlapped = {}, []
     # Instructions of a computation stand in the order in which they run.

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+QWEN = ROOT / "examples" / "qwen2.5-0.5b.json"
 YARN = '{"rope_type": "yarn", "factor": 4.0}'
 PNG = b"\x89PNG"
 
@@ -89,9 +90,43 @@ def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
 
 
+def test_the_ring_by_device_count_and_layout(tmp_path):
+    files = ["--output_json", tmp_path / "ring.json", "--plot", tmp_path / "ring.png"]
+    asked = ["--devices", "1,4", "--lengths", 2048, "--chunk", 1024, "--heads", 2]
+    done = run("bench_ring.py", *asked, "--kv_heads", 1, "--sampled_rows", 100, *files)
+    assert done.returncode == 0, done.stderr
+    alone, zigzag, contiguous = json.loads((tmp_path / "ring.json").read_text())
+    for row in (alone, zigzag, contiguous):
+        assert row["error"] <= 2 * row["plain_error"]
+    assert alone["bytes_sent"] == 0 < zigzag["bytes_sent"]
+    assert zigzag["cache_bytes"] == alone["cache_bytes"] / 4
+    assert zigzag["busiest_over_mean"] < 1.01 < contiguous["busiest_over_mean"]
+    assert (tmp_path / "ring.png").read_bytes().startswith(PNG)
+
+
+def test_prompt_lookup_beside_plain_decoding(tmp_path):
+    text = "The door was open. The light was on. " * 20
+    asked = ["--input_texts", text, "--output_length", 33, "--rounds", 1]
+    file = tmp_path / "lookup.json"
+    done = run("bench_lookup.py", *asked, "--prompt_lookup_num_tokens", 5, "--output_json", file)
+    assert done.returncode == 0, done.stderr
+    (figures,) = json.loads(file.read_text())
+    assert figures["0"]["tokens_per_step"] == 1
+    assert figures["5"]["same_tokens"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["bench_ring.py", "--devices", "3", "--lengths", "2048"], "must be a multiple of 768"),
+        (["bench_ring.py", "--layouts", "striped"], "layouts are zigzag and contiguous"),
+        (["bench_lookup.py", "--prompt_lookup_num_tokens", "16"], "0 (no drafts) to 15"),
+        (["plan.py", "--config", str(QWEN), "--target", "v9:8"], "h100-80gb:8, v5e:2x4"),
+        (["plan.py", "--config", str(QWEN), "--target", "v5e:2x4"], "pip install 'lsjax[ahead]'"),
+        (
+            ["plan.py", "--config", str(QWEN), "--target", "v5e:2x4", "--mesh", "context=16"],
+            "has 8",
+        ),
         (["eval_needle.py", "--lengths", "512,many"], "--lengths takes numbers of tokens"),
         (["eval_needle.py", "--lengths", "20"], "does not fit 20 tokens"),
         (["eval_needle.py", "--plot", "/nowhere/x.png"], "/nowhere is not a folder"),

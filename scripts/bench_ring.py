@@ -1,0 +1,265 @@
+"""Ring attention of one layer, by device count, length and layout of the sequence.
+
+    python scripts/bench_ring.py --devices 1,2,4,8 --lengths 65536 --plot ring.png
+
+Random queries, keys and values go through the attention that models run, cache and all, chunk by
+chunk. Beside the time stand the work of the busiest device over the mean (pairs of a query and a
+key that it sees, counted), the bytes that each device sends, and its memory, as compiled. Sampled
+rows are compared with float64, and with what plain float32 attention makes of them.
+
+On a CPU the devices share its cores: the time shows what dealing out costs, not what it gains.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lsjax import cli
+from lsjax.attention import ring
+from lsjax.attention.cached import write_and_attend
+from lsjax.cache import GRANULE, LayerCache, Recent, Zigzag, empty_store, stripe_of
+from lsjax.cache.kv_cache import BLOCK
+from lsjax.compilation import compiler_options
+from lsjax.errors import UserError
+from lsjax.evals.plots import plot_ring
+from lsjax.files import check_writable, write_atomically
+from lsjax.report import human_bytes
+from lsjax.sharding import (
+    CHUNK,
+    CHUNK_QUERIES,
+    TOKENS,
+    layer_cache_spec,
+    make_mesh,
+    place,
+    sharding,
+)
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Along the context axis.")
+flags.DEFINE_list("lengths", ["65536"], "Tokens.")
+flags.DEFINE_list("layouts", ["zigzag", "contiguous"], "How the sequence is dealt out.")
+flags.DEFINE_enum("cache_dtype", "float32", ["float32", "int8"], "Of keys and values.")
+flags.DEFINE_integer("chunk", None, "Tokens run at once; the whole length if not given.")
+flags.DEFINE_integer("heads", 4, "Of queries.", lower_bound=1)
+flags.DEFINE_integer("kv_heads", 2, "Of keys and values.", lower_bound=1)
+flags.DEFINE_integer("head_dim", 64, "Channels of a head.", lower_bound=1)
+flags.DEFINE_integer("sampled_rows", 1000, "Compared with float64; 0 for none.", lower_bound=0)
+flags.DEFINE_string("output_json", None, "Write the figures here.")
+flags.DEFINE_string("plot", None, "Write a PNG here.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contiguous(Zigzag):
+    """The ring that zigzag is measured against: device after device, piece after piece."""
+
+    @property
+    def _piece(self) -> int:
+        return self.stripe // self.devices
+
+    def slots_before(self, device, position):
+        stripe, rest = position // self.stripe, position % self.stripe
+        own = jnp.clip(rest - device * self._piece, 0, self._piece)
+        return stripe * self._piece + own
+
+    def position(self, device, slot):
+        stripe, rest = slot // self._piece, slot % self._piece
+        return stripe * self.stripe + device * self._piece + rest
+
+    def holds(self, device, position):
+        return position % self.stripe // self._piece == device
+
+    def order(self, length):
+        pieces = np.arange(length).reshape(-1, self.devices, self._piece)
+        return pieces.swapaxes(0, 1).ravel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Of one run; bytes are a device's."""
+
+    layout: str
+    devices: int
+    length: int
+    seconds: float
+    tokens_per_second: float
+    busiest_over_mean: float
+    bytes_sent: int
+    cache_bytes: int
+    temporary_bytes: int
+    error: float | None
+    plain_error: float | None
+
+
+def main(_) -> None:
+    counts, lengths = cli.lengths(FLAGS.devices, "devices"), cli.lengths(FLAGS.lengths)
+    unknown = set(FLAGS.layouts) - {"zigzag", "contiguous"}
+    if unknown:
+        raise UserError(f"layouts are zigzag and contiguous, not {', '.join(unknown)}.")
+    for file in filter(None, (FLAGS.output_json, FLAGS.plot)):
+        check_writable(file)
+    # More devices than a CPU has are made of it; anything else has what it has.
+    jax.config.update("jax_num_cpu_devices", max(counts))
+    figures = []
+    print(
+        "layout      devices     length   seconds   tokens/s  busiest   sent      cache  "
+        "temporaries     error  plain error"
+    )
+    for length in lengths:
+        for devices in counts:
+            for layout in FLAGS.layouts if devices > 1 else ["zigzag"]:
+                figures.append(_measure(layout, devices, length))
+                _print(figures[-1])
+    if FLAGS.output_json:
+        rows = [dataclasses.asdict(f) for f in figures]
+        write_atomically(FLAGS.output_json, json.dumps(rows, indent=1) + "\n")
+    if FLAGS.plot:
+        plot_ring([dataclasses.asdict(f) for f in figures], FLAGS.plot)
+
+
+def _print(f: Figures) -> None:
+    errors = "" if f.error is None else f"{f.error:10.2e}{f.plain_error:13.2e}"
+    print(
+        f"{f.layout:12}{f.devices:7}{f.length:11,}{f.seconds:10.2f}{f.tokens_per_second:11,.0f}"
+        f"{f.busiest_over_mean:9.3f}{human_bytes(f.bytes_sent):>11}{human_bytes(f.cache_bytes):>11}"
+        f"{human_bytes(f.temporary_bytes):>11}{errors}",
+        flush=True,
+    )
+
+
+def _measure(layout: str, devices: int, length: int) -> Figures:
+    chunk = FLAGS.chunk or length
+    if length % (GRANULE * devices) or length % chunk or chunk % (2 * devices):
+        raise UserError(
+            f"length {length:,} must be a multiple of {GRANULE * devices} and of the chunk, and "
+            f"that of {2 * devices}, so that {devices} devices have the same to do."
+        )
+    mesh = make_mesh({"context": devices})
+    if layout == "zigzag":
+        dealt = Zigzag(devices, stripe_of(chunk, devices))
+    else:
+        dealt = Contiguous(devices, chunk)
+    with mock.patch("lsjax.attention.cached.Zigzag", type(dealt)):
+        return _run(layout, dealt, mesh, length, chunk)
+
+
+def _run(layout: str, dealt: Zigzag, mesh: Mesh, length: int, chunk: int) -> Figures:
+    q, k, v = _inputs(length)
+    cache = _empty_cache(mesh, dealt, length)
+    order = dealt.order(chunk)
+    alone = dealt.devices == 1
+    queries, tokens = (
+        sharding(mesh, spec) for spec in ((TOKENS, TOKENS) if alone else (CHUNK_QUERIES, CHUNK))
+    )
+
+    def chunk_at(start: int) -> tuple:
+        at = start + order
+        return *(place(x[:, at], queries) for x in (q, k, v)), place(at[None], tokens)
+
+    step = jax.jit(
+        functools.partial(write_and_attend, mesh, window=None, decode=False),
+        donate_argnums=5,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+    lengths = place(np.array([length]), sharding(mesh, TOKENS))
+    program = step.lower(*chunk_at(0), lengths, cache).compile()
+    rows = np.random.default_rng(1).permutation(length)[: FLAGS.sampled_rows]
+    seconds, sampled = 0.0, {}
+    for start in tqdm(range(0, length, chunk), leave=False, disable=length == chunk):
+        given = chunk_at(start)
+        began = time.perf_counter()
+        out, cache = program(*given, lengths, cache)
+        jax.block_until_ready(out)
+        seconds += time.perf_counter() - began
+        here = np.flatnonzero(np.isin(start + order, rows))
+        sampled |= dict(zip((start + order[here]).tolist(), np.asarray(out[0, here]), strict=True))
+    error = plain_error = None
+    if len(rows):
+        error, plain_error = _errors(sampled, q[0], k[0], v[0])
+    return Figures(
+        layout=layout,
+        devices=dealt.devices,
+        length=length,
+        seconds=seconds,
+        tokens_per_second=length / seconds,
+        busiest_over_mean=_busiest_over_mean(dealt, length),
+        bytes_sent=_bytes_sent(cache, dealt.devices, length, chunk),
+        cache_bytes=sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) // dealt.devices,
+        temporary_bytes=program.memory_analysis().temp_size_in_bytes,
+        error=error,
+        plain_error=plain_error,
+    )
+
+
+def _inputs(length: int) -> list[np.ndarray]:
+    """q, k, v: [1, length, heads, head_dim] float32, attention somewhat peaked."""
+    rng = np.random.default_rng(0)
+    heads = (FLAGS.heads, FLAGS.kv_heads, FLAGS.kv_heads)
+    return [1.5 * rng.standard_normal((1, length, n, FLAGS.head_dim), "f4") for n in heads]
+
+
+def _empty_cache(mesh: Mesh, dealt: Zigzag, length: int) -> LayerCache:
+    def empty() -> LayerCache:
+        store = empty_store((1, FLAGS.kv_heads, length, FLAGS.head_dim), FLAGS.cache_dtype)
+        recent = None
+        if FLAGS.cache_dtype != "float32":
+            zeros = jnp.zeros((1, FLAGS.kv_heads, BLOCK, FLAGS.head_dim))
+            recent = Recent(zeros, zeros)
+        return LayerCache(store, store, recent, dealt.stripe)
+
+    specs = layer_cache_spec(jax.eval_shape(empty))
+    return jax.jit(empty, out_shardings=jax.tree.map(lambda s: sharding(mesh, s), specs))()
+
+
+def _busiest_over_mean(dealt: Zigzag, length: int) -> float:
+    slots = np.arange(length // dealt.devices)
+    pairs = [
+        float(np.sum(np.asarray(dealt.position(d, slots), np.int64) + 1))
+        for d in range(dealt.devices)
+    ]
+    return max(pairs) / (sum(pairs) / len(pairs))
+
+
+def _bytes_sent(cache: LayerCache, devices: int, length: int, chunk: int) -> int:
+    """Whole blocks of the slots filled so far, once round the ring for each chunk."""
+    of_slot = sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) / length
+    size = ring.block_size(length // devices)
+    blocks = sum(-(-(end // devices) // size) for end in range(chunk, length + 1, chunk))
+    return int((devices - 1) * blocks * size * of_slot)
+
+
+def _errors(sampled: dict[int, np.ndarray], q, k, v) -> tuple[float, float]:
+    """Largest differences from float64: of what came out, and of plain float32 attention."""
+    group = FLAGS.heads // FLAGS.kv_heads
+    worst = [0.0, 0.0]
+    for head in range(FLAGS.kv_heads):
+        keys, values = k[:, head], v[:, head]
+        keys64, values64 = keys.astype("f8"), values.astype("f8")
+        for at, out in sampled.items():
+            rows = q[at, head * group : (head + 1) * group]
+            truth = _plain(rows.astype("f8"), keys64[: at + 1], values64[: at + 1])
+            plain = _plain(rows, keys[: at + 1], values[: at + 1])
+            given = out[head * group : (head + 1) * group]
+            for i, x in enumerate((given, plain)):
+                worst[i] = max(worst[i], float(np.abs(x - truth).max()))
+    return worst[0], worst[1]
+
+
+def _plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    scores = q @ k.T * q.dtype.type(FLAGS.head_dim**-0.5)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights @ v / weights.sum(axis=-1, keepdims=True)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

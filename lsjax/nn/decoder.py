@@ -30,11 +30,13 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.mesh)
         self.layers = [Block(c, self.mesh, window) for window in c.windows]
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.dtype, c.normalised_head)
+            self.lm_head = Embedding(
+                c.vocab_size, c.hidden_size, self.dtype, self.mesh, c.normalised_head
+            )
 
     def __call__(
         self,

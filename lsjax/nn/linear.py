@@ -3,8 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.precision import einsum
+from lsjax.sharding import TOKENS, parameter_spec
 
 # Vectors that a CPU multiplies as columns. A single one is a case of its own.
 _COLUMNS = range(2, 33)
@@ -52,11 +54,18 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A vector for each token of the vocabulary: looked up going in, a product going out."""
+    """A vector for each token of the vocabulary: looked up going in, a product going out.
+
+    Attributes:
+      vocab_size, features, dtype: of the table.
+      mesh: see lsjax.sharding.
+      normalised: scores are those of vectors of length one.
+    """
 
     vocab_size: int
     features: int
     dtype: jnp.dtype
+    mesh: Mesh
     normalised: bool = False
 
     def setup(self):
@@ -65,7 +74,18 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[batch, length] ids -> [batch, length, features]."""
-        return self.weight[tokens]
+        if self.mesh.shape["model"] == 1:
+            return self.weight[tokens]
+        # Each device finds those that it has. XLA would bring the whole table together first.
+        table = parameter_spec(("vocab", "embed"))
+        found = jax.shard_map(
+            _found_here,
+            mesh=self.mesh,
+            in_specs=(table, TOKENS),
+            out_specs=PartitionSpec(*TOKENS, None, table[1]),
+            check_vma=False,
+        )
+        return found(self.weight, tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[batch, length, features] -> [batch, length, vocab_size] float32."""
@@ -73,6 +93,13 @@ class Embedding(nn.Module):
         if self.normalised:
             scores /= jnp.linalg.norm(self.weight.astype(jnp.float32), axis=-1)
         return scores
+
+
+def _found_here(part: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Vectors of [batch, length] tokens, summed over the devices that have parts of the table."""
+    at = tokens - jax.lax.axis_index("model") * part.shape[0]
+    here = (at >= 0) & (at < part.shape[0])
+    return jax.lax.psum(jnp.where(here[..., None], part[at], 0), "model")
 
 
 class RMSNorm(nn.Module):

@@ -45,6 +45,15 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
     assert needs["decode"].cache >= cache and needs["prefill"].cache >= cache
 
 
+def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
+    config = read_config(CONFIGS / "Llama-3.1-70B-Instruct.json")
+    config = dataclasses.replace(config, num_layers=1, windows=(None,))
+    mesh = target_mesh(find_target("h100-80gb:8"), {"model": 8})
+    spec = CacheSpec(1, 2**17, "int8", "bfloat16")
+    needs = compile_for(config, mesh, "bfloat16", spec, 512)
+    assert needs["decode"].temporaries < 16 * 2**20  # the table is 2 GiB
+
+
 def test_a_plan_says_whether_it_fits(tmp_path):
     arguments = {
         "config": CONFIGS.parent / "models" / "qwen2" / "config.json",

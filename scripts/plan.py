@@ -9,9 +9,9 @@ no such hardware (pip install 'lsjax[ahead]').
 
 import dataclasses
 import json
-import os
 import sys
 
+import jax
 from absl import flags
 
 from lsjax import cli
@@ -40,7 +40,7 @@ flags.DEFINE_string("output_json", None, "Write the figures here.")
 
 
 def main(_) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the devices that are here are not asked
+    jax.config.update("jax_platforms", "cpu")  # the devices that are here are not asked
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
     config, target = read_config(FLAGS.config), find_target(FLAGS.target)

@@ -4,14 +4,19 @@ import os
 import tempfile
 
 from lsjax.errors import UserError
+from lsjax.hosts import is_first
 
 
 def write_atomically(path: str, text: str) -> None:
     """Writes UTF-8 text; whatever happens, `path` never holds half of it.
 
+    Of several processes that run one model, the first one writes.
+
     Raises:
       UserError: it cannot be written there.
     """
+    if not is_first():
+        return
     folder = os.path.dirname(os.path.abspath(path))
     try:
         with tempfile.NamedTemporaryFile(

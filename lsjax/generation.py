@@ -90,7 +90,7 @@ def generate(
 
     start, compile_before = time.perf_counter(), clock.seconds
     if drafted := request.prompt_lookup_num_tokens:
-        state = engine.start_lookup(state, *_lookup_rows(request, spec.capacity))
+        state = engine.start_lookup(state, *_lookup_rows(request, spec.capacity + 1))
     while not rows.ended:
         if drafted:
             state, tokens = engine.decode_with_lookup(params, tables, state, drafted)

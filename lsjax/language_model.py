@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.cache import CacheSpec, stripe_of, whole_stripes
+from lsjax.cache import stripe_of, whole_stripes
 from lsjax.checkpoint import load_parameters
 from lsjax.engine import Engine
 from lsjax.hosts import to_host
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.requests import Request, batches, cache_capacity, check_ids
+from lsjax.requests import Request, batches, cache_spec, check_ids
 from lsjax.results import Completion
 from lsjax.run import Run
 from lsjax.sampling import Sampling
@@ -143,8 +143,7 @@ class LanguageModel:
         s, context = self.settings, self.settings.mesh.shape["context"]
         chunk = whole_stripes(min(chunk_size or s.prefill_chunk, length), context)
         engine = self._scoring_engine(chunk)
-        capacity = cache_capacity(length, 0, chunk, context)
-        spec = CacheSpec(batch, capacity, s.kv_cache_dtype, s.dtype, engine.stripe)
+        spec = cache_spec(s.mesh, batch, length, 0, chunk, s.kv_cache_dtype, s.dtype)
         cache = engine.new_cache(spec)
         tables = engine.tables([length] * batch)
         for at in range(0, length, chunk):

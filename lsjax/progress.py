@@ -1,6 +1,7 @@
 """Progress bars whose estimates know what the work costs."""
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,12 +31,10 @@ class PrefillBar:
 
     def __init__(self, config: ModelConfig, tokens: int):
         self._config, self._tokens, self._done = config, tokens, 0
-        self._bar = tqdm(
-            total=prefill_cost(config, 0, tokens),
-            desc=f"prefill 0/{tokens:,} tokens",
+        self._bar = _bar(
+            f"prefill 0/{tokens:,} tokens",
+            prefill_cost(config, 0, tokens),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-            file=sys.stderr,
-            disable=not is_first(),
         )
 
     def __call__(self, tokens: int) -> None:
@@ -50,25 +49,14 @@ class PrefillBar:
 
 def byte_bar(description: str, total: int) -> tqdm:
     """A bar over bytes; `bar.update` is the callback."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="B",
-        unit_scale=True,
-        file=sys.stderr,
-        disable=not is_first(),
-    )
+    return _bar(description, total, unit="B", unit_scale=True)
 
 
 def character_bar(description: str, total: int) -> tqdm:
     """A bar over characters, shown once the work is long enough to wait for."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="char",
-        unit_scale=True,
-        file=sys.stderr,
-        delay=1.0,
-        leave=False,
-        disable=not is_first(),
-    )
+    return _bar(description, total, unit="char", unit_scale=True, delay=1.0, leave=False)
+
+
+def _bar(description: str, total: float, **options: Any) -> tqdm:
+    """On stderr, of the process that does the talking."""
+    return tqdm(total=total, desc=description, file=sys.stderr, disable=not is_first(), **options)

@@ -49,12 +49,10 @@ class Request:
 
     def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
         """The cache that the batch needs; see CacheSpec for the dtypes."""
-        context = mesh.shape["context"]
         # The last step's draft reaches past the answer.
         output = self.max_output_length + self.prompt_lookup_num_tokens
-        capacity = cache_capacity(self.input_room, output + 1, self.chunk, context)
-        stripe = stripe_of(self.chunk, context)
-        return CacheSpec(len(self.prompts), capacity, dtype, compute_dtype, stripe)
+        rows = len(self.prompts)
+        return cache_spec(mesh, rows, self.input_room, output, self.chunk, dtype, compute_dtype)
 
 
 def batches(
@@ -180,6 +178,21 @@ def check_lookup(num_tokens: int, sampling: Sampling) -> None:
 def _tidy(factor: float) -> float:
     """A scaling factor that covers `factor`: the next half."""
     return -(-factor // 0.5) * 0.5
+
+
+def cache_spec(
+    mesh: Mesh,
+    batch: int,
+    input_room: int,
+    output: int,
+    chunk: int,
+    dtype: str,
+    compute_dtype: str,
+) -> CacheSpec:
+    """The cache for rows of a prompt and an answer, filled in chunks; see CacheSpec."""
+    context = mesh.shape["context"]
+    capacity = cache_capacity(input_room, output, chunk, context)
+    return CacheSpec(batch, capacity, dtype, compute_dtype, stripe_of(chunk, context))
 
 
 def cache_capacity(input_room: int, output: int, chunk: int, context: int) -> int:

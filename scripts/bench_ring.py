@@ -76,9 +76,6 @@ class Contiguous(Zigzag):
         stripe, rest = slot // self._piece, slot % self._piece
         return stripe * self.stripe + device * self._piece + rest
 
-    def holds(self, device, position):
-        return position % self.stripe // self._piece == device
-
     def order(self, length):
         pieces = np.arange(length).reshape(-1, self.devices, self._piece)
         return pieces.swapaxes(0, 1).ravel()

@@ -15,13 +15,13 @@ import jax
 from absl import flags
 
 from lsjax import cli
-from lsjax.cache import CACHE_DTYPES, CacheSpec, stripe_of, whole_stripes
+from lsjax.cache import CACHE_DTYPES, whole_stripes
 from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.files import check_writable, write_atomically
 from lsjax.plan import compile_for, find_target, target_mesh
 from lsjax.report import human_bytes
-from lsjax.requests import cache_capacity
+from lsjax.requests import cache_spec
 from lsjax.settings import COMPUTE_DTYPES
 from lsjax.sharding import check_fits_mesh, parse_mesh
 
@@ -46,13 +46,13 @@ def main(_) -> None:
     config, target = read_config(FLAGS.config), find_target(FLAGS.target)
     mesh = target_mesh(target, parse_mesh(FLAGS.mesh))
     check_fits_mesh(config, mesh)
-    context = mesh.shape["context"]
     if FLAGS.max_batch_size % mesh.shape["data"]:
         raise UserError(f"max_batch_size {FLAGS.max_batch_size} cannot be split over the mesh.")
-    chunk = whole_stripes(FLAGS.prefill_chunk, context)
-    capacity = cache_capacity(FLAGS.max_input_length, FLAGS.max_output_length, chunk, context)
-    stripe = stripe_of(chunk, context)
-    spec = CacheSpec(FLAGS.max_batch_size, capacity, FLAGS.kv_cache_dtype, FLAGS.dtype, stripe)
+    chunk = whole_stripes(FLAGS.prefill_chunk, mesh.shape["context"])
+    lengths = FLAGS.max_input_length, FLAGS.max_output_length
+    spec = cache_spec(
+        mesh, FLAGS.max_batch_size, *lengths, chunk, FLAGS.kv_cache_dtype, FLAGS.dtype
+    )
     needs = compile_for(config, mesh, FLAGS.dtype, spec, chunk)
     fits = all(n.total <= target.memory for n in needs.values())
     print(

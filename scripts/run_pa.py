@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from lsjax import cli, hosts, inputs, report
+from lsjax import cli, inputs, report
 from lsjax.checkpoint import checkpoint_bytes
 from lsjax.compilation import enable_persistent_cache
 from lsjax.errors import UserError
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     completions = [c for request in requests for c in _answer(model, request)]
     stats = [completions[i].stats for i in range(0, len(completions), requests[0].count)]
     print(report.summary(report.combine(stats)))
-    if FLAGS.output_json and hosts.is_first():
+    if FLAGS.output_json:
         result = report.as_json(completions, stats, configuration)
         write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
 

@@ -5,7 +5,9 @@ the first one does the talking.
 """
 
 import contextlib
+import json
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ from lsjax.roll_call import roll_call
 
 # Seconds without a sign of life after which a process is taken for dead, and the others end.
 _HEARTBEAT = 20
+# Room for a path or a sentence: processes exchange arrays of one size.
+_SAID_BYTES = 16384
 
 
 def connect(
@@ -77,6 +81,27 @@ def only_the_first_talks():
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+def from_the_first(make: Callable[[], str]) -> str:
+    """What the first process makes, in all of them; they wait for one another.
+
+    Raises:
+      UserError: making it raised one; all then do.
+    """
+    if jax.process_count() == 1:
+        return make()
+    wrong, text = False, ""
+    if is_first():
+        try:
+            text = make()
+        except UserError as error:
+            wrong, text = True, str(error)
+    said = np.frombuffer(json.dumps([wrong, text]).encode().ljust(_SAID_BYTES), np.uint8)
+    wrong, text = json.loads(multihost_utils.broadcast_one_to_all(said).tobytes())
+    if wrong:
+        raise UserError(text)
+    return text
 
 
 def to_host(x: jax.Array) -> np.ndarray:

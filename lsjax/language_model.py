@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lsjax.cache import stripe_of, whole_stripes
-from lsjax.checkpoint import load_parameters
+from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.engine import Engine
 from lsjax.hosts import to_host
 from lsjax.positions.scaling import override_rope_scaling
@@ -93,6 +93,14 @@ class LanguageModel:
         """The same weights, served with another rope_scaling; see `load`."""
         config = override_rope_scaling(self.config, rope_scaling)
         return LanguageModel(dataclasses.replace(self.settings, config=config), self.params)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model to a new folder, which `load` reads onto any mesh.
+
+        Raises:
+          UserError: the folder is taken, or its disk is too small.
+        """
+        save_parameters(self.params, self.settings.folder, folder)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -4,6 +4,8 @@ Mesh axes: `data` (rows of a batch), `context` (the sequence), `model` (heads an
 device is a mesh of size one: there is one code path.
 """
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -14,13 +16,13 @@ from lsjax.errors import UserError
 
 AXES = ("data", "context", "model")
 
-# What a parameter's axis means -> the mesh axes it is split over.
+# What a parameter's axis means -> the mesh axis it is split over.
 PARAMETER_AXES = {
     "heads": "model",
     "kv_heads": "model",
     "mlp": "model",
     "vocab": "model",
-    "embed": "context",
+    "embed": None,
     None: None,
 }
 
@@ -101,7 +103,6 @@ def check_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
         ("query heads", config.num_heads, "model"),
         ("MLP channels", config.intermediate_size, "model"),
         ("vocabulary entries", config.vocab_size, "model"),
-        ("hidden channels", config.hidden_size, "context"),
     ):
         if size % mesh.shape[axis]:
             raise UserError(
@@ -121,12 +122,33 @@ def place(x: np.ndarray, where: NamedSharding) -> jax.Array:
 
 def without(spec: PartitionSpec, axis: str) -> PartitionSpec:
     """The same, but whole along a mesh axis."""
-    return PartitionSpec(*(None if entry == axis else entry for entry in spec))
+
+    def left(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(entry, tuple):
+            return tuple(name for name in entry if name != axis)
+        return None if entry == axis else entry
+
+    return PartitionSpec(*map(left, spec))
 
 
-def parameter_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Where a parameter whose axes mean `axes` lies."""
-    return PartitionSpec(*(PARAMETER_AXES[a] for a in axes))
+def parameter_spec(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """Where a parameter lies.
+
+    Over context a matrix is split by its rows, as far as they divide: checkpoints lie row by row,
+    so that what a device holds of it is read in one piece.
+
+    Args:
+      mesh: the devices.
+      axes: what the parameter's axes mean.
+      shape: its shape.
+    """
+    split = [PARAMETER_AXES[a] for a in axes]
+    rows = tuple(a for a in (split[0], "context") if a)
+    if len(shape) > 1 and shape[0] % math.prod(mesh.shape[a] for a in rows) == 0:
+        split[0] = rows
+    return PartitionSpec(*split)
 
 
 def layer_cache_spec(cache: LayerCache) -> LayerCache:

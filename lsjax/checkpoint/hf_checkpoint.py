@@ -1,17 +1,15 @@
-"""Reading the parameters of a Hugging Face folder, through Orbax."""
+"""Reading the parameters of a Hugging Face folder."""
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 
 import jax
-import orbax.checkpoint.experimental.v1 as ocp
 
 from lsjax.checkpoint.hf_folder import stored_tensors
-from lsjax.checkpoint.settle import settled
-from lsjax.checkpoint.stored import GROUP_BYTES, Stored
-from lsjax.checkpoint.tensors import abstract_tensor, split
+from lsjax.checkpoint.shards import read_rows
+from lsjax.checkpoint.stored import Stored
+from lsjax.checkpoint.tensors import abstract_tensor
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import Tensor, family_of
@@ -47,12 +45,13 @@ class HFCheckpoint:
         They come in the dtypes and shardings asked for. Each process reads only the bytes of its
         own shards.
         """
-        tensors = {item.name: self.tensors[item.name] for item in group}
-        values = _load(group[0].path, {n: abstract_tensor(t, abstract) for n, t in tensors.items()})
         params: dict[str, jax.Array] = {}
-        for name, tensor in tensors.items():
-            params |= split(tensor, values.pop(name), abstract)
-        return settled(params, generation=1)
+        for item in group:
+            first = 0
+            for path in self.tensors[item.name].params:
+                params[path] = read_rows(item, first, abstract[path])
+                first += abstract[path].shape[0]
+        return jax.block_until_ready(params)
 
 
 def open_hf(
@@ -92,11 +91,3 @@ def expendable(config: ModelConfig) -> set[str]:
     untied = dataclasses.replace(config, tie_embeddings=False)
     names = {tensor.name for tensor in family.tensors(untied)}
     return names.union(family.ignored) - {tensor.name for tensor in family.tensors(config)}
-
-
-def _load(file: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    context = ocp.Context()
-    context.checkpoint_layout = ocp.options.CheckpointLayout.SAFETENSORS
-    context.memory.read_concurrent_bytes = GROUP_BYTES
-    with context:
-        return ocp.load(os.path.abspath(file), abstract)

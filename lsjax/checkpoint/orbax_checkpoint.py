@@ -16,9 +16,9 @@ from lsjax.nn.parameters import flatten, unflatten
 
 PARAMS = "params"
 
-# Arrays are compressed in pieces of this size, so that a device which holds a shard need not
-# unpack the whole array.
-_CHUNK_BYTES = 64 * 2**20
+# Arrays are compressed in pieces of this size, so that a device which holds a shard need not read
+# the whole array.
+_CHUNK_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OrbaxCheckpoint:
         """
         wanted = unflatten({item.name: abstract[item.name] for item in group})
         values = flatten(_load(group[0].path, wanted))
-        return settled({item.name: values[item.name] for item in group}, generation=2)
+        return settled({item.name: values[item.name] for item in group})
 
 
 def is_orbax(folder: str) -> bool:
@@ -61,7 +61,7 @@ def stored_parameters(folder: str) -> dict[str, Stored]:
     Raises:
       UserError: Orbax cannot read it.
     """
-    params = os.path.abspath(os.path.join(folder, PARAMS))
+    params = _params(folder)
     try:
         tree = ocp.metadata(params).metadata
         if tree is None:
@@ -101,17 +101,31 @@ def open_orbax(folder: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> OrbaxC
     )
 
 
+def save_all(folder: str, params: dict) -> None:
+    """Writes a converted folder's parameters, from every process that holds some of them."""
+    with _saving():
+        ocp.save(_params(folder), params)
+
+
 def save_part(folder: str, part: dict[str, jax.Array]) -> None:
     """Writes some of a converted folder's parameters; finish_saving makes them readable."""
-    context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with context:
-        ocp.partial.save(os.path.abspath(os.path.join(folder, PARAMS)), unflatten(part))
+    with _saving():
+        ocp.partial.save(_params(folder), unflatten(part))
 
 
 def finish_saving(folder: str) -> None:
     """Makes one checkpoint of all the parts that were saved."""
-    ocp.partial.finalize(os.path.abspath(os.path.join(folder, PARAMS)))
+    ocp.partial.finalize(_params(folder))
+
+
+def _params(folder: str) -> str:
+    return os.path.abspath(os.path.join(folder, PARAMS))
+
+
+def _saving() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
 
 
 # What Orbax raises for files that are missing, cut off or overwritten. Running out of memory is

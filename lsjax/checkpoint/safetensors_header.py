@@ -34,14 +34,15 @@ def read_header(file: str) -> dict[str, Stored]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from None
     try:
-        return _parse(file, json.loads(header), file_bytes - 8 - header_bytes)
+        return _parse(file, json.loads(header), 8 + header_bytes, file_bytes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} has a corrupt safetensors header; download it again.") from None
 
 
-def _parse(file: str, header: dict, data_bytes: int) -> dict[str, Stored]:
+def _parse(file: str, header: dict, data_at: int, file_bytes: int) -> dict[str, Stored]:
+    data_bytes = file_bytes - data_at
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -60,5 +61,5 @@ def _parse(file: str, header: dict, data_bytes: int) -> dict[str, Stored]:
                 f"{file} is cut off: {name!r} needs {end} bytes of data, but {data_bytes} are "
                 "there; download it again."
             )
-        tensors[name] = Stored(name, file, shape, dtype, end - begin)
+        tensors[name] = Stored(name, file, shape, dtype, end - begin, data_at + begin)
     return tensors

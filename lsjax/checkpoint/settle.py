@@ -5,16 +5,12 @@ import gc
 import jax
 
 
-def settled(params: dict[str, jax.Array], generation: int) -> dict[str, jax.Array]:
+def settled(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The arrays, once they are on their devices and the host's buffers for them are free.
 
     Orbax leaves those buffers in reference cycles, so that they add up until the collector runs;
     it does not see their size and comes late.
-
-    Args:
-      params: the arrays.
-      generation: the oldest generation to collect: 1 takes no time, 2 finds what has lived long.
     """
     jax.block_until_ready(params)
-    gc.collect(generation)
+    gc.collect()
     return params

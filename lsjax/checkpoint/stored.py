@@ -23,6 +23,7 @@ class Stored:
       shape: its shape.
       dtype: numpy's name of its dtype, or the checkpoint's where numpy has none.
       nbytes: its size in bytes.
+      offset: where its data begins, in bytes from the beginning of the file; 0 in a folder.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    offset: int = 0
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuses an array that the model cannot take.

@@ -1,9 +1,11 @@
 """Projection, embedding and norm."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from lsjax.precision import einsum
 from lsjax.sharding import TOKENS, parameter_spec
@@ -74,15 +76,14 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[batch, length] ids -> [batch, length, features]."""
-        if self.mesh.shape["model"] == 1:
-            return self.weight[tokens]
+        table = parameter_spec(self.mesh, ("vocab", "embed"), self.weight.shape)
+        rows = table[0] if isinstance(table[0], tuple) else (table[0],)
         # Each device finds those that it has. XLA would bring the whole table together first.
-        table = parameter_spec(("vocab", "embed"))
         found = jax.shard_map(
-            _found_here,
+            functools.partial(_found_here, axes=rows),
             mesh=self.mesh,
             in_specs=(table, TOKENS),
-            out_specs=PartitionSpec(*TOKENS, None, table[1]),
+            out_specs=TOKENS,
             check_vma=False,
         )
         return found(self.weight, tokens)
@@ -95,11 +96,11 @@ class Embedding(nn.Module):
         return scores
 
 
-def _found_here(part: jax.Array, tokens: jax.Array) -> jax.Array:
+def _found_here(part: jax.Array, tokens: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Vectors of [batch, length] tokens, summed over the devices that have parts of the table."""
-    at = tokens - jax.lax.axis_index("model") * part.shape[0]
+    at = tokens - jax.lax.axis_index(axes) * part.shape[0]
     here = (at >= 0) & (at < part.shape[0])
-    return jax.lax.psum(jnp.where(here[..., None], part[at], 0), "model")
+    return jax.lax.psum(jnp.where(here[..., None], part[at], 0), axes)
 
 
 class RMSNorm(nn.Module):

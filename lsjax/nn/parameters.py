@@ -20,12 +20,12 @@ def abstract_parameters(
     flat = traverse_util.flatten_dict(
         boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x)
     )
-    return {
-        path: jax.ShapeDtypeStruct(
-            box.value.shape, box.value.dtype, sharding=sharding(mesh, parameter_spec(box.names))
-        )
-        for path, box in flat.items()
-    }
+
+    def abstract(names: tuple[str | None, ...], value: jax.ShapeDtypeStruct):
+        where = sharding(mesh, parameter_spec(mesh, names, value.shape))
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
+
+    return {path: abstract(box.names, box.value) for path, box in flat.items()}
 
 
 def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:

@@ -1,43 +1,25 @@
 """Several processes run one model: the same tokens, and an end to waiting for who is not there."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PASSKEY = ROOT / "examples" / "passkey_2048.txt"
+RUN_PA = processes.ROOT / "scripts" / "run_pa.py"
+PASSKEY = processes.ROOT / "examples" / "passkey_2048.txt"
 YARN = '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
 
 
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
 def start(devices, *flags):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    return subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "run_pa.py", "--rope_scaling", YARN, *flags],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return processes.start(devices, RUN_PA, "--rope_scaling", YARN, *flags)
 
 
 def joined(count, *, missing=(), timeout=60, flags=()):
     """Processes of four devices each that belong together."""
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{processes.free_port()}"
     return [
         start(
             4,

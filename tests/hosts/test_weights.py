@@ -1,0 +1,50 @@
+"""Weights of several processes: each reads its part, and together they write one checkpoint."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import processes
+
+from lsjax.checkpoint import convert_hf_to_orbax, load_parameters
+from lsjax.checkpoint.random import write_random_checkpoint
+from lsjax.families import read_config
+from lsjax.sharding import make_mesh, parse_mesh
+
+CONFIG = {
+    "architectures": ["GlmForCausalLM"],
+    "model_type": "glm",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "attention_bias": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_each_of_two_processes_reads_half_and_what_they_save_is_whole(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    folder, converted, saved = (tmp_path / name for name in ("model", "converted", "saved"))
+    folder.mkdir()
+    write_random_checkpoint(tmp_path / "config.json", folder)
+    convert_hf_to_orbax(folder, converted)
+    address = f"localhost:{processes.free_port()}"
+    program = Path(__file__).with_name("load_and_save.py")
+    folders = [str(f) for f in (folder, converted, saved)]
+    both = [processes.start(4, program, address, str(i), *folders) for i in (0, 1)]
+    for process in both:
+        said, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        shares = json.loads(said.splitlines()[-1])
+        assert all(0.49 < share < 0.56 for share in shares), shares
+    config = read_config(folder)
+    one = make_mesh(parse_mesh(""))
+    read, restored = (load_parameters(f, config, one, "bfloat16") for f in (folder, saved))
+    jax.tree.map(np.testing.assert_array_equal, restored, read)

@@ -114,16 +114,22 @@ def in_query_blocks(
         q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
         seen = seen.queries(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"))
 
-    def one(i: jax.Array) -> Partial:
+    def one(i: jax.Array, done: Partial) -> Partial:
         def take(x: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
-        return attend(take(q, 3), seen.queries(functools.partial(take, axis=1)))
+        def put(x: jax.Array, block: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, block, i * size, axis=3)
 
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:])[:, :, :, :length]
+        block = attend(take(q, 3), seen.queries(functools.partial(take, axis=1)))
+        return jax.tree.map(put, done, block)
 
-    return jax.tree.map(join, jax.lax.map(one, jnp.arange(blocks)))
+    # What it holds at first is of no account, but must come from q: zeros XLA would put down for
+    # all layers when the program begins.
+    anything = q[0, 0, 0, 0, 0].astype(jnp.float32)
+    done = Partial(jnp.full(q.shape, anything), jnp.full(q.shape[:-1], anything))
+    done = jax.lax.fori_loop(0, blocks, one, done)
+    return jax.tree.map(lambda x: x[:, :, :, :length], done)
 
 
 def _attend_block(

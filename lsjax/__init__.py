@@ -8,6 +8,7 @@ from lsjax.config import ModelConfig, RopeScaling
 from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.language_model import LanguageModel, load
+from lsjax.planning import Plan, plan
 from lsjax.results import Completion, Stats
 from lsjax.sampling import Sampling
 from lsjax.shipped import shipped_model_path
@@ -16,11 +17,13 @@ __all__ = [
     "Completion",
     "LanguageModel",
     "ModelConfig",
+    "Plan",
     "RopeScaling",
     "Sampling",
     "Stats",
     "UserError",
     "load",
+    "plan",
     "read_config",
     "shipped_model_path",
 ]

@@ -42,10 +42,10 @@ class Program:
         self._clock = clock
         self._compiled: dict[Any, Callable] = {}
 
-    def ahead(self, *args: Any) -> jax.stages.Compiled:
+    def lower(self, *args: Any) -> jax.stages.Lowered:
         """The program for arguments that are shapes with shardings, on devices that may not be
-        here; nothing is kept."""
-        return self._jitted.lower(*args).compile()
+        here, ready to be compiled; nothing is kept."""
+        return self._jitted.lower(*args)
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args[1:])

@@ -1,7 +1,8 @@
 """The compiled steps of inference: prefill a chunk, choose the first token, decode a segment."""
 
+import concurrent.futures
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -72,15 +73,9 @@ class Engine:
         context = mesh.shape["context"]
         self.chunk, self.stripe = chunk, stripe_of(chunk, context)
         self._zigzag = Zigzag(context, self.stripe)
-        if context > 1:
-            self._whole = unflatten(
-                {
-                    path: sharding(mesh, without(x.sharding.spec, "context"))
-                    for path, x in abstract_parameters(config, mesh, dtype).items()
-                }
-            )
         self.clock = CompileClock()
-        self._decoder = Decoder(config, mesh, jnp.dtype(dtype))
+        gather = _gather(config, mesh, dtype) if context > 1 else None
+        self._decoder = Decoder(config, mesh, jnp.dtype(dtype), gather)
         self._rows = sharding(mesh, TOKENS)
         whole = sharding(mesh, PartitionSpec())
         cache = cache_shardings(config, mesh, cache_dtype, self.stripe)
@@ -236,10 +231,13 @@ class Engine:
         state = DecodeState(cache=cache, token=rows(), position=rows(), step=count)
         hidden = rows(self.config.hidden_size, dtype=self.dtype)
         with jax.set_mesh(self.mesh):  # tells Pallas which GPU it is for
-            return (
-                self._prefill.ahead(params, tables, cache, rows(self.chunk), count, rows(), hidden),
-                self._decode.ahead(params, tables, state, None),
+            lowered = (
+                self._prefill.lower(params, tables, cache, rows(self.chunk), count, rows(), hidden),
+                self._decode.lower(params, tables, state, None),
             )
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
+        return prefill, decode
 
     def _place(self, rows: np.ndarray) -> jax.Array:
         return place(np.asarray(rows, np.int32), self._rows)
@@ -254,16 +252,14 @@ class Engine:
 
     def _prefill_step(self, params, tables, cache, tokens, start, lengths, last):
         tokens, positions = self._deal_out(tokens, start)
-        gathered = self._gathered(params)
-        hidden, cache = self._run(gathered, tokens, positions, tables, cache, lengths)
+        hidden, cache = self._run(params, tokens, positions, tables, cache, lengths)
         is_last = (positions == lengths[:, None] - 1)[..., None]
         chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
         return cache, jnp.where(jnp.any(is_last, axis=1), chosen, last)
 
     def _score_step(self, params, tables, cache, tokens, start):
         tokens, positions = self._deal_out(tokens, start)
-        gathered = self._gathered(params)
-        hidden, cache = self._run(gathered, tokens, positions, tables, cache)
+        hidden, cache = self._run(params, tokens, positions, tables, cache)
         if self._zigzag.devices > 1:
             hidden = hidden[:, np.argsort(self._zigzag.order(hidden.shape[1]))]
         return cache, self._logits(params, hidden)
@@ -278,19 +274,6 @@ class Engine:
         return tuple(
             jax.lax.with_sharding_constraint(x, parts) for x in (tokens[:, order], positions)
         )
-
-    def _gathered(self, params: dict) -> dict:
-        """Layers whose weights are whole along the context axis, where the tokens of a chunk are
-        split: XLA gathers them layer by layer. Left to itself it would rather send the activations
-        of all tokens to and fro, far more than the weights for a long chunk."""
-        if self._zigzag.devices == 1:
-            return params
-        return {
-            name: jax.lax.with_sharding_constraint(x, self._whole[name])
-            if name.startswith("layers_")
-            else x
-            for name, x in params.items()
-        }
 
     def _first_step(self, params, last, draw):
         return next_token(self._logits(params, last[:, None])[:, 0], draw, jnp.int32(0))
@@ -330,3 +313,16 @@ class Engine:
 
         state, (tokens, counts) = jax.lax.scan(step, state, length=SEGMENT)
         return state, (tokens.swapaxes(0, 1), counts.T)
+
+
+def _gather(config: ModelConfig, mesh: Mesh, dtype: str) -> Callable[[str, dict], dict]:
+    """Makes a layer's weights whole along the context axis, over which the tokens of a chunk are
+    split. Left to itself XLA would rather send the activations of all tokens to and fro, far more
+    than the weights for a long chunk."""
+    whole = unflatten(
+        {
+            path: sharding(mesh, without(x.sharding.spec, "context"))
+            for path, x in abstract_parameters(config, mesh, dtype).items()
+        }
+    )
+    return lambda name, weights: jax.lax.with_sharding_constraint(weights, whole[name])

@@ -47,12 +47,15 @@ class Request:
         """Prompt and requested output of each row, in tokens."""
         return [len(p) + self.max_output_length for p in self.prompts]
 
+    @property
+    def output_room(self) -> int:
+        """Tokens of answer that the cache makes room for: the last draft reaches past its end."""
+        return self.max_output_length + self.prompt_lookup_num_tokens
+
     def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
         """The cache that the batch needs; see CacheSpec for the dtypes."""
-        # The last step's draft reaches past the answer.
-        output = self.max_output_length + self.prompt_lookup_num_tokens
-        rows = len(self.prompts)
-        return cache_spec(mesh, rows, self.input_room, output, self.chunk, dtype, compute_dtype)
+        rows, room = len(self.prompts), (self.input_room, self.output_room)
+        return cache_spec(mesh, rows, *room, self.chunk, dtype, compute_dtype)
 
 
 def batches(
@@ -142,7 +145,21 @@ def check_lengths(
                 "shorten the prompt."
             )
     total = max(len(p) for p in prompts) + max_output_length
-    if total > config.served_length and not allow_untrained_length:
+    if not allow_untrained_length:
+        check_total(config, total)
+    if total > MAX_POSITIONS:
+        raise UserError(
+            f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
+        )
+
+
+def check_total(config: ModelConfig, total: int) -> None:
+    """Refuses more tokens, prompt and output together, than the model is meant for.
+
+    Raises:
+      UserError: with the rope_scaling that would serve them.
+    """
+    if total > config.served_length:
         factor = total / config.trained_length
         raise UserError(
             f"prompt and output come to {total} tokens, but the model serves "
@@ -150,10 +167,6 @@ def check_lengths(
             f'rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
             f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
             "allow_untrained_length."
-        )
-    if total > MAX_POSITIONS:
-        raise UserError(
-            f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
         )
 
 

@@ -69,12 +69,12 @@ def settle(
         mesh = parse_mesh(mesh)
     if isinstance(mesh, Mapping):
         mesh = make_mesh(mesh)
-    check_fits_mesh(config, mesh)
+    check_fits_mesh(config, mesh.shape)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if dtype == "auto":
         # A CPU multiplies bfloat16 matrices by one vector fifteen times slower than float32.
         dtype = "float32" if on_cpu or config.dtype == "float32" else "bfloat16"
-    dtype = _one_of("dtype", dtype, COMPUTE_DTYPES)
+    dtype = one_of("dtype", dtype, COMPUTE_DTYPES)
     if kv_cache_dtype == "auto":
         kv_cache_dtype = dtype
     if prefill_chunk is None:
@@ -87,13 +87,18 @@ def settle(
         config=config,
         mesh=mesh,
         dtype=dtype,
-        kv_cache_dtype=_one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
+        kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
         prefill_chunk=prefill_chunk,
         eos_token_ids=_eos_token_ids(folder, config),
     )
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """The value, where it is allowed.
+
+    Raises:
+      UserError: it is not; lists what is.
+    """
     if value not in allowed:
         raise UserError(f"{name} {value!r} is not known; use auto, {', '.join(allowed)}.")
     return value

@@ -5,6 +5,7 @@ device is a mesh of size one: there is one code path.
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -92,22 +93,26 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     )
 
 
-def check_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
+def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
     """Refuses a mesh that does not divide the model.
+
+    Args:
+      config: the model.
+      sizes: devices by axis, a mesh's shape.
 
     Raises:
       UserError: naming the sizes that do not divide.
     """
-    for what, size, axis in (
-        ("KV heads", config.num_kv_heads, "model"),
-        ("query heads", config.num_heads, "model"),
-        ("MLP channels", config.intermediate_size, "model"),
-        ("vocabulary entries", config.vocab_size, "model"),
+    for what, size in (
+        ("KV heads", config.num_kv_heads),
+        ("query heads", config.num_heads),
+        ("MLP channels", config.intermediate_size),
+        ("vocabulary entries", config.vocab_size),
     ):
-        if size % mesh.shape[axis]:
+        if size % sizes["model"]:
             raise UserError(
-                f"the model's {size} {what} cannot be split over {axis}={mesh.shape[axis]}; "
-                f"choose a size of {axis} that divides {size}."
+                f"the model's {size} {what} cannot be split over model={sizes['model']}; choose a "
+                f"size of model that divides {size}."
             )
 
 

@@ -16,6 +16,7 @@ from lsjax.compilation import enable_persistent_cache
 from lsjax.errors import UserError
 from lsjax.files import check_writable, write_atomically
 from lsjax.language_model import LanguageModel, load_settled
+from lsjax.planning.check import check_memory, longest_here
 from lsjax.progress import PrefillBar, byte_bar, character_bar
 from lsjax.requests import Request, batches
 from lsjax.sampling import Sampling
@@ -32,11 +33,11 @@ flags.DEFINE_string("input_file", None, "JSON lines, each a list of chat message
 flags.DEFINE_multi_string(
     "input_ids", [], "Token ids, as in 1,15043,3186; further words are further prompts."
 )
-flags.DEFINE_integer(
+flags.DEFINE_string(
     "max_input_length",
     None,
-    "Room for prompts of this many tokens; a longer one is refused. As the longest if not given.",
-    lower_bound=1,
+    "Room for prompts of this many tokens; a longer one is refused. As the longest prompt if not "
+    "given; auto for as many as the devices hold.",
 )
 flags.DEFINE_integer("max_output_length", 256, "Tokens to generate at most.", lower_bound=1)
 flags.DEFINE_integer("max_batch_size", None, "Prompts answered together.", lower_bound=1)
@@ -70,11 +71,12 @@ def main(argv: list[str]) -> None:
     read = _reader(argv[1:])
     settings = settle(**cli.model_options(), rope_scaling=FLAGS.rope_scaling)
     tokenizer = load_tokenizer(settings.folder)
+    ids = read(tokenizer)
     requests = batches(
         settings,
-        read(tokenizer),
+        ids,
         FLAGS.max_output_length,
-        max_input_length=FLAGS.max_input_length,
+        max_input_length=_max_input_length(settings, len(ids)),
         max_batch_size=FLAGS.max_batch_size,
         sampling=sampling,
         ignore_eos=FLAGS.ignore_eos,
@@ -85,6 +87,7 @@ def main(argv: list[str]) -> None:
     print(report.describe(configuration), flush=True)
     for note in report.notes(settings, requests):
         print(f"note       {note}", flush=True)
+    check_memory(settings, requests[0])
     model = _load(settings)
     completions = [c for request in requests for c in _answer(model, request)]
     stats = [completions[i].stats for i in range(0, len(completions), requests[0].count)]
@@ -92,6 +95,26 @@ def main(argv: list[str]) -> None:
     if FLAGS.output_json:
         result = report.as_json(completions, stats, configuration)
         write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+
+
+def _max_input_length(settings: Settings, prompts: int) -> int | None:
+    """What the flag says, as a number."""
+    given = FLAGS.max_input_length
+    if given is None:
+        return None
+    if given == "auto":
+        batch = min(FLAGS.max_batch_size or prompts, prompts)
+        output = FLAGS.max_output_length + FLAGS.prompt_lookup_num_tokens
+        length = longest_here(settings, batch, output, FLAGS.allow_untrained_length)
+        if not length:
+            raise UserError(
+                "max_input_length auto: not even one token fits the devices that are here; "
+                "scripts/plan.py --target here says what does."
+            )
+        return length
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"max_input_length must be a number from 1, or auto, not {given!r}.")
+    return int(given)
 
 
 def _reader(words: list[str]):

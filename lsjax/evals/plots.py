@@ -75,6 +75,30 @@ def plot_ring(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     figure.savefig(path)
 
 
+def plot_plan(plan: Mapping[str, Any], path: str) -> None:
+    """Bytes a device against length, stacked, below what there is.
+
+    Args:
+      plan: as Plan.as_json gives it.
+      path: of the PNG.
+    """
+    figure, axes = _figure()
+    lengths = [row["length"] for row in plan["table"]]
+    programs = [row["programs"]["prefill"] for row in plan["table"]]
+    parts = ("weights", "cache", "temporaries")
+    axes.stackplot(
+        lengths, [[p[part] / 2**30 for p in programs] for part in parts], labels=parts, alpha=0.8
+    )
+    axes.axhline(programs[0]["capacity"] / 2**30, color="black", label="there is")
+    if plan["max_length"]:
+        axes.axvline(plan["max_length"], color="grey", linestyle=":", label="longest that fits")
+    title = f"{plan['model']} on {plan['target']}, {plan['settings']['kv_cache_dtype']} cache"
+    axes.set(xlabel="prompt, tokens", ylabel="GiB a device, prefill", title=title)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="upper left")
+    figure.savefig(path)
+
+
 def plot_times(cases: Mapping[str, Mapping[str, float]], path: str) -> None:
     """Seconds of each formulation of a case, as bars; our own stand out."""
     figure, _ = _figure(columns=len(cases))

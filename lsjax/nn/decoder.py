@@ -1,5 +1,7 @@
 """The decoder: token ids and a cache in, hidden states and the cache out."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,14 @@ class Decoder(nn.Module):
       config: the model.
       mesh: see lsjax.sharding.
       dtype: of parameters and activations.
+      gather: (name of a layer, its parameters) -> those to run it with in prefill, brought
+        together from where they lie; None where they are whole.
     """
 
     config: ModelConfig
     mesh: Mesh
     dtype: jnp.dtype
+    gather: Callable[[str, dict], dict] | None = None
 
     def setup(self):
         c = self.config
@@ -67,9 +72,18 @@ class Decoder(nn.Module):
         entries = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache[i]
+            if self.gather and cache is not None and not decode:
+                layer, x = self._gathered(layer, f"layers_{i}", x)
             x, entry = layer(x, positions, angles, entry, lengths, decode)
             entries.append(entry)
         return self.final_norm(x), None if cache is None else tuple(entries)
+
+    def _gathered(self, layer: Block, name: str, x: jax.Array) -> tuple[Block, jax.Array]:
+        """The layer with its weights brought together, once its input is there: XLA would hold
+        those of many layers at once."""
+        layer, variables = layer.unbind()
+        x, weights = jax.lax.optimization_barrier((x, variables["params"]))
+        return layer.bind({"params": self.gather(name, weights)}), x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[batch, length, hidden] -> [batch, length, vocab] float32."""

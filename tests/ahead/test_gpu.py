@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lsjax.attention.cudnn import prefill
 from lsjax.attention.gpu import decode
 from lsjax.attention.partial import Partial, merge_over_axis
-from lsjax.plan import find_target, target_mesh
+from lsjax.planning import find_target, target_mesh
 
 GLM4_9B = {"kv_heads": 4, "group": 8, "head_dim": 128, "capacity": 1048576 + 4096}
 QWEN25_05B = {"kv_heads": 2, "group": 7, "head_dim": 64, "capacity": 131072 + 4096}

@@ -8,7 +8,7 @@ from test_programs import GLM
 from lsjax.cache import CacheSpec
 from lsjax.engine import Engine
 from lsjax.families import read_config
-from lsjax.plan import find_target, target_mesh
+from lsjax.planning import find_target, target_mesh
 
 STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]")
 

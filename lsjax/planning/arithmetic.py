@@ -1,0 +1,106 @@
+"""Bytes a device by arithmetic: weights and cache exactly, temporaries nearly.
+
+How temporaries follow from a model's sizes was read off programs that were compiled; tests/ahead
+compares.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.cache import empty_layer
+from lsjax.config import ModelConfig
+from lsjax.nn.parameters import abstract_parameters
+from lsjax.planning.layout import Layout
+from lsjax.planning.needs import Needs
+from lsjax.sharding import layer_cache_spec, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Temporaries:
+    """Of prefill on a platform.
+
+    Attributes:
+      mlp, hidden: how many vectors of these sizes each token of a chunk takes.
+      gathered: how much of a layer's weights is whole at once where a context axis splits them;
+      gathered_parts: the same where a model axis splits them, too, of what is left of a layer.
+      layer_bytes: of each layer's own, code above all.
+    """
+
+    mlp: float
+    hidden: float
+    gathered: float
+    gathered_parts: float
+    layer_bytes: int
+
+
+_TEMPORARIES = {
+    "cpu": _Temporaries(mlp=3, hidden=2, gathered=1, gathered_parts=1, layer_bytes=0),
+    "gpu": _Temporaries(mlp=2, hidden=3, gathered=0.9, gathered_parts=0.9, layer_bytes=0),
+    "tpu": _Temporaries(mlp=2, hidden=0.5, gathered=0.5, gathered_parts=2.5, layer_bytes=2 * 2**20),
+}
+
+# Bytes of gathered weights that lie in a TPU's vector memory.
+_TPU_VECTOR_MEMORY = 100 * 2**20
+
+
+def needs_of(
+    config: ModelConfig, platform: str, layout: Layout, input_length: int
+) -> dict[str, Needs]:
+    """What "prefill" and "decode" take on a platform, "cpu", "gpu" or "tpu"."""
+    layer, rest = weight_bytes(config, layout.mesh, layout.dtype)
+    weights = config.num_layers * layer + rest
+    cache = cache_bytes(config, platform, layout, input_length)
+    decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
+    return {
+        "prefill": Needs(weights, cache, _prefill_temporaries(config, platform, layout, layer)),
+        "decode": Needs(weights, cache, decode),
+    }
+
+
+@functools.lru_cache
+def weight_bytes(config: ModelConfig, mesh: tuple[int, int, int], dtype: str) -> tuple[int, int]:
+    """Of a layer, and of what is not in layers, a device."""
+    devices = Layout(mesh, dtype, dtype, 1, 1, 1).abstract_mesh
+    one = dataclasses.replace(config, num_layers=1, windows=config.windows[:1])
+    layer = rest = 0
+    for path, leaf in abstract_parameters(one, devices, dtype).items():
+        nbytes = _shard_bytes(leaf, leaf.sharding)
+        if path.startswith("layers_"):
+            layer += nbytes
+        else:
+            rest += nbytes
+    return layer, rest
+
+
+def cache_bytes(config: ModelConfig, platform: str, layout: Layout, input_length: int) -> int:
+    """Of the whole cache, a device."""
+    spec = layout.cache_spec(input_length)
+    layer = jax.eval_shape(lambda: empty_layer(config, spec, platform))
+    placed = jax.tree.map(lambda s: sharding(layout.abstract_mesh, s), layer_cache_spec(layer))
+    return config.num_layers * sum(map(_shard_bytes, *map(jax.tree.leaves, (layer, placed))))
+
+
+def _shard_bytes(x: jax.ShapeDtypeStruct, placed: jax.sharding.NamedSharding) -> int:
+    return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _prefill_temporaries(config: ModelConfig, platform: str, layout: Layout, layer: int) -> int:
+    data, context, model = layout.mesh
+    takes = _TEMPORARIES[platform]
+    tokens = layout.batch // data * layout.prefill_chunk // context
+    channels = takes.mlp * config.intermediate_size / model + takes.hidden * config.hidden_size
+    total = tokens * channels * jnp.dtype(layout.dtype).itemsize
+    total += takes.layer_bytes * config.num_layers
+    if context > 1:
+        share = takes.gathered if model == 1 else takes.gathered_parts
+        gathered = share * layer * context
+        if platform == "tpu":
+            gathered = max(0, gathered - _TPU_VECTOR_MEMORY)
+        if platform == "cpu":  # XLA gathers the weights of all layers at once there
+            gathered *= config.num_layers
+        total += gathered
+    return int(total)

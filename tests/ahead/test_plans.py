@@ -1,0 +1,76 @@
+"""Plans against the compilers that they speak for: arithmetic is near, and the longest is tight.
+
+Layers are few, so that compiling is quick; then temporaries, which arithmetic has to guess, are a
+larger share than in a whole model.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from test_programs import CONFIGS, GLM, QWEN, with_layers
+
+import lsjax
+from lsjax.planning import Layout, find_target
+from lsjax.planning.arithmetic import needs_of
+from lsjax.planning.compiled import TooLargeError, compile_for
+from lsjax.planning.planner import fits
+
+QWEN3 = CONFIGS / "Qwen3-8B.json"
+LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "target", "mesh", "length", "chunk", "kv", "batch"),
+    [
+        (GLM, "v5e:2x4", (1, 8, 1), 1_048_576, 32768, "int8", 1),
+        (GLM, "h100-80gb:1", (1, 1, 1), 1_048_576, 4096, "int8", 1),
+        (GLM, "a100-80gb:4", (1, 2, 2), 300_001, 8192, "bfloat16", 1),
+        (QWEN, "v5e:2x4", (2, 2, 2), 65_536, 4096, "int8", 4),
+        (QWEN, "l40s:1", (1, 1, 1), 131_072, 4096, "int4", 8),
+        (QWEN3, "v6e:2x4", (1, 1, 8), 131_072, 4096, "int8", 2),
+        (QWEN3, "h200:1", (1, 1, 1), 500_000, 16384, "bfloat16", 1),
+        (LLAMA, "v5p:2x2x2", (1, 8, 1), 131_072, 4096, "int8", 1),
+        (LLAMA, "v5p:2x2x2", (1, 1, 8), 1_000_000, 4096, "bfloat16", 1),
+        (LLAMA, "h100-80gb:8", (1, 1, 8), 131_072, 8192, "int8", 4),
+    ],
+)
+def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length, chunk, kv, batch):
+    target, config = find_target(target), with_layers(path, 6)
+    layout = Layout(mesh, "bfloat16", kv, chunk, batch, 1024)
+    guessed = needs_of(config, target.platform, layout, length)
+    for name, compiled in compile_for(config, target, layout, length).items():
+        assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name
+
+
+@pytest.mark.parametrize("target", ["v5e:1x1", "h100-80gb:1"])
+def test_the_longest_fits_and_five_percent_more_does_not(target):
+    config = with_layers(GLM, 3)
+    plan = lsjax.plan(config, target, allow_untrained_length=True, compile=True, max_batch_size=9)
+    assert plan.limited_by == "memory" and plan.fits
+
+    def compiles(length: int) -> bool:
+        try:
+            return fits(plan.target, compile_for(config, plan.target, plan.layout, length))
+        except TooLargeError:
+            return False
+
+    assert compiles(plan.max_length) and not compiles(int(1.05 * plan.max_length))
+
+
+def test_the_program_asks_the_compiler(tmp_path):
+    program = pathlib.Path(__file__).parents[2] / "scripts" / "plan.py"
+    config = CONFIGS.parent / "models" / "qwen2" / "config.json"
+    flags = [f"--config={config}", "--target=h100-80gb:1", f"--output_json={tmp_path / 'p.json'}"]
+    bare = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}  # as a user has it
+    done = subprocess.run(
+        [sys.executable, program, *flags, "--compile"], capture_output=True, text=True, env=bare
+    )
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["fits"] and found["compiled"]
+    for of in found["programs"].values():
+        assert of["total"] == of["weights"] + of["cache"] + of["temporaries"] < of["capacity"]

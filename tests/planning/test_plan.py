@@ -1,0 +1,165 @@
+"""Plans by arithmetic: what fits, how long a text would, what is best, and what is refused."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lsjax
+from lsjax import UserError
+from lsjax.planning.arithmetic import needs_of
+from lsjax.planning.planner import fits
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "tests" / "golden" / "configs"
+GLM = CONFIGS / "glm-4-9b-chat-1m.json"
+QWEN = CONFIGS / "Qwen2-72B-Instruct.json"
+LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "length", "options"),
+    [
+        (GLM, "v5e:2x4", 1_048_576 - 256, {}),
+        (GLM, "h100-80gb:1", 1_048_576 - 256, {}),
+        (QWEN, "h100-80gb:8", 131_072 - 256, {"rope_scaling": YARN}),
+        (LLAMA, "v5p:2x2x2", 131_072 - 256, {}),
+    ],
+)
+def test_what_is_known_to_fit(config, target, length, options):
+    plan = lsjax.plan(config, target, max_input_length=length, **options)
+    assert plan.fits and plan.max_length == length and plan.limited_by == "positions"
+    devices = plan.target.devices
+    assert math.prod(plan.layout.mesh) == devices and plan.layout.kv_cache_dtype == "int8"
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:1x1", "h200:1", "l40s:2", "cpu:8"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_longest_fits_and_a_little_more_does_not(target, batch):
+    config = ROOT / "examples" / "qwen2.5-0.5b.json"
+    options = {"max_batch_size": 16 * batch, "allow_untrained_length": True}
+    plan = lsjax.plan(config, target, **options)
+    assert plan.fits and plan.limited_by == "memory" and plan.length == plan.max_length
+    more = needs_of(plan.config, plan.target.platform, plan.layout, int(1.01 * plan.length))
+    assert not fits(plan.target, more)
+
+
+def test_fewer_bits_and_more_devices_take_longer_texts():
+    def longest(target, kv):
+        options = {"kv_cache_dtype": kv, "allow_untrained_length": True}
+        return lsjax.plan(LLAMA, target, **options).max_length
+
+    lengths = [longest("h100-80gb:4", kv) for kv in ("bfloat16", "int8", "int4")]
+    assert lengths[1] > 1.9 * lengths[0] and lengths[2] > 1.7 * lengths[1]
+    assert longest("h100-80gb:8", "bfloat16") > 2 * lengths[0]
+
+
+def test_int4_is_recommended_only_where_int8_does_not_fit():
+    def recommended(length):
+        plan = lsjax.plan(GLM, "h100-80gb:1", max_input_length=length, allow_untrained_length=True)
+        return plan.recommended.kv_cache_dtype, plan.fits
+
+    assert recommended(1_000_000) == ("int8", True)
+    assert recommended(2_000_000) == ("int4", True)
+    assert recommended(4_000_000)[1] is False
+
+
+def test_what_was_asked_for_is_planned_and_the_better_one_named():
+    plan = lsjax.plan(LLAMA, "h100-80gb:8", mesh="context=8", kv_cache_dtype="bfloat16")
+    assert plan.layout.mesh == (1, 8, 1) and plan.layout.kv_cache_dtype == "bfloat16"
+    assert plan.recommended.kv_cache_dtype == "int8" and plan.reasons
+
+
+def test_a_faster_target_is_expected_to_be_faster():
+    def speed(target):
+        return lsjax.plan(GLM, target, max_input_length=500_000).speed
+
+    slow, fast = speed("a100-80gb:1"), speed("h200:1")
+    assert fast.prefill_seconds < slow.prefill_seconds
+    assert fast.decode_tokens_per_second > slow.decode_tokens_per_second
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("h300:8", {}, "h100-80gb:8, h200:8, a100-80gb:8, l40s:8"),
+        ("v5e:8", {}, "v5e:2x4"),
+        ("cpu:0", {}, "cpu:8"),
+        ("h200:2", {"mesh": "context=4"}, "needs 4 devices, but h200:2 has 2"),
+        ("h200:3", {"mesh": "model=3"}, "4 KV heads cannot be split over model=3"),
+        ("h200:2", {"mesh": "rows=2"}, "data, context, model"),
+        ("h200:2", {"mesh": "data=2"}, "max_batch_size 1 cannot be split over data=2"),
+        ("h200:1", {"max_input_length": 2_000_000}, "the model serves 1048576"),
+        ("h200:1", {"max_output_length": 1_048_576}, "leaves no room for a prompt"),
+        ("h200:1", {"kv_cache_dtype": "int2"}, "float32, bfloat16, int8, int4"),
+        ("h200:1", {"dtype": "float16"}, "float32, bfloat16"),
+    ],
+)
+def test_what_is_impossible_is_refused_with_what_is_possible(target, options, words):
+    with pytest.raises(UserError) as caught:
+        lsjax.plan(GLM, target, **options)
+    assert words in str(caught.value)
+
+
+def run(program, *flags):
+    command = [sys.executable, ROOT / "scripts" / program, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_program_tells_and_writes_its_figures(tmp_path):
+    files = [f"--output_json={tmp_path / 'plan.json'}", f"--plot={tmp_path / 'plan.png'}"]
+    done = run("plan.py", f"--config={GLM}", "--target=v5e:2x4", *files)
+    assert done.returncode == 0, done.stderr
+    assert "1,048,320 tokens" in done.stdout and "--mesh context=8" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["max_length"] == 1_048_320
+    assert found["recommended"]["kv_cache_dtype"] == "int8"
+    for program in ("prefill", "decode"):
+        of = found["programs"][program]
+        assert of["total"] == of["weights"] + of["cache"] + of["temporaries"] < of["capacity"]
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_targets_compiler_the_extra_that_has_it_is_named():
+    done = run("plan.py", f"--config={GLM}", "--target=h200:1", "--compile")
+    assert done.returncode == 2 and "pip install 'lsjax[ahead]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_run_pa_refuses_what_cannot_fit_before_it_loads():
+    prompts = ["--input_ids=5,6"] * 400
+    flags = ["--max_input_length=4000000", "--allow_untrained_length", "--max_output_length=4"]
+    done = run("run_pa.py", *prompts, *flags)
+    assert done.returncode == 2
+    assert "prompts of at most" in done.stderr and "--max_batch_size 1" in done.stderr
+    assert "load" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_run_pa_makes_room_for_what_the_model_serves():
+    scaling = '--rope_scaling={"rope_type": "yarn", "factor": 4, '
+    scaling += '"original_max_position_embeddings": 512}'
+    flags = ["--max_input_length=auto", "--max_output_length=48", "--input_ids", "5,6,7", scaling]
+    done = run("run_pa.py", *flags)
+    assert done.returncode == 0 and "prompt     3 tokens" in done.stdout, done.stderr
+    too_long = ",".join(["5"] * 2001)
+    done = run("run_pa.py", "--max_input_length=auto", "--max_output_length=48",
+               "--input_ids", too_long, scaling)  # fmt: skip
+    assert done.returncode == 2 and "max_input_length is 2000" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "kv", "chunk"), [(2, 262_144, "float32", 512), (1, 524_288, "int8", 2048)]
+)
+def test_a_real_run_on_a_cpu_takes_what_was_said(layers, length, kv, chunk):
+    program = Path(__file__).with_name("resident.py")
+    config = ROOT / "examples" / "qwen2.5-0.5b.json"
+    words = [sys.executable, program, config, *map(str, (layers, length, kv, chunk))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    grown, compiled, arithmetic = json.loads(done.stdout)
+    assert compiled == pytest.approx(grown, rel=0.1)
+    assert arithmetic == pytest.approx(grown, rel=0.1)

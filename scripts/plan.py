@@ -98,10 +98,11 @@ def _print(p: Plan) -> None:
         )
     for reason in p.reasons:
         print(f"           {reason}")
-    print(
-        f"expected   prefill {p.speed.prefill_seconds:,.3g} s, decode "
-        f"{p.speed.decode_tokens_per_second:,.3g} tokens/s, {ASSUMED}; not measured"
-    )
+    if p.speed:
+        print(
+            f"expected   prefill {p.speed.prefill_seconds:,.3g} s, decode "
+            f"{p.speed.decode_tokens_per_second:,.3g} tokens/s, {ASSUMED}; not measured"
+        )
     print(f"\na device, {'compiled' if p.compiled else 'by arithmetic'}")
     print("program       weights       cache  temporaries       total        free          of")
     for name, n in p.programs.items():

@@ -21,30 +21,29 @@ from lsjax.sharding import layer_cache_spec, sharding
 
 @dataclasses.dataclass(frozen=True)
 class _Temporaries:
-    """Of prefill on a platform.
+    """Of prefill on a platform; what comes in pairs is without and with a model axis.
 
     Attributes:
-      mlp, hidden: how many vectors of these sizes each token of a chunk takes.
-      gathered: how much of a layer's weights is whole at once where a context axis splits them;
-      gathered_parts: the same where a model axis splits them, too, of what is left of a layer.
+      mlp: how many vectors of the MLP's size each token of a chunk takes.
+      hidden: the same, of the hidden size.
+      gathered: how much of a layer's weights, or of a model axis' part of them, is whole at once
+        where a context axis splits them.
       layer_bytes: of each layer's own, code above all.
+      elsewhere: bytes, at most half of all, that lie in memory of another kind.
     """
 
     mlp: float
-    hidden: float
-    gathered: float
-    gathered_parts: float
-    layer_bytes: int
+    hidden: tuple[float, float]
+    gathered: tuple[float, float]
+    layer_bytes: int = 0
+    elsewhere: int = 0
 
 
 _TEMPORARIES = {
-    "cpu": _Temporaries(mlp=3, hidden=2, gathered=1, gathered_parts=1, layer_bytes=0),
-    "gpu": _Temporaries(mlp=2, hidden=3, gathered=0.9, gathered_parts=0.9, layer_bytes=0),
-    "tpu": _Temporaries(mlp=2, hidden=0.5, gathered=0.5, gathered_parts=2.5, layer_bytes=2 * 2**20),
+    "cpu": _Temporaries(mlp=3, hidden=(2, 2), gathered=(1, 1)),
+    "gpu": _Temporaries(mlp=2, hidden=(3, 5), gathered=(0.9, 0.9)),
+    "tpu": _Temporaries(2, (0.5, 6), (0.4, 2.5), layer_bytes=2 * 2**20, elsewhere=100 * 2**20),
 }
-
-# Bytes of gathered weights that lie in a TPU's vector memory.
-_TPU_VECTOR_MEMORY = 100 * 2**20
 
 
 def needs_of(
@@ -90,17 +89,15 @@ def _shard_bytes(x: jax.ShapeDtypeStruct, placed: jax.sharding.NamedSharding) ->
 
 def _prefill_temporaries(config: ModelConfig, platform: str, layout: Layout, layer: int) -> int:
     data, context, model = layout.mesh
-    takes = _TEMPORARIES[platform]
+    takes, split = _TEMPORARIES[platform], int(model > 1)
     tokens = layout.batch // data * layout.prefill_chunk // context
-    channels = takes.mlp * config.intermediate_size / model + takes.hidden * config.hidden_size
+    channels = takes.mlp * config.intermediate_size / model
+    channels += takes.hidden[split] * config.hidden_size
     total = tokens * channels * jnp.dtype(layout.dtype).itemsize
-    total += takes.layer_bytes * config.num_layers
     if context > 1:
-        share = takes.gathered if model == 1 else takes.gathered_parts
-        gathered = share * layer * context
-        if platform == "tpu":
-            gathered = max(0, gathered - _TPU_VECTOR_MEMORY)
-        if platform == "cpu":  # XLA gathers the weights of all layers at once there
-            gathered *= config.num_layers
-        total += gathered
+        # XLA gathers the weights of all layers at once on a CPU.
+        layers = config.num_layers if platform == "cpu" else 1
+        total += takes.gathered[split] * layer * context * layers
+    total -= min(takes.elsewhere, total / 2)
+    total += takes.layer_bytes * config.num_layers
     return int(total)

@@ -44,7 +44,8 @@ class Plan:
       recommended: the layout that would be best.
       reasons: why, in sentences.
       table: length -> needs, from short to long.
-      speed: what is expected at that length, by rates and not by measurement.
+      speed: what is expected at that length, by rates and not by measurement; None where the
+        target's are not known.
       compiled: whether bytes are the compiler's, or arithmetic's.
     """
 
@@ -58,7 +59,7 @@ class Plan:
     recommended: Layout
     reasons: tuple[str, ...]
     table: dict[int, dict[str, Needs]]
-    speed: Speed
+    speed: Speed | None
     compiled: bool
 
     @property
@@ -79,7 +80,7 @@ class Plan:
             "length": self.length,
             "settings": _as_flags(self.layout),
             "compiled": self.compiled,
-            "expected": dataclasses.asdict(self.speed),
+            "expected": self.speed and dataclasses.asdict(self.speed),
             "table": [
                 {"length": n, "programs": _with_totals(needs, self.target)}
                 for n, needs in self.table.items()
@@ -228,14 +229,12 @@ def _ask_compiler(
             return None
 
     guess = max(longest, 1)
-    length = length or guess
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        wanted = sorted({length, guess})
+        wanted = sorted({length or guess, guess})
         answers = dict(zip(wanted, pool.map(ask, wanted), strict=True))
-    step = (
-        cache_bytes(config, target.platform, layout, 2 * guess)
-        - cache_bytes(config, target.platform, layout, guess)
-    ) / guess
+    far = guess + 2**20
+    sizes = [cache_bytes(config, target.platform, layout, n) for n in (guess, far)]
+    step = (sizes[1] - sizes[0]) / (far - guess)  # bytes a token
     best = 0
     for _ in range(_ROUNDS):
         if guess not in answers:
@@ -250,6 +249,7 @@ def _ask_compiler(
         if 0 <= room <= _TIGHT * guess or (room >= 0 and guess == bound):
             break
         guess = min(bound, max(1, int(guess + room - _TIGHT / 2 * guess)))
+    length = length or best or guess
     return answers[length] or needs_of(config, target.platform, layout, length), best
 
 
@@ -270,15 +270,17 @@ class _Choices:
     prefill_chunk: int | None = None
 
     def best(self, length: int | None, bound: int) -> Layout:
-        """The fastest layout that fits `length`; else, or for None, the one that fits most."""
+        """The fastest layout that fits `length`; else, or for None, one that fits most.
+
+        A cache in four bits only where one in eight does not do.
+        """
         for dtype in (self.kv_cache_dtype,) if self.kv_cache_dtype else ("int8", "int4"):
             layouts = list(self.layouts(dtype))
             if length is not None:
-                fitting = [x for x in layouts if self.fits(x, length)]
-                if fitting:
+                if fitting := [x for x in layouts if self.fits(x, length)]:
                     return self.leanest_of_the_fast(fitting, length)
-            elif any(self.fits(x, bound) for x in layouts):
-                return self.best(bound, bound)
+            elif any(self.fits(x, 1) for x in layouts):
+                break
         room = {x: longest_that_fits(self.config, self.target, x, bound) for x in layouts}
         most = max(room.values())
         if not most:  # then the one that is nearest to fitting
@@ -302,8 +304,10 @@ class _Choices:
         return needs_of(self.config, self.target.platform, layout, length)
 
     def seconds(self, layout: Layout, length: int) -> float:
-        """Of a request."""
+        """Of a request; 0 where rates are not known."""
         speed = expected_speed(self.config, self.target, layout, length)
+        if speed is None:
+            return 0.0
         written = layout.batch * layout.output_length
         return speed.prefill_seconds + written / speed.decode_tokens_per_second
 
@@ -351,13 +355,13 @@ class _Choices:
             yield "an int8 cache does not fit, one of int4 costs accuracy"
         others = [x for x in self.layouts(best.kv_cache_dtype) if x.mesh != best.mesh]
         fitting = [x for x in others if self.fits(x, length)]
-        if fitting:
+        if fitting and self.seconds(best, length):
             second = min(fitting, key=lambda x: self.seconds(x, length))
             yield (
                 f"mesh {best.mesh_text} is expected to take {self.seconds(best, length):,.0f} s a "
                 f"request, {second.mesh_text} {self.seconds(second, length):,.0f} s"
             )
-        elif others:
+        elif others and not fitting:
             yield f"no other mesh of {self.target.devices} devices holds {length:,} tokens"
         if best.mesh[1] > 1:
             yield "each chunk gathers the weights once, so that fewer, larger chunks send less"

@@ -4,6 +4,7 @@ No time in it was measured on the devices that are planned for.
 """
 
 import dataclasses
+import functools
 import time
 
 import jax.numpy as jnp
@@ -38,9 +39,13 @@ class Speed:
     decode_tokens_per_second: float
 
 
-def expected_speed(config: ModelConfig, target: Target, layout: Layout, input_length: int) -> Speed:
-    """What a target is expected to do."""
-    rates = target.rates or measured_rates(target.devices)
+def expected_speed(
+    config: ModelConfig, target: Target, layout: Layout, input_length: int
+) -> Speed | None:
+    """What a target is expected to do; None for an accelerator whose rates are not known."""
+    rates = measured_rates(target.devices) if target.platform == "cpu" else target.rates
+    if rates is None:
+        return None
     _, context, model = layout.mesh
     devices = layout.sizes["data"] * context * model
     itemsize = jnp.dtype(layout.dtype).itemsize
@@ -74,6 +79,7 @@ def _pairs(config: ModelConfig, length: int) -> float:
     return seen
 
 
+@functools.cache
 def measured_rates(devices: int) -> Rates:
     """Of each of some CPU devices that share this machine, measured in a fraction of a second."""
     x = np.ones((1536, 1536), np.float32)

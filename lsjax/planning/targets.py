@@ -65,6 +65,16 @@ _GPUS = {
     "a100-80gb": Rates(312e12, 2039e9, 300e9),
     "l40s": Rates(362e12, 864e9, 32e9),
 }
+# A word of JAX's name for a device that is here -> what it is.
+_HERE = {
+    "H100": _GPUS["h100-80gb"],
+    "H200": _GPUS["h200"],
+    "A100": _GPUS["a100-80gb"],
+    "L40S": _GPUS["l40s"],
+    "v5 lite": _TPUS["v5e"][1],
+    "v6 lite": _TPUS["v6e"][1],
+    "v5p": _TPUS["v5p"][1],
+}
 # Of a GPU's memory: the rest is its driver's, and JAX's with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
 _GPU_SHARE = 0.95
 _KNOWN = (
@@ -85,7 +95,9 @@ def find_target(name: str) -> Target:
     if name == "here":
         devices = jax.devices()
         memory = device_memory_bytes(len(devices))
-        return Target(name, platform_of(devices[0]), len(devices), memory, None)
+        kind = devices[0].device_kind
+        rates = next((rates for word, rates in _HERE.items() if word in kind), None)
+        return Target(name, platform_of(devices[0]), len(devices), memory, rates)
     if kind == "cpu" and count:
         return Target(name, "cpu", count, host_memory_bytes() // count, None)
     if kind in _GPUS and count:
@@ -137,7 +149,11 @@ def _devices(target: Target, count: int) -> list:
             ).devices
         # libtpu would ask a cloud's metadata server what machine it is on.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        return topologies.get_topology_desc(platform="tpu", topology_name=target.name).devices
+        # A chip alone has no topology: it is one of a few.
+        name = {"v5e:1x1": "v5e:2x4", "v6e:1x1": "v6e:2x4", "v5p:1x1x1": "v5p:2x2x2"}.get(
+            target.name, target.name
+        )
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:
         raise UserError(
             f"there is no compiler for {target.name} here: pip install 'lsjax[ahead]', or leave "

@@ -26,15 +26,15 @@ LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
 @pytest.mark.parametrize(
     ("path", "target", "mesh", "length", "chunk", "kv", "batch"),
     [
-        (GLM, "v5e:2x4", (1, 8, 1), 1_048_576, 32768, "int8", 1),
+        (GLM, "v5e:2x4", (1, 8, 1), 1_048_576, 16384, "int8", 1),
         (GLM, "h100-80gb:1", (1, 1, 1), 1_048_576, 4096, "int8", 1),
         (GLM, "a100-80gb:4", (1, 2, 2), 300_001, 8192, "bfloat16", 1),
-        (QWEN, "v5e:2x4", (2, 2, 2), 65_536, 4096, "int8", 4),
+        (QWEN, "v5e:2x4", (2, 2, 2), 524_288, 4096, "int8", 4),
         (QWEN, "l40s:1", (1, 1, 1), 131_072, 4096, "int4", 8),
         (QWEN3, "v6e:2x4", (1, 1, 8), 131_072, 4096, "int8", 2),
         (QWEN3, "h200:1", (1, 1, 1), 500_000, 16384, "bfloat16", 1),
         (LLAMA, "v5p:2x2x2", (1, 8, 1), 131_072, 4096, "int8", 1),
-        (LLAMA, "v5p:2x2x2", (1, 1, 8), 1_000_000, 4096, "bfloat16", 1),
+        (LLAMA, "h200:8", (1, 1, 8), 1_000_000, 4096, "bfloat16", 1),
         (LLAMA, "h100-80gb:8", (1, 1, 8), 131_072, 8192, "int8", 4),
     ],
 )
@@ -48,7 +48,7 @@ def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length
 
 @pytest.mark.parametrize("target", ["v5e:1x1", "h100-80gb:1"])
 def test_the_longest_fits_and_five_percent_more_does_not(target):
-    config = with_layers(GLM, 3)
+    config = with_layers(GLM, 1)
     plan = lsjax.plan(config, target, allow_untrained_length=True, compile=True, max_batch_size=9)
     assert plan.limited_by == "memory" and plan.fits
 
@@ -64,7 +64,12 @@ def test_the_longest_fits_and_five_percent_more_does_not(target):
 def test_the_program_asks_the_compiler(tmp_path):
     program = pathlib.Path(__file__).parents[2] / "scripts" / "plan.py"
     config = CONFIGS.parent / "models" / "qwen2" / "config.json"
-    flags = [f"--config={config}", "--target=h100-80gb:1", f"--output_json={tmp_path / 'p.json'}"]
+    flags = [
+        f"--config={config}",
+        "--target=h100-80gb:1",
+        "--max_output_length=16",
+        f"--output_json={tmp_path / 'p.json'}",
+    ]
     bare = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}  # as a user has it
     done = subprocess.run(
         [sys.executable, program, *flags, "--compile"], capture_output=True, text=True, env=bare

@@ -8,6 +8,11 @@ import pytest
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 
+def pytest_collection_finish():
+    """What has been imported stays: looking through it takes longer than all other garbage."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """A compiled program takes hundreds of the 65,530 memory mappings that a process may hold."""

@@ -22,8 +22,9 @@ from lsjax.requests import check_total
 from lsjax.settings import COMPUTE_DTYPES, one_of
 from lsjax.sharding import check_fits_mesh, parse_mesh
 
-# By the compiler's word: no more than this share of the longest text may be left unused.
-_TIGHT = 0.02
+# By the compiler's word: no more than this share of the longest text may be left unused. To ask
+# takes a minute, so what is asked first is likely to be right.
+_TIGHT = 0.04
 _ROUNDS = 4
 # Chunks that are weighed against one another, a device of the context axis.
 _CHUNKS = (4096, 8192, 16384, 32768)
@@ -228,7 +229,7 @@ def _ask_compiler(
         except TooLargeError:
             return None
 
-    guess = max(longest, 1)
+    guess = max(longest if longest == bound else int(longest * (1 - _TIGHT / 2)), 1)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         wanted = sorted({length or guess, guess})
         answers = dict(zip(wanted, pool.map(ask, wanted), strict=True))

@@ -53,25 +53,29 @@ def plot_shares(
 
 
 def plot_ring(rows: Sequence[Mapping[str, Any]], path: str) -> None:
-    """Tokens a second and the busiest device's share of work, by device count.
+    """Tokens a second, and the busiest device's work over the mean, by device count.
 
     Args:
       rows: with layout, devices, length, tokens_per_second and busiest_over_mean.
       path: of the PNG.
     """
-    figure, axes = _figure()
-    work = axes.twinx()
-    for layout, length in sorted({(r["layout"], r["length"]) for r in rows}):
-        own = [r for r in rows if (r["layout"], r["length"]) == (layout, length)]
-        devices = [r["devices"] for r in own]
-        (line,) = axes.plot(
-            devices, [r["tokens_per_second"] for r in own], "o-", label=f"{layout}, {length:,}"
-        )
-        busiest = [r["busiest_over_mean"] for r in own]
-        work.plot(devices, busiest, "x:", color=line.get_color())
-    axes.set(xlabel="devices", ylabel="tokens/s (solid)", ylim=(0, None))
-    work.set(ylabel="busiest device's work over the mean (dotted)", ylim=(0.9, 2.05))
-    axes.legend()
+    figure, (speed, work) = _figure(columns=2)
+    lengths, counts = (sorted({r[name] for r in rows}) for name in ("length", "devices"))
+    for length, layout in sorted({(r["length"], r["layout"]) for r in rows}):
+        own = [r for r in rows if (r["length"], r["layout"]) == (length, layout)]
+        style = "o-" if layout == "zigzag" else "x--"
+        style += f"C{lengths.index(length)}"
+        for axes, figures in ((speed, "tokens_per_second"), (work, "busiest_over_mean")):
+            values = [r[figures] for r in own]
+            axes.plot(
+                [r["devices"] for r in own], values, style, label=f"{layout}, {length:,} tokens"
+            )
+    for axes in (speed, work):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, counts)
+    speed.set(title="speed of one layer", xlabel="devices", ylabel="tokens/s", ylim=(0, None))
+    work.set(title="balance", xlabel="devices", ylabel="busiest device's work over the mean")
+    speed.legend()
     figure.savefig(path)
 
 

@@ -52,7 +52,7 @@ class Program:
         key = structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._compiled:
             start, hits = time.perf_counter(), _disk_hits
-            self._compiled[key] = self._jitted.lower(*args).compile()
+            self._compiled[key] = self.lower(*args).compile()
             self._clock.seconds += time.perf_counter() - start
             self._clock.compilations += _disk_hits == hits
         return self._compiled[key](*args)

@@ -13,7 +13,7 @@ from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.sharding import check_fits_mesh, make_mesh, parse_mesh
+from lsjax.sharding import check_fits_mesh, make_mesh
 from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
 
@@ -65,9 +65,7 @@ def settle(
             "*.safetensors, tokenizer files) or one that hf_to_orbax.py has written."
         )
     config = override_rope_scaling(read_config(folder), rope_scaling)
-    if isinstance(mesh, str):
-        mesh = parse_mesh(mesh)
-    if isinstance(mesh, Mapping):
+    if not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
     check_fits_mesh(config, mesh.shape)
     on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -37,12 +37,13 @@ CHUNK = PartitionSpec("data", "context")
 HEADS = PartitionSpec("model")
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """`context=4,model=2` -> {"data": 1, "context": 4, "model": 2}.
+def parse_mesh(mesh: str | Mapping[str, int]) -> dict[str, int]:
+    """`context=4,model=2`, or the same as a mapping -> {"data": 1, "context": 4, "model": 2}.
 
     Raises:
       UserError: an unknown axis, or a size that is not a positive whole number.
     """
+    text = mesh if isinstance(mesh, str) else ",".join(f"{a}={n}" for a, n in mesh.items())
     sizes = dict.fromkeys(AXES, 1)
     seen = set()
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -62,16 +63,16 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
+def make_mesh(sizes: str | Mapping[str, int]) -> Mesh:
     """A mesh over the first devices of this machine (or of all hosts).
 
     Args:
-      sizes: devices along each axis; 1 for an axis that is not named.
+      sizes: devices along each axis, see parse_mesh; 1 for an axis that is not named.
 
     Raises:
       UserError: an unknown axis, or fewer devices than the mesh needs.
     """
-    sizes = parse_mesh(",".join(f"{axis}={size}" for axis, size in sizes.items()))
+    sizes = parse_mesh(sizes)
     count = 1
     for size in sizes.values():
         count *= size

@@ -29,7 +29,7 @@ from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import family_of, read_config
 from lsjax.nn.parameters import abstract_parameters
-from lsjax.sharding import make_mesh, parse_mesh
+from lsjax.sharding import make_mesh
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -110,7 +110,7 @@ def convert_orbax_to_hf(
 
 
 def _on_one_device(config: ModelConfig) -> Abstract:
-    return abstract_parameters(config, make_mesh(parse_mesh("")), config.dtype)
+    return abstract_parameters(config, make_mesh(""), config.dtype)
 
 
 def _as_stored(abstract: Abstract, checkpoint: HFCheckpoint | OrbaxCheckpoint) -> Abstract:

@@ -12,7 +12,7 @@ from lsjax.checkpoint.safetensors_writer import aligned, write_safetensors
 from lsjax.checkpoint.tensors import abstract_tensor
 from lsjax.families import family_of, read_config
 from lsjax.nn.parameters import abstract_parameters
-from lsjax.sharding import make_mesh, parse_mesh
+from lsjax.sharding import make_mesh
 
 
 def write_random_checkpoint(config_file: str, folder: str) -> None:
@@ -29,7 +29,7 @@ def write_random_checkpoint(config_file: str, folder: str) -> None:
       UserError: the config is wrong.
     """
     config = read_config(config_file)
-    params = abstract_parameters(config, make_mesh(parse_mesh("")), config.dtype)
+    params = abstract_parameters(config, make_mesh(""), config.dtype)
     tensors = {t.name: abstract_tensor(t, params) for t in family_of(config).tensors(config)}
 
     def arrays() -> Iterator[np.ndarray]:

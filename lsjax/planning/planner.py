@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lsjax.cache import CACHE_DTYPES, whole_stripes
@@ -137,8 +137,6 @@ def plan(
     one_of("dtype", dtype, COMPUTE_DTYPES)
     if kv_cache_dtype != "auto":
         one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
-    if isinstance(mesh, str) and mesh:
-        mesh = parse_mesh(mesh)
     free = _Choices(config, target, dtype, max_batch_size, max_output_length)
     asked = dataclasses.replace(
         free,
@@ -148,26 +146,23 @@ def plan(
     )
     layout = asked.best(max_input_length, bound)
     recommended = layout if asked == free else free.best(max_input_length, bound)
-
-    def arithmetic(length: int) -> dict[str, Needs]:
-        return needs_of(config, target.platform, layout, length)
-
-    longest = _longest(arithmetic, target, bound)
-    length = max_input_length or max(longest, 1)
-    programs = arithmetic(length)
+    longest = longest_that_fits(config, target, layout, bound)
     if compile:
         programs, longest = _ask_compiler(config, target, layout, max_input_length, longest, bound)
+    length = max_input_length or max(longest, 1)
+    lengths = {length, *_table_lengths(longest, bound)}
+    table = {n: needs_of(config, target.platform, layout, n) for n in sorted(lengths)}
     return Plan(
         config=config,
         target=target,
         layout=layout,
-        length=max_input_length or max(longest, 1),
-        programs=programs,
+        length=length,
+        programs=programs if compile else table[length],
         max_length=longest,
         limited_by="positions" if longest == bound else "memory",
         recommended=recommended,
         reasons=tuple(free.reasons(recommended, length)),
-        table={n: arithmetic(n) for n in _table_lengths(length, longest, bound)},
+        table=table,
         speed=expected_speed(config, target, layout, length),
         compiled=compile,
     )
@@ -196,14 +191,13 @@ def fits(target: Target, programs: Mapping[str, Needs]) -> bool:
 
 def longest_that_fits(config: ModelConfig, target: Target, layout: Layout, bound: int) -> int:
     """The longest prompt up to `bound` that fits, by arithmetic; 0 if none does."""
-    return _longest(lambda n: needs_of(config, target.platform, layout, n), target, bound)
-
-
-def _longest(needs: Callable[[int], dict[str, Needs]], target: Target, bound: int) -> int:
     low, high = 0, bound
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(target, needs(middle)) else (low, middle - 1)
+        if fits(target, needs_of(config, target.platform, layout, middle)):
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
@@ -369,9 +363,9 @@ class _Choices:
 
 
 def _checked_mesh(
-    config: ModelConfig, target: Target, mesh: Mapping[str, int], batch: int
+    config: ModelConfig, target: Target, mesh: str | Mapping[str, int], batch: int
 ) -> tuple[int, int, int]:
-    sizes = parse_mesh(",".join(f"{axis}={size}" for axis, size in mesh.items()))
+    sizes = parse_mesh(mesh)
     data, context, model = sizes.values()
     if data * context * model > target.devices:
         raise UserError(
@@ -386,10 +380,10 @@ def _checked_mesh(
     return data, context, model
 
 
-def _table_lengths(length: int, longest: int, bound: int) -> list[int]:
-    """Powers of two around what fits, the length asked for and the longest."""
+def _table_lengths(longest: int, bound: int) -> list[int]:
+    """Powers of two around what fits, and the longest."""
     powers = [2**i for i in range(13, 23) if longest / 32 <= 2**i <= min(2 * longest, bound)]
-    return sorted({*powers, length, longest} - {0})
+    return [*powers, longest] if longest else powers
 
 
 def _as_flags(layout: Layout) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lsjax.families import parse_config
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import random_parameters
 from lsjax.positions.rotary import RotaryTables, rotary_tables
-from lsjax.sharding import make_mesh, parse_mesh
+from lsjax.sharding import make_mesh
 from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH, tokens_of
 from lsjax.shipped.passages import Passage, make_passage, statement
 
@@ -95,7 +95,7 @@ class Settings:
 def train(hf_config: dict[str, Any], settings: Settings) -> dict:
     """Trains one of HF_CONFIGS from random parameters and returns the tree of trained ones."""
     config = parse_config(hf_config)
-    params = random_parameters(config, make_mesh(parse_mesh("")), "float32", settings.seed)
+    params = random_parameters(config, make_mesh(""), "float32", settings.seed)
     batches = _batches(settings)
     for phase in settings.phases:
         params = _train_phase(config, params, phase, settings, batches)
@@ -109,7 +109,7 @@ def _train_phase(
     settings: Settings,
     batches: Iterator[tuple[np.ndarray, np.ndarray]],
 ) -> dict:
-    decoder = Decoder(config, make_mesh(parse_mesh("")), jnp.float32)
+    decoder = Decoder(config, make_mesh(""), jnp.float32)
     steps = sum(stage.steps for stage in phase.stages)
     rate = optax.warmup_cosine_decay_schedule(0.0, phase.peak_rate, phase.warmup, steps)
     optimiser = optax.chain(

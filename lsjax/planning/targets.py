@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import threading
 from collections.abc import Mapping
 
 import jax
@@ -77,6 +78,8 @@ _HERE = {
 }
 # Of a GPU's memory: the rest is its driver's, and JAX's with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
 _GPU_SHARE = 0.95
+# Compilers cannot be loaded by two threads at once.
+_LOADING = threading.Lock()
 _KNOWN = (
     "TPUs by their topology, as v5e:2x4, v6e:2x4 or v5p:2x2x2; GPUs by their number, as "
     f"{', '.join(f'{gpu}:8' for gpu in _GPUS)}; cpu:8 for CPU devices that share this machine's "
@@ -143,22 +146,25 @@ def _devices(target: Target, count: int) -> list:
             )
         return devices
     try:
-        if kind in _GPUS:
-            return topologies.get_topology_desc(
-                "gpu", "cuda", target_config=_description(kind), topology=f"1x1x{count}"
-            ).devices
-        # libtpu would ask a cloud's metadata server what machine it is on.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        # A chip alone has no topology: it is one of a few.
-        name = {"v5e:1x1": "v5e:2x4", "v6e:1x1": "v6e:2x4", "v5p:1x1x1": "v5p:2x2x2"}.get(
-            target.name, target.name
-        )
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        with _LOADING:
+            return _topology(target.name, kind, count)
     except Exception as error:
         raise UserError(
             f"there is no compiler for {target.name} here: pip install 'lsjax[ahead]', or leave "
             f"compiling out. JAX says: {(str(error).splitlines() or ['nothing'])[0]}"
         ) from None
+
+
+def _topology(name: str, kind: str, count: int) -> list:
+    if kind in _GPUS:
+        return topologies.get_topology_desc(
+            "gpu", "cuda", target_config=_description(kind), topology=f"1x1x{count}"
+        ).devices
+    # libtpu would ask a cloud's metadata server what machine it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # A chip alone has no topology: it is one of a few.
+    alone = {"v5e:1x1": "v5e:2x4", "v6e:1x1": "v6e:2x4", "v5p:1x1x1": "v5p:2x2x2"}
+    return topologies.get_topology_desc(platform="tpu", topology_name=alone.get(name, name)).devices
 
 
 def _description(gpu: str) -> str:

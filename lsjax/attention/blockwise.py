@@ -17,7 +17,7 @@ from lsjax.precision import einsum
 
 # Tokens of a decode step at most, and the keys that so few attend to at a time.
 _FEW = 16
-_KEYS_FOR_FEW = 4608
+_KEYS_FOR_FEW = 9216
 
 
 class Blocks(NamedTuple):

@@ -25,6 +25,12 @@ def define_model_flags() -> None:
         "Tokens of prompt run at once; a few more where they must be shared by a context axis.",
         lower_bound=1,
     )
+    flags.DEFINE_string(
+        "kv_compression",
+        "none",
+        "razor: heads that do not retrieve keep a window (or settings, as in "
+        "'{\"window\": 2000}'); none.",
+    )
     flags.DEFINE_string("mesh", "", "Devices by axis (data, context, model): context=4,model=2.")
     flags.DEFINE_string(
         "coordinator_address",
@@ -56,7 +62,7 @@ def connect() -> None:
 
 def model_options() -> dict[str, Any]:
     """What define_model_flags were given, as the arguments of lsjax.settings.settle."""
-    names = ("dtype", "kv_cache_dtype", "mesh", "prefill_chunk")
+    names = ("dtype", "kv_cache_dtype", "kv_compression", "mesh", "prefill_chunk")
     return {"path": flags.FLAGS.model_path} | {n: flags.FLAGS[n].value for n in names}
 
 

@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lsjax import lookup
 from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache, stripe_of
 from lsjax.compilation import CompileClock, Program, compiler_options
+from lsjax.compression import Compression
 from lsjax.config import ModelConfig
 from lsjax.hosts import to_host
+from lsjax.layer_by_layer import LayerByLayer
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
@@ -66,10 +68,20 @@ class Engine:
       chunk: tokens of prompt run at once; whole stripes, see Zigzag.
       stripe: how positions lie along the context axis.
       clock: what compiling them has cost.
+      compression: of the KV heads, or None.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: str, chunk: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        dtype: str,
+        cache_dtype: str,
+        chunk: int,
+        compression: Compression | None = None,
+    ):
         self.config, self.mesh, self.dtype, self.cache_dtype = config, mesh, dtype, cache_dtype
+        self.compression = compression
         context = mesh.shape["context"]
         self.chunk, self.stripe = chunk, stripe_of(chunk, context)
         self._zigzag = Zigzag(context, self.stripe)
@@ -79,7 +91,9 @@ class Engine:
         self._rows = sharding(mesh, TOKENS)
         whole = sharding(mesh, PartitionSpec())
         cache = cache_shardings(config, mesh, cache_dtype, self.stripe)
-        state = DecodeState(cache=cache, token=self._rows, position=self._rows, step=whole)
+        # A compressed cache's structure depends on its size; it stays where attention leaves it.
+        decoded = None if compression else cache
+        state = DecodeState(cache=decoded, token=self._rows, position=self._rows, step=whole)
 
         self._platform = mesh.devices.flat[0].platform
         options = compiler_options(self._platform)
@@ -87,6 +101,9 @@ class Engine:
         def program(function, **jit_options):
             return Program(function, self.clock, compiler_options=options, **jit_options)
 
+        self._layer_by_layer = compression and LayerByLayer(
+            config, mesh, compression, self._zigzag, self._decoder, program
+        )
         self._prefill = program(
             self._prefill_step, donate_argnums=2, out_shardings=(cache, self._rows)
         )
@@ -150,6 +167,25 @@ class Engine:
             last = jnp.zeros(shape, self.dtype, device=self._rows)
         tokens, lengths = self._place(tokens), self._place(lengths)
         return self._prefill(params, tables, cache, tokens, np.int32(start), lengths, last)
+
+    def prefill_by_layer(
+        self,
+        params: dict,
+        tables: RotaryTables,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        spec: CacheSpec,
+        room: int,
+        on_chunk: Callable[[int, int], None],
+    ) -> tuple[KVCache, jax.Array]:
+        """Runs whole prompts, [batch, chunks * chunk] ids, into a compressed cache.
+
+        See LayerByLayer; only of an engine with compression.
+        """
+        chunks = np.split(tokens, tokens.shape[1] // self.chunk, axis=1)
+        placed = [self._place(chunk) for chunk in chunks]
+        lengths = self._place(lengths)
+        return self._layer_by_layer(params, tables, placed, lengths, spec, room, on_chunk)
 
     def score(
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: np.ndarray, start: int

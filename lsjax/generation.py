@@ -1,6 +1,8 @@
 """From prompts to answers: chunked prefill, then decode segments until every row has ended."""
 
+import bisect
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from lsjax.engine import SEGMENT, Engine
 from lsjax.hosts import to_host
+from lsjax.progress import prefill_cost
 from lsjax.requests import Request
 
 
@@ -23,6 +26,7 @@ class Timing:
       compile: tracing and compiling, all of it.
       decoded: tokens decoded after the first, the rows' longest count.
       steps: times that the model was run for them.
+      cache_bytes: of the cache, over all devices but counted once.
     """
 
     prefill: float = 0.0
@@ -31,6 +35,7 @@ class Timing:
     compile: float = 0.0
     decoded: int = 0
     steps: int = 0
+    cache_bytes: int = 0
 
 
 def generate(
@@ -57,27 +62,12 @@ def generate(
     compile_before = clock.seconds
     lengths = np.array([len(p) for p in request.prompts], np.int32)
     tables = engine.tables(request.lengths)
-    batch = len(request.prompts)
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
-    cache = engine.new_cache(spec)
     draw = request.sampling.arrays()
 
-    last = pending = None
-    for at in range(0, int(lengths.max()), request.chunk):
-        tokens = np.zeros((batch, request.chunk), np.int32)
-        for row, prompt in zip(tokens, request.prompts, strict=True):
-            part = prompt[at : at + request.chunk]
-            row[: len(part)] = part
-        cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
-        # Wait for the chunk before, so that the device always has the next one queued.
-        if pending is not None:
-            jax.block_until_ready(pending[1])
-            if on_prefill:
-                on_prefill(pending[0])
-        pending = min(request.chunk, int(lengths.max()) - at), last
-    jax.block_until_ready(last)
-    if on_prefill:
-        on_prefill(pending[0])
+    prefill = _compressed_prefill if engine.compression else _prefill
+    cache, last = prefill(engine, params, request, spec, tables, lengths, on_prefill)
+    timing.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     state = engine.first(params, cache, last, lengths, draw)
     del cache
     rows = _Rows(request)
@@ -108,11 +98,60 @@ def generate(
         start, compile_before = time.perf_counter(), clock.seconds
 
 
+def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
+    """Chunk after chunk through all layers: the cache, and the last hidden states."""
+    cache = engine.new_cache(spec)
+    last = pending = None
+    for at in range(0, int(lengths.max()), request.chunk):
+        tokens = _rows_of(request, at, at + request.chunk)
+        cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
+        # Wait for the chunk before, so that the device always has the next one queued.
+        if pending is not None:
+            jax.block_until_ready(pending[1])
+            if on_prefill:
+                on_prefill(pending[0])
+        pending = min(request.chunk, int(lengths.max()) - at), last
+    jax.block_until_ready(last)
+    if on_prefill:
+        on_prefill(pending[0])
+    return cache, last
+
+
+def _compressed_prefill(engine, params, request, spec, tables, lengths, on_prefill):
+    """Layer after layer through all chunks; as `_prefill`."""
+    longest, chunk, layers = int(lengths.max()), request.chunk, engine.config.num_layers
+    chunks, told = -(-longest // chunk), 0
+    cost = functools.partial(prefill_cost, engine.config, 0)
+
+    def on_chunk(layer: int, n: int) -> None:
+        """Tells of the positions that all layers would have run for the same work."""
+        nonlocal told
+        if (layer, n) == (layers - 1, chunks - 1):
+            done = longest
+        else:
+            work = (layer * cost(longest) + cost(min((n + 1) * chunk, longest))) / layers
+            done = bisect.bisect(range(longest), work, key=cost) - 1
+        if on_prefill and done > told:
+            on_prefill(done - told)
+            told = done
+
+    tokens = _rows_of(request, 0, chunks * chunk)
+    room = request.input_room
+    return engine.prefill_by_layer(params, tables, tokens, lengths, spec, room, on_chunk)
+
+
+def _rows_of(request: Request, begin: int, end: int) -> np.ndarray:
+    """[batch, end - begin] ids of the prompts there, zeros after their ends."""
+    tokens = np.zeros((len(request.prompts), end - begin), np.int32)
+    for row, prompt in zip(tokens, request.prompts, strict=True):
+        part = prompt[begin:end]
+        row[: len(part)] = part
+    return tokens
+
+
 def _lookup_rows(request: Request, room: int) -> tuple[np.ndarray, np.ndarray]:
     """[batch, room] ids of the prompts, and [batch] positions of the last tokens wanted."""
-    tokens = np.zeros((len(request.prompts), room), np.int32)
-    for row, prompt in zip(tokens, request.prompts, strict=True):
-        row[: len(prompt)] = prompt
+    tokens = _rows_of(request, 0, room)
     last = [len(prompt) for prompt in request.prompts]  # no more than the first for fillers
     for row in range(request.count):
         last[row] += request.max_output_length - 1

@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 
 from lsjax.cache import stripe_of, whole_stripes
 from lsjax.checkpoint import load_parameters, save_parameters
+from lsjax.compression import Razor
+from lsjax.compression.arrange import arranged
 from lsjax.engine import Engine
+from lsjax.errors import UserError
 from lsjax.hosts import to_host
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.requests import Request, batches, cache_spec, check_ids
@@ -34,6 +37,7 @@ def load(
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
+    kv_compression: str | Mapping[str, Any] | Razor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> "LanguageModel":
     """Loads a model onto the devices.
@@ -49,6 +53,8 @@ def load(
       rope_scaling: as in config.json, an object or its JSON; "off" for none; "auto" for what
         each request's length needs; None for what config.json says.
       prefill_chunk: tokens of prompt run at once; None for 512 on CPU and 4096 elsewhere.
+      kv_compression: "razor" lets most heads keep the last tokens only, see Razor for what can be
+        set, as a mapping or its JSON. "none" or None: every head keeps everything.
       progress: called with the number of bytes read, again and again.
 
     Raises:
@@ -61,6 +67,7 @@ def load(
         mesh=mesh,
         rope_scaling=rope_scaling,
         prefill_chunk=prefill_chunk,
+        kv_compression=kv_compression,
     )
     return load_settled(settings, progress)
 
@@ -70,7 +77,10 @@ def load_settled(
 ) -> "LanguageModel":
     """`load`, for settings that are settled already."""
     s = settings
-    return LanguageModel(s, load_parameters(s.folder, s.config, s.mesh, s.dtype, progress))
+    params = load_parameters(s.folder, s.config, s.mesh, s.dtype, progress)
+    if s.compression:
+        params = arranged(params, s.config, s.compression)
+    return LanguageModel(s, params)
 
 
 class LanguageModel:
@@ -79,14 +89,17 @@ class LanguageModel:
     Attributes:
       settings: how it is run.
       config: what it is.
-      params: its parameters, a nested dict of arrays on the mesh.
+      params: its parameters, a nested dict of arrays on the mesh; with kv_compression its heads
+        stand in another order than in the folder.
       engine: its compiled programs.
     """
 
     def __init__(self, settings: Settings, params: dict):
         self.settings, self.config, self.params = settings, settings.config, params
         s = settings
-        self.engine = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk)
+        self.engine = Engine(
+            s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk, s.compression
+        )
         self._scoring: dict[int, Engine] = {}
 
     def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
@@ -98,8 +111,13 @@ class LanguageModel:
         """Writes the model to a new folder, which `load` reads onto any mesh.
 
         Raises:
-          UserError: the folder is taken, or its disk is too small.
+          UserError: the folder is taken, its disk is too small, or heads are out of order.
         """
+        if self.settings.compression:
+            raise UserError(
+                "a model loaded with kv_compression has its heads in another order; load it "
+                "without to save it."
+            )
         save_parameters(self.params, self.settings.folder, folder)
 
     @functools.cached_property

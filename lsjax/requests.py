@@ -84,6 +84,12 @@ def batches(
     if max_batch_size is not None and max_batch_size < 1:
         raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
     check_lookup(prompt_lookup_num_tokens, sampling)
+    if prompt_lookup_num_tokens and settings.compression:
+        raise UserError(
+            "prompt lookup does not go with kv_compression: a draft that is refused would have "
+            "driven tokens out of the windows; set prompt_lookup_num_tokens 0, or kv_compression "
+            "none."
+        )
     rows = min(max_batch_size or len(ids), len(ids))
     data = settings.mesh.shape["data"]
     rows = -(-rows // data) * data

@@ -53,7 +53,6 @@ class Run:
     def _stats(self) -> Stats:
         t, request, engine = self._timing, self._request, self._engine
         prompt_tokens = sum(len(p) for p in request.prompts[: request.count])
-        spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
         return Stats(
             prompt_tokens=prompt_tokens,
             generated_tokens=sum(len(i) for i in self._ids[: self._request.count]),
@@ -65,6 +64,6 @@ class Run:
             decode_steps=t.steps,
             compile_seconds=t.compile,
             compilations=engine.clock.compilations - self._compilations,
-            cache_bytes=spec.nbytes(engine.config),
+            cache_bytes=t.cache_bytes,
             peak_memory_bytes=peak_memory_bytes(),
         )

@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lsjax.cache import CACHE_DTYPES, whole_stripes
+from lsjax.compression import Compression, Razor, compression_of, parse_compression
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import read_config
@@ -33,6 +34,7 @@ class Settings:
       prefill_chunk: tokens of prompt run at once; on a context axis, as many as asked for or a few
         more, so that every device gets its share.
       eos_token_ids: any of these ends an answer.
+      compression: of the KV heads, or None.
     """
 
     folder: str
@@ -42,6 +44,7 @@ class Settings:
     kv_cache_dtype: str
     prefill_chunk: int
     eos_token_ids: frozenset[int]
+    compression: Compression | None
 
 
 def settle(
@@ -52,6 +55,7 @@ def settle(
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
+    kv_compression: str | Mapping[str, Any] | Razor | None = None,
 ) -> Settings:
     """Decides everything that `load` leaves open; see `load` for the arguments.
 
@@ -79,6 +83,7 @@ def settle(
         prefill_chunk = 512 if on_cpu else 4096
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}.")
+    razor = parse_compression(kv_compression)
     prefill_chunk = whole_stripes(prefill_chunk, mesh.shape["context"])
     return Settings(
         folder=folder,
@@ -88,6 +93,7 @@ def settle(
         kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
         prefill_chunk=prefill_chunk,
         eos_token_ids=_eos_token_ids(folder, config),
+        compression=razor and compression_of(razor, folder, config, mesh.shape["model"]),
     )
 
 

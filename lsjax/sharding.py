@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import CacheSpec, KVCache, LayerCache, empty_layer
+from lsjax.cache import CacheSpec, CompressedCache, KVCache, LayerCache, empty_layer
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 
@@ -161,6 +161,16 @@ def layer_cache_spec(cache: LayerCache) -> LayerCache:
     """The specs of one layer's cache, in its own structure."""
     k, v = (jax.tree.map(lambda _: CACHE, store) for store in (cache.k, cache.v))
     return cache.replace(k=k, v=v, recent=jax.tree.map(lambda _: RECENT, cache.recent))
+
+
+def compressed_cache_spec(cache: CompressedCache) -> CompressedCache:
+    """The specs of one layer's compressed cache, in its own structure."""
+    window = cache.window
+    if window is not None:
+        k, v = (jax.tree.map(lambda _: CACHE, store) for store in (window.k, window.v))
+        dropped = window.dropped.replace(k=RECENT, v=RECENT, count=TOKENS)
+        window = window.replace(k=k, v=v, dropped=dropped)
+    return CompressedCache(cache.whole and layer_cache_spec(cache.whole), window)
 
 
 def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str, stripe: int) -> KVCache:

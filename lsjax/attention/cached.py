@@ -56,9 +56,9 @@ def write_and_attend(
     dealt = context > 1 and not decode
     queries, tokens = (CHUNK_QUERIES, CHUNK) if dealt else (QUERIES, TOKENS)
     cache_spec = layer_cache_spec(cache)
-    step = jax.shard_map(
+    sharded = jax.shard_map(
         functools.partial(
-            _step,
+            step,
             window=window,
             zigzag=Zigzag(context, cache.stripe),
             decode=decode,
@@ -69,10 +69,11 @@ def write_and_attend(
         out_specs=(queries, cache_spec),
         check_vma=False,
     )
-    return step(q, k, v, positions, lengths, cache, slopes)
+    return sharded(q, k, v, positions, lengths, cache, slopes)
 
 
-def _step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, platform):
+def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, platform):
+    """`write_and_attend` on one device of the mesh, with its parts of the arrays."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q * head_dim**-0.5

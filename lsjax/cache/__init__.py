@@ -1,5 +1,12 @@
 """The KV cache: a pytree of one entry a layer, float, int8 or int4, sharded over the sequence."""
 
+from lsjax.cache.compressed import (
+    CompressedCache,
+    Dropped,
+    WindowCache,
+    WindowSpec,
+    compress,
+)
 from lsjax.cache.kv_cache import (
     CACHE_DTYPES,
     CacheSpec,
@@ -16,11 +23,16 @@ __all__ = [
     "CACHE_DTYPES",
     "GRANULE",
     "CacheSpec",
+    "CompressedCache",
+    "Dropped",
     "KVCache",
     "LayerCache",
     "Recent",
     "Store",
+    "WindowCache",
+    "WindowSpec",
     "Zigzag",
+    "compress",
     "empty_cache",
     "empty_layer",
     "empty_store",

@@ -57,12 +57,10 @@ class Zigzag:
         piece = jnp.where(rest < self._piece, device, 2 * self.devices - 1 - device)
         return stripe * self.stripe + piece * self._piece + rest % self._piece
 
-    def holds(self, device: jax.Array | int, position: jax.Array) -> jax.Array:
-        """Whether a device holds a position."""
-        if self.devices == 1:
-            return jnp.full_like(position, True, bool)
-        piece = position % self.stripe // self._piece
-        return (piece == device) | (piece == 2 * self.devices - 1 - device)
+    def device(self, position: jax.Array) -> jax.Array:
+        """The device that holds a position."""
+        piece = position % self.stripe // self._piece if self.devices > 1 else 0 * position
+        return jnp.minimum(piece, 2 * self.devices - 1 - piece)
 
     def order(self, length: int) -> np.ndarray:
         """[length] positions 0 .. length - 1 (whole stripes) device after device.

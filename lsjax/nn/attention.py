@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lsjax.attention import compressed
 from lsjax.attention.cached import write_and_attend
 from lsjax.attention.plain import causal_attention
-from lsjax.cache import LayerCache
+from lsjax.cache import CompressedCache, LayerCache
 from lsjax.config import ModelConfig
 from lsjax.nn.linear import Linear, RMSNorm
 from lsjax.positions.alibi import alibi_slopes
@@ -33,10 +34,10 @@ class Attention(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         cos_sin: tuple[jax.Array, jax.Array],
-        cache: LayerCache | None,
+        cache: LayerCache | CompressedCache | None,
         lengths: jax.Array | None,
         decode: bool,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerCache | CompressedCache | None]:
         """[batch, length, hidden] -> the same, and the cache with these tokens written.
 
         Without a cache the tokens are the whole sequence, and gradients flow.
@@ -59,6 +60,8 @@ class Attention(nn.Module):
             k = rotate(k, *cos_sin, c.rope_interleaved)
         if cache is None:
             y = causal_attention(q, k, v, self.window, slopes)
+        elif isinstance(cache, CompressedCache):
+            y, cache = compressed.write_and_attend(self.mesh, q, k, v, positions, cache)
         else:
             y, cache = write_and_attend(
                 self.mesh, q, k, v, positions, lengths, cache, decode, self.window, slopes

@@ -22,7 +22,7 @@ def test_every_position_has_one_slot(zigzag, stripes):
     for device in range(zigzag.devices):
         own = np.asarray(zigzag.position(device, np.arange(length // zigzag.devices)))
         assert np.all(np.diff(own) > 0)
-        holds = np.asarray(zigzag.holds(device, positions))
+        holds = np.asarray(zigzag.device(positions)) == device
         np.testing.assert_array_equal(positions[holds], own)
         slots = np.asarray(zigzag.slots_before(device, positions))
         np.testing.assert_array_equal(slots, np.searchsorted(own, positions))

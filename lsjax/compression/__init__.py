@@ -1,0 +1,15 @@
+"""KV head compression: which heads keep everything, and how the model is arranged for it."""
+
+from lsjax.compression.razor import Compression, Razor, compression_of, parse_compression
+from lsjax.compression.scores import HEAD_FILE, HeadScores, read_scores, write_scores
+
+__all__ = [
+    "HEAD_FILE",
+    "Compression",
+    "HeadScores",
+    "Razor",
+    "compression_of",
+    "parse_compression",
+    "read_scores",
+    "write_scores",
+]

@@ -1,0 +1,51 @@
+"""The same model with its heads in another order."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lsjax.compression.razor import Compression
+from lsjax.config import ModelConfig
+
+
+def arranged(params: dict, config: ModelConfig, compression: Compression) -> dict:
+    """Parameters of the model whose KV heads, each with its query heads, stand in `order`.
+
+    What a layer computes does not depend on the order of its heads.
+
+    Args:
+      params: the model's, a nested dict.
+      config: the model.
+      compression: says the order.
+    """
+    group = config.num_heads // config.num_kv_heads
+    out = dict(params)
+    for i, order in enumerate(compression.order):
+        if order == tuple(range(config.num_kv_heads)):
+            continue
+        layer = dict(params[f"layers_{i}"])
+        attention = dict(layer["attn"])
+        queries = [head * group + j for head in order for j in range(group)]
+        for name, heads in (("q", queries), ("k", order), ("v", order)):
+            attention[name] = {
+                kind: _taken(x, _channels(config, heads), 0, x.sharding)
+                for kind, x in attention[name].items()
+            }
+        weight = attention["o"]["weight"]
+        weight = _taken(weight, _channels(config, queries), 1, weight.sharding)
+        attention["o"] = attention["o"] | {"weight": weight}
+        out[f"layers_{i}"] = layer | {"attn": attention}
+    return out
+
+
+def _channels(config: ModelConfig, heads: Sequence[int]) -> np.ndarray:
+    return (np.asarray(heads)[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _taken(x: jax.Array, channels: np.ndarray, axis: int, where: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.take(x, channels, axis=axis), where)

@@ -1,0 +1,76 @@
+"""How much each query head looks back at earlier copies: a small JSON file beside the model."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.files import write_atomically
+
+HEAD_FILE = "retrieval_heads.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadScores:
+    """Scores of a model's query heads, from 0 to 1.
+
+    Attributes:
+      echo: [layers, heads] attention to earlier copies of the current token.
+      induction: [layers, heads] attention to the tokens after them.
+    """
+
+    echo: np.ndarray
+    induction: np.ndarray
+
+
+def write_scores(path: str, config: ModelConfig, scores: HeadScores) -> None:
+    """Writes the file that `read_scores` reads."""
+    rows = {
+        name: [[round(float(x), 6) for x in layer] for layer in getattr(scores, name)]
+        for name in ("echo", "induction")
+    }
+    write_atomically(path, json.dumps({"model": _shape(config), **rows}) + "\n")
+
+
+def read_scores(path: str, config: ModelConfig) -> HeadScores:
+    """Reads the scores of a model.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it is another model's.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        shape = found["model"]
+        scores = HeadScores(*(np.asarray(found[n], np.float64) for n in ("echo", "induction")))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; KV head compression needs to know which heads retrieve: run "
+            f"scripts/find_retrieval_heads.py --model_path {os.path.dirname(path) or '.'} once."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a file of head scores ({type(error).__name__}: {error}); write it anew "
+            "with scripts/find_retrieval_heads.py."
+        ) from None
+    if shape != _shape(config):
+        raise UserError(
+            f"{path} is of another model ({shape}), not of this one ({_shape(config)}); write it "
+            "anew with scripts/find_retrieval_heads.py."
+        )
+    expected = config.num_layers, config.num_heads
+    for rows in (scores.echo, scores.induction):
+        if rows.shape != expected or not np.isfinite(rows).all():
+            raise UserError(
+                f"{path} does not hold a number for each of {expected[0]} layers x {expected[1]} "
+                "heads; write it anew with scripts/find_retrieval_heads.py."
+            )
+    return scores
+
+
+def _shape(config: ModelConfig) -> dict[str, int]:
+    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size")
+    return {name: getattr(config, name) for name in names}

@@ -1,0 +1,150 @@
+"""Prefill that runs all of a prompt through one layer before the next.
+
+Each layer's cache is compressed as soon as the layer is done, so that only one is ever whole. What
+a token attends to is all there is: the answer's first token is that of the uncompressed model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lsjax.cache import (
+    CacheSpec,
+    CompressedCache,
+    LayerCache,
+    WindowSpec,
+    Zigzag,
+    compress,
+    empty_layer,
+)
+from lsjax.compilation import Program
+from lsjax.compression import Compression
+from lsjax.config import ModelConfig
+from lsjax.nn.block import Block
+from lsjax.nn.decoder import Decoder
+from lsjax.positions.rotary import RotaryTables, cos_sin
+from lsjax.sharding import CHUNK, TOKENS, compressed_cache_spec, layer_cache_spec, sharding
+
+
+class LayerByLayer:
+    """The programs of such a prefill."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        compression: Compression,
+        zigzag: Zigzag,
+        decoder: Decoder,
+        program: Callable[..., Program],
+    ):
+        self._config, self._mesh, self._compression = config, mesh, compression
+        self._zigzag, self._decoder, self._program = zigzag, decoder, program
+        self._platform = mesh.devices.flat[0].platform
+        self._embed = program(self._embed_step, out_shardings=sharding(mesh, CHUNK))
+        self._layer = program(self._layer_step, donate_argnums=(2, 3))
+        self._last = program(self._last_step, out_shardings=sharding(mesh, TOKENS))
+        self._empty = jax.jit(self._empty_layer, static_argnums=0)
+        self._compress: dict[tuple[int, WindowSpec], Program] = {}
+
+    def __call__(
+        self,
+        params: dict,
+        tables: RotaryTables,
+        chunks: Sequence[jax.Array],
+        lengths: jax.Array,
+        spec: CacheSpec,
+        room: int,
+        on_chunk: Callable[[int, int], None],
+    ) -> tuple[tuple[CompressedCache, ...], jax.Array]:
+        """Runs prompts.
+
+        Args:
+          params: the model's, its heads arranged.
+          tables: of the requests.
+          chunks: [batch, chunk] ids, one after the other; anything after a prompt's end.
+          lengths: [batch] tokens of each prompt.
+          spec: of the whole cache.
+          room: tokens of prompt that it has room for.
+          on_chunk: called with the layer and the chunk that are done.
+
+        Returns:
+          The compressed cache, and [batch, hidden] the hidden state of each prompt's last token.
+        """
+        size = chunks[0].shape[1]
+        starts = [np.int32(i * size) for i in range(len(chunks))]
+        hidden = [self._embed(params, tokens) for tokens in chunks]
+        window = self._compression.window(room)
+        entries = []
+        for i, kept in enumerate(self._compression.kept):
+            cache, layer = self._empty(spec), params[f"layers_{i}"]
+            for n, start in enumerate(starts):
+                hidden[n], cache = self._layer(layer, tables, cache, hidden[n], start, lengths)
+                if n:  # the device always has the next one queued
+                    jax.block_until_ready(hidden[n - 1])
+                    on_chunk(i, n - 1)
+            entries.append(self._compressed(cache, lengths, kept, window))
+            del cache
+            jax.block_until_ready(entries[-1])  # before the next layer's cache is made
+            on_chunk(i, len(starts) - 1)
+        last = None
+        for start, x in zip(starts, hidden, strict=True):
+            last = self._last(
+                params, x, start, lengths, jnp.zeros_like(x[:, 0]) if last is None else last
+            )
+        return tuple(entries), last
+
+    def _compressed(
+        self, cache: LayerCache, lengths: jax.Array, kept: int, window: WindowSpec
+    ) -> CompressedCache:
+        key = kept, window
+
+        def step(_: None, cache: LayerCache, lengths: jax.Array) -> CompressedCache:
+            out = compress(cache, lengths, kept, self._compression.shards, self._zigzag, window)
+            return self._placed(out, compressed_cache_spec(out))
+
+        if key not in self._compress:
+            self._compress[key] = self._program(step)
+        return self._compress[key](None, cache, lengths)
+
+    def _placed(self, tree, specs):
+        """Within a program: the tree where its specs say."""
+        return jax.tree.map(
+            lambda x, spec: jax.lax.with_sharding_constraint(x, sharding(self._mesh, spec)),
+            tree,
+            specs,
+        )
+
+    def _empty_layer(self, spec: CacheSpec) -> LayerCache:
+        layer = empty_layer(self._config, spec, self._platform)
+        return self._placed(layer, layer_cache_spec(layer))
+
+    def _positions(self, batch: int, length: int, start: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(start + jnp.asarray(self._zigzag.order(length)), (batch, length))
+
+    def _embed_step(self, params, tokens):
+        if self._zigzag.devices > 1:
+            tokens = tokens[:, self._zigzag.order(tokens.shape[1])]
+        tokens = self._placed(tokens, CHUNK)
+        return self._decoder.apply({"params": params}, tokens, method=lambda m, ids: m.embed(ids))
+
+    def _layer_step(self, layer, tables, cache, hidden, start, lengths):
+        positions = self._placed(self._positions(*hidden.shape[:2], start), CHUNK)
+        if self._decoder.gather is not None:
+            layer = self._decoder.gather("layers_0", layer)
+        block = Block(self._config, self._mesh, None)
+        hidden, cache = block.apply(
+            {"params": layer}, hidden, positions, cos_sin(tables, positions), cache, lengths, False
+        )
+        return self._placed(hidden, CHUNK), self._placed(cache, layer_cache_spec(cache))
+
+    def _last_step(self, params, hidden, start, lengths, last):
+        is_last = (self._positions(*hidden.shape[:2], start) == lengths[:, None] - 1)[..., None]
+        chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
+        normed = self._decoder.apply(
+            {"params": params}, chosen, method=lambda m, x: m.final_norm(x)
+        )
+        return jnp.where(jnp.any(is_last, axis=1), normed, last)

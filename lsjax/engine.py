@@ -108,9 +108,13 @@ class Engine:
             self._prefill_step, donate_argnums=2, out_shardings=(cache, self._rows)
         )
         self._score = program(self._score_step, donate_argnums=2, out_shardings=(cache, self._rows))
+        self._embed = program(self._embed_step)
         self._first = program(self._first_step, out_shardings=self._rows)
         self._decode = program(
             self._decode_segment, donate_argnums=2, out_shardings=(state, self._rows)
+        )
+        self._force = program(
+            self._force_segment, donate_argnums=2, out_shardings=(decoded, self._rows)
         )
         rows = self._rows
         looking = LookupState(cache=cache, tokens=rows, position=rows, last=rows)
@@ -168,6 +172,10 @@ class Engine:
         tokens, lengths = self._place(tokens), self._place(lengths)
         return self._prefill(params, tables, cache, tokens, np.int32(start), lengths, last)
 
+    def embed(self, params: dict, tokens: jax.Array) -> jax.Array:
+        """[batch, length] ids -> [batch, length, hidden], what the first layer gets."""
+        return self._embed(params, tokens)
+
     def prefill_by_layer(
         self,
         params: dict,
@@ -209,6 +217,23 @@ class Engine:
     ) -> tuple[DecodeState, jax.Array]:
         """Decodes one segment; the state is donated. Returns it and [batch, SEGMENT] new ids."""
         return self._decode(params, tables, state, draw)
+
+    def force(
+        self, params: dict, tables: RotaryTables, cache: KVCache, tokens: jax.Array, position: int
+    ) -> tuple[KVCache, jax.Array]:
+        """Decodes a segment of tokens that are given.
+
+        Args:
+          params: the model's.
+          tables: of the requests.
+          cache: holding all before the first of them; donated.
+          tokens: [batch, SEGMENT] ids.
+          position: of the first, in every row.
+
+        Returns:
+          The cache with them, and [batch, SEGMENT, vocab] float32 logits of the tokens after each.
+        """
+        return self._force(params, tables, cache, self._place(tokens), np.int32(position))
 
     def start_lookup(self, state: DecodeState, tokens: np.ndarray, last: np.ndarray) -> LookupState:
         """Goes on from the first token with prompt lookup.
@@ -311,6 +336,9 @@ class Engine:
             jax.lax.with_sharding_constraint(x, parts) for x in (tokens[:, order], positions)
         )
 
+    def _embed_step(self, params, tokens):
+        return self._decoder.apply({"params": params}, tokens, method="embed_tokens")
+
     def _first_step(self, params, last, draw):
         return next_token(self._logits(params, last[:, None])[:, 0], draw, jnp.int32(0))
 
@@ -326,6 +354,16 @@ class Engine:
 
         state, tokens = jax.lax.scan(step, state, length=SEGMENT)
         return state, tokens.T
+
+    def _force_segment(self, params, tables, cache, tokens, position):
+        def step(carry, token):
+            cache, at = carry
+            positions = jnp.broadcast_to(at, token.shape)[:, None]
+            hidden, cache = self._run(params, token[:, None], positions, tables, cache, decode=True)
+            return (cache, at + 1), self._logits(params, hidden)[:, 0]
+
+        (cache, _), scores = jax.lax.scan(step, (cache, position), tokens.T)
+        return cache, scores.swapaxes(0, 1)
 
     def _lookup_segment(self, params, tables, state, *, drafted):
         def step(state: LookupState, _) -> tuple[LookupState, tuple[jax.Array, jax.Array]]:

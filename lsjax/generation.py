@@ -98,6 +98,33 @@ def generate(
         start, compile_before = time.perf_counter(), clock.seconds
 
 
+def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[jax.Array]:
+    """Scores of answers that are given: prompts are run as `generate` runs them, and then what
+    follows is decoded token by token, whatever the model would have said.
+
+    Args:
+      engine: the model's programs.
+      params: its parameters.
+      request: its prompts, all of one length, go on after the first `input_room` tokens.
+
+    Yields:
+      [batch, up to SEGMENT, vocab] float32 logits of the tokens after those.
+    """
+    room, ends = request.input_room, {len(p) for p in request.prompts}
+    assert len(ends) == 1
+    begun = dataclasses.replace(request, prompts=tuple(p[:room] for p in request.prompts))
+    tables = engine.tables([len(p) for p in request.prompts])
+    spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
+    prefill = _compressed_prefill if engine.compression else _prefill
+    lengths = np.array([room] * len(request.prompts), np.int32)
+    cache, _ = prefill(engine, params, begun, spec, tables, lengths, None)
+    (end,) = ends
+    for at in range(room, end, SEGMENT):
+        tokens = _rows_of(request, at, at + SEGMENT)
+        cache, scores = engine.force(params, tables, cache, tokens, at)
+        yield scores[:, : end - at]
+
+
 def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
     """Chunk after chunk through all layers: the cache, and the last hidden states."""
     cache = engine.new_cache(spec)

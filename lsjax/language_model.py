@@ -17,6 +17,7 @@ from lsjax.compression import Razor
 from lsjax.compression.arrange import arranged
 from lsjax.engine import Engine
 from lsjax.errors import UserError
+from lsjax.generation import forced_scores
 from lsjax.hosts import to_host
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.requests import Request, batches, cache_spec, check_ids
@@ -160,8 +161,54 @@ class LanguageModel:
             at += scores.shape[1]
         return np.concatenate(parts, axis=1)
 
+    def decode_losses(self, token_ids: Any, prompt_length: int) -> np.ndarray:
+        """How unforeseen tokens are that are decoded one by one, over the cache as it is then.
+
+        What a compressed cache costs shows here: a prompt's own tokens see all there is.
+
+        Args:
+          token_ids: [batch, length] or [length] ids.
+          prompt_length: how many of them are the prompt.
+
+        Returns:
+          [batch, length - prompt_length - 1] float32: minus the log-probability of each token but
+          the first after the prompt.
+
+        Raises:
+          UserError: an id that the model has no embedding for, or nothing left to decode.
+        """
+        ids = np.atleast_2d(np.asarray(token_ids, np.int32))
+        for row in ids:
+            check_ids(self.config, row)
+        length = ids.shape[1]
+        if not 0 < prompt_length < length - 1:
+            raise UserError(
+                f"prompt_length must be from 1 to {length - 2} for {length} tokens, of which two "
+                f"at least are decoded, not {prompt_length}."
+            )
+        request = Request(
+            prompts=tuple(tuple(row.tolist()) for row in ids),
+            count=len(ids),
+            max_output_length=length - prompt_length,
+            input_room=prompt_length,
+            chunk=self.settings.prefill_chunk,
+            sampling=Sampling(),
+            eos_token_ids=frozenset(),
+        )
+        parts, at = [], prompt_length + 1
+        for scores in forced_scores(self.engine, self.params, request):
+            targets = ids[:, at : at + scores.shape[1]]
+            parts.append(to_host(_nats(scores[:, : targets.shape[1]], targets)))
+            at += scores.shape[1]
+        return np.concatenate(parts, axis=1)
+
     def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
         """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
+        if self.settings.compression:
+            raise UserError(
+                "a prompt's own tokens see all of it: the cache is compressed after them. Use "
+                "decode_losses to see what kv_compression costs, or load the model without."
+            )
         ids = np.atleast_2d(np.asarray(token_ids, np.int32))
         for row in ids:
             check_ids(self.config, row)

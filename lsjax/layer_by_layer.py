@@ -129,7 +129,7 @@ class LayerByLayer:
         if self._zigzag.devices > 1:
             tokens = tokens[:, self._zigzag.order(tokens.shape[1])]
         tokens = self._placed(tokens, CHUNK)
-        return self._decoder.apply({"params": params}, tokens, method=lambda m, ids: m.embed(ids))
+        return self._decoder.apply({"params": params}, tokens, method="embed_tokens")
 
     def _layer_step(self, layer, tables, cache, hidden, start, lengths):
         positions = self._placed(self._positions(*hidden.shape[:2], start), CHUNK)
@@ -144,7 +144,5 @@ class LayerByLayer:
     def _last_step(self, params, hidden, start, lengths, last):
         is_last = (self._positions(*hidden.shape[:2], start) == lengths[:, None] - 1)[..., None]
         chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
-        normed = self._decoder.apply(
-            {"params": params}, chosen, method=lambda m, x: m.final_norm(x)
-        )
+        normed = self._decoder.apply({"params": params}, chosen, method="normed")
         return jnp.where(jnp.any(is_last, axis=1), normed, last)

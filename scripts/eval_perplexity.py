@@ -22,6 +22,12 @@ FLAGS = flags.FLAGS
 cli.define_model_flags()
 flags.DEFINE_string("text_file", None, "A UTF-8 text of at least --length tokens.", required=True)
 flags.DEFINE_integer("length", None, "Tokens read.", required=True, lower_bound=2)
+flags.DEFINE_integer(
+    "prompt_length",
+    0,
+    "Of these, tokens of prompt; the others are decoded one by one, and count. 0: all are prompt.",
+    lower_bound=0,
+)
 flags.DEFINE_multi_string(
     "rope_scaling",
     [],
@@ -42,7 +48,7 @@ def main(argv: list[str]) -> None:
     models = {s: model.with_rope_scaling(s) for s in FLAGS.rope_scaling} or {"config": model}
     curves = {}
     for name, scaled in models.items():
-        curves[name] = loss_curve(scaled, ids, FLAGS.length)
+        curves[name] = loss_curve(scaled, ids, FLAGS.length, FLAGS.prompt_length)
         print(f"{curves[name].perplexity:10.4f}  {name}", flush=True)
     if FLAGS.output_json:
         result = {name: dataclasses.asdict(curve) for name, curve in curves.items()}

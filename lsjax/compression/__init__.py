@@ -1,6 +1,12 @@
 """KV head compression: which heads keep everything, and how the model is arranged for it."""
 
-from lsjax.compression.razor import Compression, Razor, compression_of, parse_compression
+from lsjax.compression.razor import (
+    Compression,
+    Razor,
+    choose,
+    compression_of,
+    parse_compression,
+)
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_scores, write_scores
 
 __all__ = [
@@ -8,6 +14,7 @@ __all__ = [
     "Compression",
     "HeadScores",
     "Razor",
+    "choose",
     "compression_of",
     "parse_compression",
     "read_scores",

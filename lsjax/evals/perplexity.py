@@ -24,7 +24,11 @@ class Curve:
 
 
 def loss_curve(
-    model: LanguageModel, token_ids: list[int], length: int, stretches: int = 32
+    model: LanguageModel,
+    token_ids: list[int],
+    length: int,
+    prompt_length: int = 0,
+    stretches: int = 32,
 ) -> Curve:
     """The loss of each next token, averaged over stretches of positions.
 
@@ -33,6 +37,8 @@ def loss_curve(
       token_ids: a text of at least `length` tokens; as many windows of `length` tokens as it
         holds, up to four, are averaged.
       length: tokens that the model reads.
+      prompt_length: of them, the prompt: the others are decoded one by one, and only their losses
+        count. 0: all are a prompt, and all count.
       stretches: how many points the curve has, at most.
 
     Raises:
@@ -44,11 +50,16 @@ def loss_curve(
             f"the text has {len(token_ids)} tokens, too few for a length of {length}; give a "
             "longer text or a length of 2 up to that number."
         )
-    rows = [model.losses([token_ids[i * length : (i + 1) * length]])[0] for i in range(windows)]
+    texts = [token_ids[i * length : (i + 1) * length] for i in range(windows)]
+    if prompt_length:
+        rows = [model.decode_losses([text], prompt_length)[0] for text in texts]
+    else:
+        rows = [model.losses([text])[0] for text in texts]
     losses = np.mean(rows, axis=0)
     parts = np.array_split(losses, min(stretches, len(losses)))
+    begin = length - 1 - len(losses)
     return Curve(
-        ends=tuple(int(e) for e in np.cumsum([len(p) for p in parts])),
+        ends=tuple(int(e) for e in begin + np.cumsum([len(p) for p in parts])),
         losses=tuple(float(p.mean()) for p in parts),
         perplexity=float(np.exp(losses.mean())),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lsjax.compression import HeadScores
 from lsjax.errors import UserError
 from lsjax.evals.needle import NeedleMap
 from lsjax.evals.perplexity import Curve
@@ -30,6 +31,16 @@ def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
     axes.set_yticks(range(len(needles.depths)), [f"{d:.0%}" for d in needles.depths])
     axes.set(xlabel="prompt, tokens", ylabel="depth of the pass key", title=title)
     figure.colorbar(image, label="share read right")
+    figure.savefig(path)
+
+
+def plot_heads(scores: HeadScores, path: str) -> None:
+    """Both scores as heat maps, head against layer."""
+    figure, both = _figure(columns=2)
+    for axes, name in zip(both, ("induction", "echo"), strict=True):
+        image = axes.imshow(getattr(scores, name), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set(xlabel="query head", ylabel="layer", title=f"{name} score")
+        figure.colorbar(image)
     figure.savefig(path)
 
 

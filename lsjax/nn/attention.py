@@ -58,6 +58,9 @@ class Attention(nn.Module):
         if not c.alibi:
             q = rotate(q, *cos_sin, c.rope_interleaved)
             k = rotate(k, *cos_sin, c.rope_interleaved)
+        # What heads look at is asked for to find those that retrieve; else nothing is kept.
+        self.sow("intermediates", "queries", q)
+        self.sow("intermediates", "keys", k)
         if cache is None:
             y = causal_attention(q, k, v, self.window, slopes)
         elif isinstance(cache, CompressedCache):

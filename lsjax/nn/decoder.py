@@ -67,7 +67,7 @@ class Decoder(nn.Module):
           [batch, length, hidden] hidden states after the last norm, and the cache with the new
           tokens written.
         """
-        x = self.embed(tokens)
+        x = self.embed_tokens(tokens)
         angles = cos_sin(tables, positions)
         entries = []
         for i, layer in enumerate(self.layers):
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
                 layer, x = self._gathered(layer, f"layers_{i}", x)
             x, entry = layer(x, positions, angles, entry, lengths, decode)
             entries.append(entry)
-        return self.final_norm(x), None if cache is None else tuple(entries)
+        return self.normed(x), None if cache is None else tuple(entries)
 
     def _gathered(self, layer: Block, name: str, x: jax.Array) -> tuple[Block, jax.Array]:
         """The layer with its weights brought together, once its input is there: XLA would hold
@@ -84,6 +84,14 @@ class Decoder(nn.Module):
         layer, variables = layer.unbind()
         x, weights = jax.lax.optimization_barrier((x, variables["params"]))
         return layer.bind({"params": self.gather(name, weights)}), x
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """[batch, length] ids -> [batch, length, hidden], what the first layer gets."""
+        return self.embed(tokens)
+
+    def normed(self, hidden: jax.Array) -> jax.Array:
+        """What the last layer gives, after the last norm."""
+        return self.final_norm(hidden)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[batch, length, hidden] -> [batch, length, vocab] float32."""

@@ -44,7 +44,7 @@ class Settings:
     kv_cache_dtype: str
     prefill_chunk: int
     eos_token_ids: frozenset[int]
-    compression: Compression | None
+    compression: Compression | None = None
 
 
 def settle(

@@ -1,0 +1,52 @@
+"""Head scores against the whole attention matrix in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lsjax
+from lsjax.compression.find import REPEATS, find_heads, repeated_text
+from lsjax.errors import UserError
+
+
+def whole_matrix(lm, text):
+    """[2, layers, heads] echo and induction from the definition, and from queries and keys."""
+    _, seen = lm.engine._decoder.apply(
+        {"params": lm.params},
+        jnp.asarray(text)[None],
+        jnp.arange(len(text))[None],
+        lm.engine.tables([len(text)]),
+        None,
+        mutable=["intermediates"],
+    )
+    n, group = (len(text) - 1) // REPEATS, lm.config.num_heads // lm.config.num_kv_heads
+    rows = []
+    for layer in range(lm.config.num_layers):
+        found = seen["intermediates"][f"layers_{layer}"]["attn"]
+        q, k = (np.asarray(found[x][0], np.float64)[0] for x in ("queries", "keys"))
+        scores = np.einsum("thd,shd->hts", q, np.repeat(k, group, axis=1)) / np.sqrt(q.shape[-1])
+        scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        later = range(1 + n, len(text))
+        echo = sum(weights[:, t, s] for t in later for s in range(t - n, 0, -n))
+        induction = sum(weights[:, t, s + 1] for t in later for s in range(t - n, 0, -n))
+        rows.append([echo / len(later), induction / len(later)])
+    return np.array(rows).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("mesh", ["", "model=2"])
+def test_scores_are_those_of_the_whole_attention_matrix(mesh):
+    lm = lsjax.load(mesh=mesh)
+    text = repeated_text(256, 48, 57, 37, seed=3)
+    layers = []
+    found = find_heads(lm.engine, lm.params, text, layers.append)
+    wanted = whole_matrix(lsjax.load(), text)
+    np.testing.assert_allclose([found.echo, found.induction], wanted, rtol=1e-4, atol=1e-7)
+    assert layers == [1] * lm.config.num_layers
+
+
+def test_a_text_that_is_dealt_out_is_refused():
+    lm = lsjax.load(mesh="context=2")
+    with pytest.raises(UserError, match="model axis only"):
+        find_heads(lm.engine, lm.params, repeated_text(256, 48, 57, 9, 0), print)

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from lsjax.compression.shapes import compressed_shapes
 from lsjax.positions.frequencies import resolve, rotary_frequencies
 from lsjax.requests import Request
 from lsjax.results import Completion, Stats
@@ -15,7 +18,7 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
     config = settings.config
     request_length = max(max(r.lengths) for r in requests)
     scaling, theta = resolve(config, request_length)
-    cache = requests[0].cache_spec(settings.mesh, settings.kv_cache_dtype, settings.dtype)
+    compression = settings.compression
     _, attention_factor = rotary_frequencies(config, request_length)
     return {
         "model": settings.folder,
@@ -29,11 +32,24 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
         "request_length": request_length,
         "dtype": settings.dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
-        "cache_bytes": cache.nbytes(config),
+        "kv_compression": compression and dataclasses.asdict(compression.razor),
+        "kv_heads_kept": compression and sum(compression.kept) * compression.shards,
+        "cache_bytes": _cache_bytes(settings, requests[0]),
         "prefill_chunk": settings.prefill_chunk,
         "mesh": {axis: int(size) for axis, size in settings.mesh.shape.items()},
         "devices": f"{settings.mesh.size} x {settings.mesh.devices.flat[0].device_kind}",
     }
+
+
+def _cache_bytes(settings: Settings, request: Request) -> int:
+    """Over all devices but counted once, after prefill."""
+    spec = request.cache_spec(settings.mesh, settings.kv_cache_dtype, settings.dtype)
+    if settings.compression is None:
+        return spec.nbytes(settings.config)
+    context = settings.mesh.shape["context"]
+    room = request.input_room
+    shapes = compressed_shapes(settings.config, spec, settings.compression, room, context)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def notes(settings: Settings, requests: Sequence[Request]) -> list[str]:
@@ -82,10 +98,16 @@ def describe(configuration: dict[str, Any]) -> str:
             f"length     trained for {c['trained_length']:,}, serves {c['served_length']:,}, "
             f"this request {c['request_length']:,} tokens",
             f"numbers    weights {c['dtype']}, KV cache {c['kv_cache_dtype']} of "
-            f"{human_bytes(c['cache_bytes'])}, prefill in chunks of {c['prefill_chunk']:,}",
+            f"{human_bytes(c['cache_bytes'])}{_kept(c)}, "
+            f"prefill in chunks of {c['prefill_chunk']:,}",
             f"devices    {c['devices']}, mesh {mesh}",
         )
     )
+
+
+def _kept(configuration: dict[str, Any]) -> str:
+    kept = configuration["kv_heads_kept"]
+    return "" if kept is None else f" (compressed: {kept} KV heads keep everything)"
 
 
 def summary(stats: Stats) -> str:

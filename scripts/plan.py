@@ -40,6 +40,9 @@ flags.DEFINE_enum("dtype", "auto", ["auto", *COMPUTE_DTYPES], "Of weights and ac
 flags.DEFINE_enum(
     "kv_cache_dtype", "auto", ["auto", *CACHE_DTYPES], "Of the KV cache; auto for the best."
 )
+flags.DEFINE_string(
+    "kv_compression", "none", "razor, or its settings as JSON, as run_pa takes them; none."
+)
 flags.DEFINE_integer(
     "prefill_chunk", None, "Tokens of prompt run at once; the best if not given.", lower_bound=1
 )
@@ -63,8 +66,8 @@ def main(_) -> None:
     for file in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(file)
     options = (
-        "max_input_length max_output_length max_batch_size mesh dtype kv_cache_dtype prefill_chunk "
-        "rope_scaling allow_untrained_length compile"
+        "max_input_length max_output_length max_batch_size mesh dtype kv_cache_dtype "
+        "kv_compression prefill_chunk rope_scaling allow_untrained_length compile"
     )
     found = plan(
         FLAGS.config, FLAGS.target, **{name: FLAGS[name].value for name in options.split()}

@@ -3,6 +3,7 @@
 from lsjax.compression.razor import (
     Compression,
     Razor,
+    assumed,
     choose,
     compression_of,
     parse_compression,
@@ -14,6 +15,7 @@ __all__ = [
     "Compression",
     "HeadScores",
     "Razor",
+    "assumed",
     "choose",
     "compression_of",
     "parse_compression",

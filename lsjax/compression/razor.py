@@ -106,6 +106,33 @@ def compression_of(razor: Razor, folder: str, config: ModelConfig, shards: int) 
     Raises:
       UserError: no scores, another model's, or a model that is not compressed so.
     """
+    check_compresses(config)
+    path = razor.heads or os.path.join(folder, HEAD_FILE)
+    wanted = choose(read_scores(path, config), config.num_kv_heads, razor.induction, razor.echo)
+    order, kept = zip(*(_dealt(row, shards) for row in wanted), strict=True)
+    return Compression(razor, order, kept, shards)
+
+
+def assumed(razor: Razor, config: ModelConfig, shards: int) -> Compression:
+    """The compression of a model whose head scores are not at hand: its heads spread evenly.
+
+    Arguments and errors are those of `compression_of`.
+    """
+    check_compresses(config)
+    layers, heads = config.num_layers, config.num_kv_heads
+    count = sum(_count(share, layers * heads) for share in (razor.induction, razor.echo))
+    wanted = np.zeros((heads, layers), bool)
+    wanted.flat[:count] = True
+    order, kept = zip(*(_dealt(row, shards) for row in wanted.T), strict=True)
+    return Compression(razor, order, kept, shards)
+
+
+def check_compresses(config: ModelConfig) -> None:
+    """Refuses a model that is not compressed so.
+
+    Raises:
+      UserError: says why.
+    """
     if config.alibi:
         raise UserError(
             "kv_compression razor goes with rotary positions: with ALiBi a head's reach follows "
@@ -116,10 +143,6 @@ def compression_of(razor: Razor, folder: str, config: ModelConfig, shards: int) 
             "kv_compression razor does not go with sliding windows, whose layers keep no more than "
             "their window sees; use kv_compression none."
         )
-    path = razor.heads or os.path.join(folder, HEAD_FILE)
-    wanted = choose(read_scores(path, config), config.num_kv_heads, razor.induction, razor.echo)
-    order, kept = zip(*(_dealt(row, shards) for row in wanted), strict=True)
-    return Compression(razor, order, kept, shards)
 
 
 def choose(scores: HeadScores, kv_heads: int, induction: float, echo: float) -> np.ndarray:
@@ -132,9 +155,12 @@ def choose(scores: HeadScores, kv_heads: int, induction: float, echo: float) -> 
     chosen = np.zeros(layers * kv_heads, bool)
     for rows, share in ((scores.induction, induction), (scores.echo, echo)):
         best = rows.reshape(layers, kv_heads, heads // kv_heads).max(axis=-1).ravel()
-        count = math.ceil(share * best.size - 1e-9)
-        chosen[np.argsort(-best, kind="stable")[:count]] = True
+        chosen[np.argsort(-best, kind="stable")[: _count(share, best.size)]] = True
     return chosen.reshape(layers, kv_heads)
+
+
+def _count(share: float, heads: int) -> int:
+    return math.ceil(share * heads - 1e-9)
 
 
 def _dealt(wanted: np.ndarray, shards: int) -> tuple[tuple[int, ...], int]:

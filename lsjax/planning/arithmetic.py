@@ -7,16 +7,19 @@ compares.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lsjax.cache import empty_layer
+from lsjax.cache import CacheSpec, empty_layer
+from lsjax.compression.shapes import compressed_shapes
 from lsjax.config import ModelConfig
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.layout import Layout
 from lsjax.planning.needs import Needs
-from lsjax.sharding import layer_cache_spec, sharding
+from lsjax.requests import round_up
+from lsjax.sharding import compressed_cache_spec, layer_cache_spec, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,11 @@ def needs_of(
     weights = config.num_layers * layer + rest
     cache = cache_bytes(config, platform, layout, input_length)
     decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
+    prefill = _prefill_temporaries(config, platform, layout, layer)
+    if layout.compression:
+        prefill += _layer_by_layer(config, platform, layout, input_length)
     return {
-        "prefill": Needs(weights, cache, _prefill_temporaries(config, platform, layout, layer)),
+        "prefill": Needs(weights, cache, prefill),
         "decode": Needs(weights, cache, decode),
     }
 
@@ -78,9 +84,32 @@ def weight_bytes(config: ModelConfig, mesh: tuple[int, int, int], dtype: str) ->
 def cache_bytes(config: ModelConfig, platform: str, layout: Layout, input_length: int) -> int:
     """Of the whole cache, a device."""
     spec = layout.cache_spec(input_length)
+    if layout.compression is None:
+        return config.num_layers * _layer_bytes(config, platform, layout, spec)
+    context = layout.sizes["context"]
+    layers = compressed_shapes(config, spec, layout.compression, input_length, context, platform)
+    return sum(_bytes(layer, compressed_cache_spec(layer), layout) for layer in layers)
+
+
+def _layer_bytes(config: ModelConfig, platform: str, layout: Layout, spec: CacheSpec) -> int:
+    """Of one layer's cache with all positions, a device."""
     layer = jax.eval_shape(lambda: empty_layer(config, spec, platform))
-    placed = jax.tree.map(lambda s: sharding(layout.abstract_mesh, s), layer_cache_spec(layer))
-    return config.num_layers * sum(map(_shard_bytes, *map(jax.tree.leaves, (layer, placed))))
+    return _bytes(layer, layer_cache_spec(layer), layout)
+
+
+def _layer_by_layer(config: ModelConfig, platform: str, layout: Layout, length: int) -> int:
+    """What a prefill that compresses each layer holds besides: its whole cache, and the hidden
+    states of all tokens; a device."""
+    data, context, _ = layout.mesh
+    hidden = layout.batch // data * round_up(length, layout.prefill_chunk) // context
+    hidden *= config.hidden_size * jnp.dtype(layout.dtype).itemsize
+    return _layer_bytes(config, platform, layout, layout.cache_spec(length)) + hidden
+
+
+def _bytes(tree: Any, specs: Any, layout: Layout) -> int:
+    """Of arrays that lie as their specs say, a device."""
+    placed = jax.tree.map(lambda s: sharding(layout.abstract_mesh, s), specs)
+    return sum(map(_shard_bytes, *map(jax.tree.leaves, (tree, placed))))
 
 
 def _shard_bytes(x: jax.ShapeDtypeStruct, placed: jax.sharding.NamedSharding) -> int:

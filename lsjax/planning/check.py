@@ -69,6 +69,7 @@ def _layout(settings: Settings, batch: int, output_length: int) -> Layout:
         settings.prefill_chunk,
         batch,
         output_length,
+        settings.compression,
     )
 
 

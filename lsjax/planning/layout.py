@@ -5,6 +5,7 @@ import dataclasses
 from jax.sharding import AbstractMesh, AxisType
 
 from lsjax.cache import CacheSpec
+from lsjax.compression import Compression
 from lsjax.requests import cache_spec
 from lsjax.sharding import AXES
 
@@ -20,6 +21,7 @@ class Layout:
       prefill_chunk: tokens of prompt run at once; whole stripes, see Zigzag.
       batch: prompts answered together.
       output_length: tokens to generate.
+      compression: of the KV heads, or None.
     """
 
     mesh: tuple[int, int, int]
@@ -28,6 +30,7 @@ class Layout:
     prefill_chunk: int
     batch: int
     output_length: int
+    compression: Compression | None = None
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lsjax.cache import CACHE_DTYPES, whole_stripes
+from lsjax.compression import Razor, assumed, parse_compression
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import read_config
@@ -99,6 +100,7 @@ def plan(
     mesh: str | Mapping[str, int] = "",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    kv_compression: str | Mapping[str, Any] | Razor | None = None,
     prefill_chunk: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     allow_untrained_length: bool = False,
@@ -115,6 +117,7 @@ def plan(
       mesh: as in `lsjax.load`; nothing for the one that is recommended.
       dtype: of weights and activations; auto is float32 on a CPU and bfloat16 elsewhere.
       kv_cache_dtype: auto for the one that is recommended.
+      kv_compression: as in `lsjax.load`; heads that keep everything are taken to be spread evenly.
       prefill_chunk: None for the one that is recommended.
       rope_scaling: as in `lsjax.load`.
       allow_untrained_length: plan past the length that the model is meant for.
@@ -137,7 +140,13 @@ def plan(
     one_of("dtype", dtype, COMPUTE_DTYPES)
     if kv_cache_dtype != "auto":
         one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
-    free = _Choices(config, target, dtype, max_batch_size, max_output_length)
+    razor = parse_compression(kv_compression)
+    if razor and compile:
+        raise UserError(
+            "plan compiles the programs of an uncompressed cache only; leave compile out, or "
+            "kv_compression."
+        )
+    free = _Choices(config, target, dtype, max_batch_size, max_output_length, razor)
     asked = dataclasses.replace(
         free,
         mesh=_checked_mesh(config, target, mesh, max_batch_size) if mesh else None,
@@ -260,6 +269,7 @@ class _Choices:
     dtype: str
     batch: int
     output_length: int
+    razor: Razor | None
     mesh: tuple[int, int, int] | None = None
     kv_cache_dtype: str | None = None
     prefill_chunk: int | None = None
@@ -309,9 +319,16 @@ class _Choices:
     def layouts(self, kv_cache_dtype: str) -> Iterable[Layout]:
         """All with a cache of this dtype."""
         for mesh in [self.mesh] if self.mesh else self.meshes():
+            compression = self.razor and assumed(self.razor, self.config, mesh[2])
             for chunk in self.chunks(mesh[1]):
                 yield Layout(
-                    mesh, self.dtype, kv_cache_dtype, chunk, self.batch, self.output_length
+                    mesh,
+                    self.dtype,
+                    kv_cache_dtype,
+                    chunk,
+                    self.batch,
+                    self.output_length,
+                    compression,
                 )
 
     def meshes(self) -> list[tuple[int, int, int]]:
@@ -358,6 +375,13 @@ class _Choices:
             )
         elif others and not fitting:
             yield f"no other mesh of {self.target.devices} devices holds {length:,} tokens"
+        if self.razor:
+            yield (
+                f"{sum(best.compression.kept) * best.mesh[2]} KV heads of "
+                f"{self.config.num_layers * self.config.num_kv_heads} keep everything, spread "
+                "evenly as far as is known; the others keep "
+                f"{best.compression.window(length).slots:,} tokens"
+            )
         if best.mesh[1] > 1:
             yield "each chunk gathers the weights once, so that fewer, larger chunks send less"
 
@@ -391,6 +415,7 @@ def _as_flags(layout: Layout) -> dict[str, Any]:
         "mesh": layout.mesh_text,
         "dtype": layout.dtype,
         "kv_cache_dtype": layout.kv_cache_dtype,
+        "kv_compression": layout.compression and dataclasses.asdict(layout.compression.razor),
         "prefill_chunk": layout.prefill_chunk,
         "max_batch_size": layout.batch,
         "max_output_length": layout.output_length,

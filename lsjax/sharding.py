@@ -169,7 +169,7 @@ def compressed_cache_spec(cache: CompressedCache) -> CompressedCache:
     if window is not None:
         k, v = (jax.tree.map(lambda _: CACHE, store) for store in (window.k, window.v))
         dropped = window.dropped.replace(k=RECENT, v=RECENT, count=TOKENS)
-        window = window.replace(k=k, v=v, dropped=dropped)
+        window = window.replace(k=k, v=v, oldest=(RECENT, RECENT), dropped=dropped)
     return CompressedCache(cache.whole and layer_cache_spec(cache.whole), window)
 
 

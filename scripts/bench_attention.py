@@ -4,13 +4,16 @@
 
 Decode is one token over a cache of N keys; prefill is causal attention of N tokens to themselves,
 whose FLOPs count the causal half. The machine's limits (matrix products, reading and copying
-memory) are measured in the same run, by both sides. Formulations are measured in turn, round
-after round, one side idle while the other runs; ratios are of the fastest rounds.
+memory) are measured in the same run, by both sides. A compressed cache is measured against a whole
+one over some layers, as heads that keep everything are few. Formulations are measured in turn,
+round after round, one side idle while the other runs; ratios are of the fastest rounds.
 """
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 import pathlib
 import statistics
 import subprocess
@@ -26,8 +29,20 @@ from absl import flags
 from lsjax import cli
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
-from lsjax.cache import CACHE_DTYPES, Store, empty_store
+from lsjax.attention.compressed import compensation
+from lsjax.attention.partial import Partial, merge
+from lsjax.cache import (
+    CACHE_DTYPES,
+    CompressedCache,
+    LayerCache,
+    Store,
+    WindowSpec,
+    Zigzag,
+    compress,
+    empty_store,
+)
 from lsjax.compilation import compiler_options
+from lsjax.compression import Razor
 from lsjax.errors import UserError
 from lsjax.evals.plots import plot_times
 from lsjax.files import check_writable, write_atomically
@@ -52,6 +67,8 @@ _SDPA = ("PyTorch", "sdpa float32")
 _MEASUREMENT_SECONDS = 0.02
 # OpenMP's threads spin for as long as 200 ms after their last work.
 _SECONDS_TO_IDLE = 0.25
+# Over which heads that keep everything are counted.
+_LAYERS = 10
 # jax.nn.dot_product_attention holds all scores at once, some of them several times.
 _LARGEST_SCORES_BYTES = 2**31
 
@@ -61,7 +78,7 @@ Formulations = dict[str, tuple[Call, float]]  # name -> (call, its FLOPs or byte
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: kind is limits, decode or prefill; length counts tokens."""
+    """What is measured: kind is limits, decode, compressed or prefill; length counts tokens."""
 
     kind: str
     length: int
@@ -79,6 +96,8 @@ class Case:
     def __str__(self) -> str:
         if self.kind == "limits":
             return "the machine's limits"
+        if self.kind == "compressed":
+            return f"decode in {_LAYERS} layers, {self.length:,} keys"
         if self.kind == "decode":
             return f"decode, one token over {self.length:,} keys"
         return f"prefill of {self.length:,} tokens"
@@ -125,6 +144,50 @@ def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Sto
     return (lambda: run(q, *cache)), cache
 
 
+def _ours_compressed(case: Case, dtype: str) -> Formulations:
+    """One token in some layers, over whole caches and over compressed ones of default settings."""
+    platform = jax.devices()[0].platform
+    heads = _LAYERS * case.kv_heads
+    kept = math.ceil(Razor.induction * heads) + math.ceil(Razor.echo * heads)
+    each = [kept // _LAYERS + (i < kept % _LAYERS) for i in range(_LAYERS)]
+    window = WindowSpec(Razor.sinks, max(Razor.window, math.ceil(Razor.window_share * case.length)))
+    q, end = _our_queries(case, 1, dtype), jnp.full((1, 1), case.length)
+    whole = LayerCache(*_our_cache(case, dtype), recent=None)
+
+    def attention(q: jax.Array, k: Store, v: Store, end: jax.Array) -> Partial:
+        return attend(platform, q, k, v, Seen(None, end, end - 1), None)
+
+    def one(q: jax.Array, cache: LayerCache | CompressedCache) -> Partial:
+        if isinstance(cache, LayerCache):
+            return attention(q, cache.k, cache.v, end)
+        parts = [attention(q[:, : h.k.data.shape[1]], h.k, h.v, end) for h in [cache.whole] if h]
+        if w := cache.window:
+            q = q[:, -w.k.data.shape[1] :]
+            near = attention(q, w.k, w.v, jnp.minimum(end, window.slots))
+            parts.append(merge(near, compensation(q, w.dropped)))
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+
+    @functools.partial(jax.jit, compiler_options=compiler_options(platform))
+    def run(q: jax.Array, layers: list[LayerCache | CompressedCache]) -> jax.Array:
+        for layer in layers:
+            q += one(q, layer).values.astype(q.dtype)
+        return q
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def small(cache: LayerCache, kept: int) -> CompressedCache:
+        return compress(cache, end[0], kept, 1, Zigzag(1, 0), window)
+
+    found = {}
+    caches = {
+        "": [jax.tree.map(jnp.copy, whole) for _ in range(_LAYERS)],
+        " compressed": [small(whole, heads) for heads in each],
+    }
+    for name, layers in caches.items():
+        work = sum(x.nbytes for x in jax.tree.leaves(layers))
+        found[f"lsjax {dtype}{name}"] = (lambda layers=layers: run(q, layers)), work
+    return found
+
+
 def _our_queries(case: Case, length: int, dtype: str) -> jax.Array:
     shape = (1, case.kv_heads, case.heads // case.kv_heads, length, case.head_dim)
     # As with weights: bfloat16 beside a bfloat16 cache, and on accelerators.
@@ -142,6 +205,10 @@ def _our_cache(case: Case, dtype: str) -> tuple[Store, Store]:
 def _jax_formulations(case: Case) -> Formulations:
     if case.kind == "limits":
         return _jax_limits(case)
+    if case.kind == "compressed":
+        return functools.reduce(
+            operator.or_, (_ours_compressed(case, dtype) for dtype in FLAGS.cache_dtypes)
+        )
     ours = our_decode if case.kind == "decode" else our_prefill
     found = {f"lsjax {dtype}": ours(case, dtype) for dtype in FLAGS.cache_dtypes}
     length = 1 if case.kind == "decode" else case.length
@@ -251,7 +318,8 @@ def main(argv: list[str]) -> None:
     try:
         limits, tables = {}, {}
         for case in cases:
-            figures = tables[case] = _measure(case, sides)
+            ours_alone = {"JAX": sides["JAX"]} if case.kind == "compressed" else sides
+            figures = tables[case] = _measure(case, ours_alone)
             if case.kind == "limits":
                 for figure in figures:
                     limits[figure.name] = max(limits.get(figure.name, 0), figure.rate)
@@ -285,8 +353,11 @@ def _cases() -> Iterator[Case]:
         raise UserError("--decode_lengths and --prefill_lengths are both empty.")
     shape = (FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim)
     yield Case("limits", 0, *shape)
-    for kind in ("decode", "prefill"):
-        flag = f"{kind}_lengths"
+    for kind, flag in (
+        ("decode", "decode_lengths"),
+        ("compressed", "decode_lengths"),
+        ("prefill", "prefill_lengths"),
+    ):
         if words := FLAGS[flag].value:
             for length in cli.lengths(words, flag):
                 yield Case(kind, length, *shape)
@@ -314,7 +385,13 @@ def _measure(case: Case, sides: dict[str, JaxSide | TorchSide]) -> list[Figure]:
 
 
 def _ratios(figure: Figure, figures: list[Figure]) -> dict[str, float]:
-    """How many times faster the figure is than PyTorch's fastest, and than its SDPA."""
+    """How many times faster the figure is than PyTorch's fastest, and than its SDPA; of a
+    compressed cache, than over the whole one."""
+    seconds = {f.name: f.seconds_min for f in figures}
+    if figure.name.endswith(" compressed"):
+        return {
+            "times_whole": seconds[figure.name.removesuffix(" compressed")] / figure.seconds_min
+        }
     theirs = {(f.side, f.name): f.seconds_min for f in figures if f.side == "PyTorch"}
     if _SDPA not in theirs:
         return {}
@@ -326,19 +403,27 @@ def _ratios(figure: Figure, figures: list[Figure]) -> dict[str, float]:
 
 
 def _show(case: Case, figures: list[Figure], limits: dict[str, float]) -> None:
-    unit = {"limits": "1e9/s", "decode": "GB/s", "prefill": "GFLOP/s"}[case.kind]
+    units = {"limits": "1e9/s", "decode": "GB/s", "compressed": "GB/s", "prefill": "GFLOP/s"}
+    unit = units[case.kind]
     heading = f"\n{case!s:<52}{'min ms':>10}{'median ms':>11}{unit:>10}"
     if case.kind != "limits":
-        heading += f"{'of limit':>10}{'x best PyTorch':>16}{'x SDPA':>8}"
+        heading += f"{'of limit':>10}"
+        heading += (
+            f"{'x whole':>16}"
+            if case.kind == "compressed"
+            else f"{'x best PyTorch':>16}{'x SDPA':>8}"
+        )
     print(heading)
     for figure in figures:
         times = f"{figure.seconds_min * 1e3:>10,.2f}{figure.seconds_median * 1e3:>11,.2f}"
         line = f"{figure.label:<52}{times}{figure.rate:>10,.1f}"
         if case.kind != "limits":
-            limit = limits["read" if case.kind == "decode" else "product float32"]
+            limit = limits["product float32" if case.kind == "prefill" else "read"]
             line += f"{figure.rate / limit:>10.0%}"
         ratios = _ratios(figure, figures)
-        if ratios:
+        if "times_whole" in ratios:
+            line += f"{ratios['times_whole']:>16.2f}"
+        elif ratios:
             line += f"{ratios['times_best_pytorch']:>16.2f}{ratios['times_sdpa']:>8.2f}"
         print(line, flush=True)
 

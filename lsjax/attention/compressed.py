@@ -10,7 +10,15 @@ from lsjax.attention import cached
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
 from lsjax.attention.partial import Partial, merge, merge_over_axis
-from lsjax.cache import CompressedCache, Dropped, Store, WindowCache, Zigzag, write_tokens
+from lsjax.cache import (
+    CompressedCache,
+    Dropped,
+    Store,
+    WindowCache,
+    Zigzag,
+    floats_at,
+    write_tokens,
+)
 from lsjax.cache.hadamard import spread
 from lsjax.precision import einsum
 from lsjax.sharding import QUERIES, TOKENS, compressed_cache_spec
@@ -90,23 +98,23 @@ def _window_step(q, k, v, positions, cache: WindowCache, context: int, platform:
     here = cache.k.capacity
     before = jax.lax.axis_index("context") * here
     slot = spec.slot(position)
-    old = [_floats_at(store, slot - before) for store in (cache.k, cache.v)]
-    if context > 1:  # the others have zeros
-        old = jax.lax.psum(old, "context")
-    dropped = cache.dropped.with_one_more(*old, position >= spec.slots)
+    dropped = cache.dropped.with_one_more(*cache.oldest, position >= spec.slots)
 
     def put(store: Store, new: jax.Array) -> Store:
         encoded = store.encode(new)
         return write_tokens(store, encoded, slot, slot - before, lambda s: s + before, platform)
 
     k, v = put(cache.k, k), put(cache.v, v)
+    oldest = [floats_at(store, spec.slot(position + 1) - before) for store in (k, v)]
+    if context > 1:  # the others have zeros
+        oldest = jax.lax.psum(oldest, "context")
     end = jnp.clip(jnp.minimum(positions + 1, spec.slots) - before, 0, here)
     partial = attend(platform, q, k, v, Seen(None, end, positions), None)
     if context > 1:
         partial = merge_over_axis(partial, "context")
     partial = merge(partial, compensation(q, dropped))
     out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-    return out.astype(dtype), cache.replace(k=k, v=v, dropped=dropped)
+    return out.astype(dtype), cache.replace(k=k, v=v, oldest=tuple(oldest), dropped=dropped)
 
 
 def compensation(q: jax.Array, dropped: Dropped) -> Partial:
@@ -123,15 +131,3 @@ def compensation(q: jax.Array, dropped: Dropped) -> Partial:
     lse = scores + jnp.log(dropped.count.astype(jnp.float32))[:, None, None, None]
     values = jnp.where(dropped.count > 0, 1.0, 0.0)[:, None, None] * dropped.v
     return Partial(jnp.broadcast_to(values[:, :, None, None], q.shape), lse)
-
-
-def _floats_at(store: Store, slot: jax.Array) -> jax.Array:
-    """[batch, kv_heads, head_dim] float32 in each row's slot; zeros where that is not here."""
-    inside = (slot >= 0) & (slot < store.capacity)
-    at = jnp.clip(slot, 0, store.capacity - 1)
-
-    def take(x: jax.Array) -> jax.Array:
-        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1, axis=1))(x, at)
-
-    found = jax.tree.map(take, store).floats()[:, :, 0]
-    return jnp.where(inside[:, None, None], found, 0)

@@ -6,6 +6,7 @@ from lsjax.cache.compressed import (
     WindowCache,
     WindowSpec,
     compress,
+    floats_at,
 )
 from lsjax.cache.kv_cache import (
     CACHE_DTYPES,
@@ -36,6 +37,7 @@ __all__ = [
     "empty_cache",
     "empty_layer",
     "empty_store",
+    "floats_at",
     "stripe_of",
     "whole_stripes",
     "write",

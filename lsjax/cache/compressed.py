@@ -75,12 +75,15 @@ class WindowCache:
 
     Attributes:
       k, v: [batch, kv_heads, slots, head_dim], dealt out over the context axis slot by slot.
+      oldest: keys and values, [batch, kv_heads, head_dim] float32 each, of the token that the next
+        one drives out: read after a step's write, since XLA copies a store that is read before it.
       dropped: what stands for the rest.
       spec: which slot keeps what.
     """
 
     k: Store
     v: Store
+    oldest: tuple[jax.Array, jax.Array]
     dropped: Dropped
     spec: WindowSpec = flax.struct.field(pytree_node=False)
 
@@ -144,7 +147,19 @@ def compress(
         total = jnp.sum(jnp.where(dropped[:, None, :, None], store.floats(), 0), axis=2)
         return total / jnp.maximum(count, 1)[:, None, None]
 
-    window = WindowCache(
-        *(jax.tree.map(keep, x) for x in (k, v)), Dropped(mean(k), mean(v), count), spec
-    )
-    return CompressedCache(whole, window)
+    dropped_tokens = Dropped(mean(k), mean(v), count)
+    k, v = (jax.tree.map(keep, x) for x in (k, v))
+    oldest = tuple(floats_at(x, spec.slot(lengths)) for x in (k, v))
+    return CompressedCache(whole, WindowCache(k, v, oldest, dropped_tokens, spec))
+
+
+def floats_at(store: Store, slot: jax.Array) -> jax.Array:
+    """[batch, kv_heads, head_dim] float32 in each row's slot; zeros where that is not here."""
+    inside = (slot >= 0) & (slot < store.capacity)
+    at = jnp.clip(slot, 0, store.capacity - 1)
+
+    def take(x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1, axis=1))(x, at)
+
+    found = jax.tree.map(take, store).floats()[:, :, 0]
+    return jnp.where(inside[:, None, None], found, 0)

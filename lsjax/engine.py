@@ -15,6 +15,7 @@ from lsjax import lookup
 from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache, stripe_of
 from lsjax.compilation import CompileClock, Program, compiler_options
 from lsjax.compression import Compression
+from lsjax.compression.shapes import compressed_shapes
 from lsjax.config import ModelConfig
 from lsjax.hosts import to_host
 from lsjax.layer_by_layer import LayerByLayer
@@ -22,7 +23,15 @@ from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sampling import Draw, next_token
-from lsjax.sharding import CHUNK, TOKENS, cache_shardings, place, sharding, without
+from lsjax.sharding import (
+    CHUNK,
+    TOKENS,
+    cache_shardings,
+    compressed_cache_spec,
+    place,
+    sharding,
+    without,
+)
 
 SEGMENT = 16  # steps of decoding between two looks at the end-of-sequence
 
@@ -262,14 +271,18 @@ class Engine:
         """
         return self._lookup[count](params, tables, state)
 
-    def compile_ahead(self, spec: CacheSpec) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    def compile_ahead(
+        self, spec: CacheSpec, room: int
+    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """Compiles prefill of a chunk and decode of a segment for a mesh that may not be here.
 
         Args:
           spec: of the cache.
+          room: tokens of prompt that it has room for.
 
         Returns:
-          Both programs; their memory_analysis() gives the bytes that each device needs.
+          Both programs; their memory_analysis() gives the bytes that each device needs. With
+          compression prefill is that of a layer.
         """
         whole = sharding(self.mesh, PartitionSpec())
 
@@ -283,19 +296,35 @@ class Engine:
         tables = jax.tree.map(
             lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)
         )
-        cache = jax.tree.map(
+        cache = whole_cache = jax.tree.map(
             abstract,
             jax.eval_shape(lambda: empty_cache(self.config, spec, self._platform)),
             cache_shardings(self.config, self.mesh, self.cache_dtype, self.stripe),
         )
+        if self.compression:
+            context = self.mesh.shape["context"]
+            shapes = compressed_shapes(
+                self.config, spec, self.compression, room, context, self._platform
+            )
+            cache = tuple(
+                jax.tree.map(
+                    lambda x, where: abstract(x, sharding(self.mesh, where)),
+                    layer,
+                    compressed_cache_spec(layer),
+                )
+                for layer in shapes
+            )
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         state = DecodeState(cache=cache, token=rows(), position=rows(), step=count)
         hidden = rows(self.config.hidden_size, dtype=self.dtype)
         with jax.set_mesh(self.mesh):  # tells Pallas which GPU it is for
-            lowered = (
-                self._prefill.lower(params, tables, cache, rows(self.chunk), count, rows(), hidden),
-                self._decode.lower(params, tables, state, None),
-            )
+            if self.compression:
+                layer = params["layers_0"], tables, whole_cache[0]
+                prefill = self._layer_by_layer.lower(*layer, spec.batch, self.chunk, rows(), count)
+            else:
+                tokens = rows(self.chunk)
+                prefill = self._prefill.lower(params, tables, cache, tokens, count, rows(), hidden)
+            lowered = prefill, self._decode.lower(params, tables, state, None)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
         return prefill, decode

@@ -97,6 +97,22 @@ class LayerByLayer:
             )
         return tuple(entries), last
 
+    def lower(
+        self,
+        layer: dict,
+        tables: RotaryTables,
+        cache: LayerCache,
+        batch: int,
+        chunk: int,
+        lengths: jax.ShapeDtypeStruct,
+        start: jax.ShapeDtypeStruct,
+    ) -> jax.stages.Lowered:
+        """The program of a chunk in one layer, for arguments that are shapes with shardings."""
+        shape = batch, chunk, self._config.hidden_size
+        where = sharding(self._mesh, CHUNK)
+        hidden = jax.ShapeDtypeStruct(shape, self._decoder.dtype, sharding=where)
+        return self._layer.lower(layer, tables, cache, hidden, start, lengths)
+
     def _compressed(
         self, cache: LayerCache, lengths: jax.Array, kept: int, window: WindowSpec
     ) -> CompressedCache:

@@ -59,7 +59,9 @@ def needs_of(
     decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
     prefill = _prefill_temporaries(config, platform, layout, layer)
     if layout.compression:
-        prefill += _layer_by_layer(config, platform, layout, input_length)
+        spec = layout.cache_spec(input_length)
+        prefill += _layer_bytes(config, platform, layout, spec)
+        prefill += hidden_bytes(config, layout, input_length)
     return {
         "prefill": Needs(weights, cache, prefill),
         "decode": Needs(weights, cache, decode),
@@ -97,13 +99,11 @@ def _layer_bytes(config: ModelConfig, platform: str, layout: Layout, spec: Cache
     return _bytes(layer, layer_cache_spec(layer), layout)
 
 
-def _layer_by_layer(config: ModelConfig, platform: str, layout: Layout, length: int) -> int:
-    """What a prefill that compresses each layer holds besides: its whole cache, and the hidden
-    states of all tokens; a device."""
+def hidden_bytes(config: ModelConfig, layout: Layout, input_length: int) -> int:
+    """Of the hidden states of all tokens, which a prefill layer by layer holds, a device."""
     data, context, _ = layout.mesh
-    hidden = layout.batch // data * round_up(length, layout.prefill_chunk) // context
-    hidden *= config.hidden_size * jnp.dtype(layout.dtype).itemsize
-    return _layer_bytes(config, platform, layout, layout.cache_spec(length)) + hidden
+    tokens = layout.batch // data * round_up(input_length, layout.prefill_chunk) // context
+    return tokens * config.hidden_size * jnp.dtype(layout.dtype).itemsize
 
 
 def _bytes(tree: Any, specs: Any, layout: Layout) -> int:

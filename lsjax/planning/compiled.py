@@ -4,6 +4,7 @@ from typing import Any
 
 from lsjax.config import ModelConfig
 from lsjax.engine import Engine
+from lsjax.planning.arithmetic import hidden_bytes
 from lsjax.planning.layout import Layout
 from lsjax.planning.needs import Needs
 from lsjax.planning.targets import Target, target_mesh
@@ -23,9 +24,10 @@ def compile_for(
     """
     mesh = target_mesh(target, layout.sizes)
     spec = layout.cache_spec(input_length)
-    engine = Engine(config, mesh, layout.dtype, layout.kv_cache_dtype, layout.prefill_chunk)
+    settings = layout.dtype, layout.kv_cache_dtype, layout.prefill_chunk, layout.compression
+    engine = Engine(config, mesh, *settings)
     try:
-        prefill, decode = (p.memory_analysis() for p in engine.compile_ahead(spec))
+        prefill, decode = (p.memory_analysis() for p in engine.compile_ahead(spec, input_length))
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLargeError(str(error).partition("\n")[0]) from None
@@ -39,7 +41,15 @@ def compile_for(
         out = program.output_size_in_bytes - cache
         return Needs(weights, cache, program.temp_size_in_bytes + out)
 
-    return {"prefill": needs(prefill), "decode": needs(decode)}
+    if layout.compression is None:
+        return {"prefill": needs(prefill), "decode": needs(decode)}
+    # A chunk in one layer, beside all weights, what is compressed already, and all hidden states.
+    one = needs(prefill)
+    work = one.cache + one.temporaries + hidden_bytes(config, layout, input_length)
+    return {
+        "prefill": Needs(weights, decode.alias_size_in_bytes, work),
+        "decode": needs(decode),
+    }
 
 
 class TooLargeError(Exception):

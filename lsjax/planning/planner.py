@@ -141,11 +141,6 @@ def plan(
     if kv_cache_dtype != "auto":
         one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
     razor = parse_compression(kv_compression)
-    if razor and compile:
-        raise UserError(
-            "plan compiles the programs of an uncompressed cache only; leave compile out, or "
-            "kv_compression."
-        )
     free = _Choices(config, target, dtype, max_batch_size, max_output_length, razor)
     asked = dataclasses.replace(
         free,

@@ -9,9 +9,11 @@ import pathlib
 
 import pytest
 
+from lsjax.compression import Razor, assumed
 from lsjax.config import ModelConfig
 from lsjax.families import read_config
 from lsjax.planning import Layout, find_target
+from lsjax.planning.arithmetic import cache_bytes, hidden_bytes
 from lsjax.planning.compiled import compile_for
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "golden" / "configs"
@@ -52,3 +54,20 @@ def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
     layout = Layout((1, 1, 8), "bfloat16", "int8", 512, 1, 256)
     needs = compile_for(config, find_target("h100-80gb:8"), layout, 2**17)
     assert needs["decode"].temporaries < 16 * 2**20  # the table is 2 GiB
+
+
+@pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 8, 1)), ("h100-80gb:8", (1, 1, 1))])
+def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
+    config = with_layers(GLM, 2)
+    compression = assumed(Razor(), config, mesh[2])
+    layout = Layout(mesh, "bfloat16", "int8", 512, 1, 256, compression)
+    needs = compile_for(config, find_target(target), layout, 2**20)
+    whole = dataclasses.replace(layout, compression=None).cache_spec(2**20).nbytes(config)
+    cache = needs["decode"].cache
+    platform = find_target(target).platform
+    assert cache == pytest.approx(cache_bytes(config, platform, layout, 2**20), rel=0.01)
+    assert cache < 0.7 * whole / (mesh[1] * mesh[2])  # one head of two keeps all in a layer
+    assert needs["decode"].temporaries < 0.1 * cache
+    # Beside it one layer is whole, and all hidden states are there.
+    layer = whole / 2 / (mesh[1] * mesh[2])
+    assert needs["prefill"].temporaries < 1.2 * (layer + hidden_bytes(config, layout, 2**20))

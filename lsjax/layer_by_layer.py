@@ -90,11 +90,10 @@ class LayerByLayer:
             del cache
             jax.block_until_ready(entries[-1])  # before the next layer's cache is made
             on_chunk(i, len(starts) - 1)
-        last = None
+        shape, rows = (len(lengths), self._config.hidden_size), sharding(self._mesh, TOKENS)
+        last = jnp.zeros(shape, self._decoder.dtype, device=rows)
         for start, x in zip(starts, hidden, strict=True):
-            last = self._last(
-                params, x, start, lengths, jnp.zeros_like(x[:, 0]) if last is None else last
-            )
+            last = self._last(params, x, start, lengths, last)
         return tuple(entries), last
 
     def lower(

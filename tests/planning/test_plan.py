@@ -10,7 +10,8 @@ import pytest
 
 import lsjax
 from lsjax import UserError
-from lsjax.planning.arithmetic import needs_of
+from lsjax.planning.arithmetic import cache_bytes, needs_of
+from lsjax.planning.layout import Layout
 from lsjax.planning.planner import fits
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,25 @@ def test_fewer_bits_and_more_devices_take_longer_texts():
     lengths = [longest("h100-80gb:4", kv) for kv in ("bfloat16", "int8", "int4")]
     assert lengths[1] > 1.9 * lengths[0] and lengths[2] > 1.7 * lengths[1]
     assert longest("h100-80gb:8", "bfloat16") > 2 * lengths[0]
+
+
+@pytest.mark.parametrize("mesh", ["", "context=2", "model=2"])
+def test_a_compressed_cache_is_planned_to_the_byte(mesh):
+    """By the arrays of a real run, on all devices together."""
+    settings = {"kv_cache_dtype": "int8", "mesh": mesh, "prefill_chunk": 512}
+    small = {"induction": 0.5, "echo": 0.0, "window": 256, "window_share": 0.1}
+    lm = lsjax.load(kv_compression=small, **settings)
+    (answer,) = lm.generate([[1, 2, 3]], 4, max_input_length=8000, allow_untrained_length=True)
+    layout = Layout(tuple(lm.settings.mesh.shape.values()), "float32", "int8", 512, 1, 4,
+                    lm.settings.compression)  # fmt: skip
+    found = cache_bytes(lm.config, "cpu", layout, 8000)
+    # Parts that every device of the context axis has: blocks of floats, compensation tokens.
+    assert answer.stats.cache_bytes <= found * lm.settings.mesh.size
+    assert found * lm.settings.mesh.size < 1.2 * answer.stats.cache_bytes
+    planned = lsjax.plan(GLM, "h100-80gb:1", kv_compression="razor", max_input_length=131_072)
+    whole = lsjax.plan(GLM, "h100-80gb:1", max_input_length=131_072)
+    share = planned.programs["decode"].cache / whole.programs["decode"].cache
+    assert share <= 0.34
 
 
 def test_int4_is_recommended_only_where_int8_does_not_fit():

@@ -146,3 +146,27 @@ def test_what_cannot_be_measured_is_one_sentence(arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_heads_are_found_written_and_used(tmp_path):
+    heads, picture = tmp_path / "heads.json", tmp_path / "heads.png"
+    asked = ["--ids", "48,57", "--induction", 0.5, "--output", heads, "--plot", picture]
+    done = run("find_retrieval_heads.py", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 4 KV heads retrieve" in done.stdout
+    assert [f"layer   1, KV head   {i}" in done.stdout for i in (0, 1)] == [True, True]
+    assert picture.read_bytes().startswith(PNG)
+    compression = json.dumps({"heads": str(heads), "induction": 0.5, "window": 200})
+    text = ROOT / "examples" / "passkey_2048.txt"
+    asked = ["--text_file", text, "--length", 1500, "--rope_scaling", "auto"]
+    lines = [
+        run("eval_perplexity.py", *asked, "--prompt_length", 1400, *more).stdout
+        for more in ([], ["--kv_compression", compression])
+    ]
+    whole, compressed = (float(line.split()[0]) for line in lines)
+    assert abs(compressed / whole - 1) < 0.01
+    refused = run("eval_perplexity.py", *asked, "--kv_compression", compression)
+    assert refused.returncode == 2 and "decode_losses" in refused.stderr
+    refused = run("find_retrieval_heads.py", "--ids", "57,48", "--output", tmp_path / "no.json")
+    assert refused.returncode == 2 and "not in order" in refused.stderr
+    assert not (tmp_path / "no.json").exists()

@@ -82,6 +82,14 @@ def test_auto_prints_what_it_chose(text, words, compiled):
     assert all(line in done.stdout for line in words)
 
 
+def test_a_compressed_cache_reads_the_pass_key(compiled):
+    small = '{"induction": 0.5, "window": 256, "window_share": 0.1}'
+    arguments = ["--input_texts", DOCUMENT, "--rope_scaling", "auto", "--max_output_length", 8]
+    done = run_pa(*arguments, "--kv_compression", small, cache=compiled)
+    assert done.returncode == 0, done.stderr
+    assert " 65415\n" in done.stdout and "2 KV heads keep everything" in done.stdout
+
+
 def test_several_texts_and_flags_after_them(tmp_path, compiled):
     file = tmp_path / "a.txt"
     file.write_text("The pass key is 12345. What is the pass key? The pass key is")

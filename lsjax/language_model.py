@@ -206,8 +206,9 @@ class LanguageModel:
         """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
         if self.settings.compression:
             raise UserError(
-                "a prompt's own tokens see all of it: the cache is compressed after them. Use "
-                "decode_losses to see what kv_compression costs, or load the model without."
+                "a prompt's own tokens see all of it: the cache is compressed after them. Score "
+                "what is decoded after a prompt (decode_losses, --prompt_length), or load the model "
+                "without kv_compression."
             )
         ids = np.atleast_2d(np.asarray(token_ids, np.int32))
         for row in ids:

@@ -39,22 +39,23 @@ def with_scores(tmp_path, config, induction):
     return SMALL | {"heads": path}
 
 
-def keys_read(lm):
-    passages = held_out_passages(LENGTH, 50)
-    found = lm.generate([p.prompt for p in passages], 8, max_batch_size=25)
-    return sum(p.answer in c.text for p, c in zip(passages, found, strict=True))
+def keys_read(lm, count):
+    """The share of pass keys that is read right."""
+    passages = held_out_passages(LENGTH, count)
+    found = lm.generate([p.prompt for p in passages], 8, max_batch_size=count)
+    return sum(p.answer in c.text for p, c in zip(passages, found, strict=True)) / count
 
 
 def test_the_heads_that_retrieve_are_found_and_keep_the_pass_keys(full, small, tmp_path):
-    of_all = keys_read(full)
-    assert of_all >= 49
-    assert keys_read(small) >= 0.98 * of_all
+    of_all = keys_read(full, 50)
+    assert of_all >= 0.98
+    assert keys_read(small, 50) >= 0.98 * of_all
     # As many others: those of the first layer, or one of each.
     for other in ([[1, 1, 1, 1], [0, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 1, 1]]):
         worse = lsjax.load(
             rope_scaling="auto", kv_compression=with_scores(tmp_path, full.config, other)
         )
-        assert keys_read(worse) < 0.5 * of_all
+        assert keys_read(worse, 20) < 0.5 * of_all
 
 
 def test_perplexity_stays_within_a_hundredth(full, small):
@@ -83,16 +84,20 @@ def tokens(kv="float32", compression=SMALL, **options):
     return [c.token_ids for c in found]
 
 
-@pytest.mark.parametrize("kv", ["float32", "int8"])
-def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv):
+CHUNKS = ({"prefill_chunk": 100}, {"prefill_chunk": 4096})
+MESHES = (
+    {"mesh": "context=8"},
+    {"mesh": "model=2"},
+    {"mesh": "data=2,context=2,model=2", "prefill_chunk": 96},
+)
+
+
+@pytest.mark.parametrize(
+    "kv, others", [("float32", (*CHUNKS, *MESHES)), ("int8", (CHUNKS[0], MESHES[2]))]
+)
+def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, others):
     expected = tokens(kv)
-    for options in (
-        {"prefill_chunk": 100},
-        {"prefill_chunk": 4096},
-        {"mesh": "context=8"},
-        {"mesh": "model=2"},
-        {"mesh": "data=2,context=2,model=2", "prefill_chunk": 96},
-    ):
+    for options in others:
         assert tokens(kv, **options) == expected, options
 
 

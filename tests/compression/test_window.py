@@ -163,12 +163,14 @@ def test_heads_that_keep_everything_are_those_of_the_whole_cache():
     mesh = make_mesh("")
     k, v = (rng.standard_normal((1, 400, KV_HEADS, HEAD_DIM)).astype(np.float32) for _ in "kv")
     cache, zigzag = filled(k, v, "float32", 512, 1, [400])
-    small = compress(cache, jnp.array([400]), KV_HEADS, 1, zigzag, WindowSpec(4, 10))
+    spec = WindowSpec(4, 10)
+    small = jax.jit(lambda c, n: compress(c, n, KV_HEADS, 1, zigzag, spec))(cache, jnp.array([400]))
     assert small.window is None
     q = jnp.asarray(rng.standard_normal((1, 1, HEADS, HEAD_DIM)), jnp.float32)
     new = jnp.asarray(k[:, :1]), jnp.asarray(v[:, :1])
-    one, _ = compressed.write_and_attend(mesh, q, *new, jnp.array([[400]]), small)
-    other, _ = write_and_attend(mesh, q, *new, jnp.array([[400]]), None, cache, True, None)
+    at = jnp.array([[400]])
+    one, _ = jax.jit(lambda c: compressed.write_and_attend(mesh, q, *new, at, c))(small)
+    other, _ = jax.jit(lambda c: write_and_attend(mesh, q, *new, at, None, c, True, None))(cache)
     np.testing.assert_array_equal(one, other)
 
 

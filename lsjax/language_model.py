@@ -207,8 +207,8 @@ class LanguageModel:
         if self.settings.compression:
             raise UserError(
                 "a prompt's own tokens see all of it: the cache is compressed after them. Score "
-                "what is decoded after a prompt (decode_losses, --prompt_length), or load the model "
-                "without kv_compression."
+                "what is decoded after a prompt (decode_losses, --prompt_length), or leave out "
+                "kv_compression."
             )
         ids = np.atleast_2d(np.asarray(token_ids, np.int32))
         for row in ids:

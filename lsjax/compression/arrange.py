@@ -18,7 +18,7 @@ def arranged(params: dict, config: ModelConfig, compression: Compression) -> dic
     What a layer computes does not depend on the order of its heads.
 
     Args:
-      params: the model's, a nested dict.
+      params: the model's, a nested dict; the projections are given up as they are rearranged.
       config: the model.
       compression: says the order.
     """
@@ -46,6 +46,6 @@ def _channels(config: ModelConfig, heads: Sequence[int]) -> np.ndarray:
     return (np.asarray(heads)[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
 def _taken(x: jax.Array, channels: np.ndarray, axis: int, where: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(jnp.take(x, channels, axis=axis), where)

@@ -74,8 +74,12 @@ def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "speed.json").read_text())
     assert min(found["limits"][name] for name in ("product float32", "read", "copy")) > 0
-    limits, decode, *prefills = found["cases"]
+    limits, decode, compressed, *prefills = found["cases"]
     assert (limits["kind"], decode["kind"], decode["length"]) == ("limits", "decode", 512)
+    assert {f["name"] for f in compressed["figures"]} == {
+        f"lsjax {dtype}{kind}" for dtype in ("float32", "int8") for kind in ("", " compressed")
+    }
+    assert all(f["times_whole"] > 0 for f in compressed["figures"] if "compressed" in f["name"])
     assert [(case["kind"], case["length"]) for case in prefills] == [
         ("prefill", 64), ("prefill", 128)
     ]  # fmt: skip

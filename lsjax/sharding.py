@@ -79,9 +79,10 @@ def make_mesh(sizes: str | Mapping[str, int]) -> Mesh:
     devices = jax.devices()
     if count > len(devices):
         asked = ",".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
+        more = f", or set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else ""
         raise UserError(
             f"the mesh {asked} needs {count} devices, but {len(devices)} {devices[0].platform} "
-            f"device{'s are' if len(devices) > 1 else ' is'} here; ask for a smaller mesh."
+            f"device{'s are' if len(devices) > 1 else ' is'} here; ask for a smaller mesh{more}."
         )
     if jax.process_count() > 1 and count < len(devices):
         raise UserError(

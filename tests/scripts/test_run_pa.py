@@ -131,7 +131,10 @@ def test_ids_and_chats(tmp_path, compiled):
         (["--input_texts", ""], ["empty"]),
         (["--input_texts", "latin1.txt"], ["latin1.txt", "not UTF-8", "byte 1"]),
         (["--input_texts", "hello", "--mesh", "rows=2"], ["'rows'", "data, context, model"]),
-        (["--input_texts", "hello", "--mesh", "context=64"], ["64 devices", "here", "JAX_NUM_CPU_DEVICES=64"]),
+        (
+            ["--input_texts", "hello", "--mesh", "context=64"],
+            ["64 devices", "here", "JAX_NUM_CPU_DEVICES=64"],
+        ),
         (["--input_texts", "hello", "--prompt_lookup_num_tokens", "99"], ["0 (no drafts) to 15"]),
         (["--input_texts", "hello", "--max_output_length", -1], ["max_output_length"]),
         (["--input_texts", "hello", "--max_input_length", 0], ["max_input_length"]),

@@ -18,7 +18,7 @@ from lsjax.compression import Compression
 from lsjax.compression.shapes import compressed_shapes
 from lsjax.config import ModelConfig
 from lsjax.hosts import to_host
-from lsjax.layer_by_layer import LayerByLayer
+from lsjax.layer_by_layer import LayerByLayer, last_hidden
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
@@ -117,7 +117,7 @@ class Engine:
             self._prefill_step, donate_argnums=2, out_shardings=(cache, self._rows)
         )
         self._score = program(self._score_step, donate_argnums=2, out_shardings=(cache, self._rows))
-        self._embed = program(self._embed_step)
+        self._embed = program(self._embed_step, out_shardings=sharding(mesh, CHUNK))
         self._first = program(self._first_step, out_shardings=self._rows)
         self._decode = program(
             self._decode_segment, donate_argnums=2, out_shardings=(state, self._rows)
@@ -182,7 +182,7 @@ class Engine:
         return self._prefill(params, tables, cache, tokens, np.int32(start), lengths, last)
 
     def embed(self, params: dict, tokens: jax.Array) -> jax.Array:
-        """[batch, length] ids -> [batch, length, hidden], what the first layer gets."""
+        """[batch, chunk] ids -> [batch, chunk, hidden], what the first layer gets, dealt out."""
         return self._embed(params, tokens)
 
     def prefill_by_layer(
@@ -200,9 +200,9 @@ class Engine:
         See LayerByLayer; only of an engine with compression.
         """
         chunks = np.split(tokens, tokens.shape[1] // self.chunk, axis=1)
-        placed = [self._place(chunk) for chunk in chunks]
+        hidden = [self.embed(params, self._place(chunk)) for chunk in chunks]
         lengths = self._place(lengths)
-        return self._layer_by_layer(params, tables, placed, lengths, spec, room, on_chunk)
+        return self._layer_by_layer(params, tables, hidden, lengths, spec, room, on_chunk)
 
     def score(
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: np.ndarray, start: int
@@ -343,9 +343,7 @@ class Engine:
     def _prefill_step(self, params, tables, cache, tokens, start, lengths, last):
         tokens, positions = self._deal_out(tokens, start)
         hidden, cache = self._run(params, tokens, positions, tables, cache, lengths)
-        is_last = (positions == lengths[:, None] - 1)[..., None]
-        chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
-        return cache, jnp.where(jnp.any(is_last, axis=1), chosen, last)
+        return cache, last_hidden(hidden, positions, lengths, last)
 
     def _score_step(self, params, tables, cache, tokens, start):
         tokens, positions = self._deal_out(tokens, start)
@@ -357,7 +355,7 @@ class Engine:
     def _deal_out(self, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A chunk's tokens and their positions, each device's part of the sequence on it."""
         order = self._zigzag.order(tokens.shape[1])
-        positions = jnp.broadcast_to(start + jnp.asarray(order), tokens.shape)
+        positions = self._zigzag.chunk_positions(start, *tokens.shape)
         if self._zigzag.devices == 1:
             return tokens, positions
         parts = sharding(self.mesh, CHUNK)
@@ -366,6 +364,7 @@ class Engine:
         )
 
     def _embed_step(self, params, tokens):
+        tokens, _ = self._deal_out(tokens, 0)
         return self._decoder.apply({"params": params}, tokens, method="embed_tokens")
 
     def _first_step(self, params, last, draw):

@@ -65,8 +65,7 @@ def generate(
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
     draw = request.sampling.arrays()
 
-    prefill = _compressed_prefill if engine.compression else _prefill
-    cache, last = prefill(engine, params, request, spec, tables, lengths, on_prefill)
+    cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill)
     timing.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     state = engine.first(params, cache, last, lengths, draw)
     del cache
@@ -110,15 +109,12 @@ def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[ja
     Yields:
       [batch, up to SEGMENT, vocab] float32 logits of the tokens after those.
     """
-    room, ends = request.input_room, {len(p) for p in request.prompts}
-    assert len(ends) == 1
+    room, (end,) = request.input_room, {len(p) for p in request.prompts}
     begun = dataclasses.replace(request, prompts=tuple(p[:room] for p in request.prompts))
     tables = engine.tables([len(p) for p in request.prompts])
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
-    prefill = _compressed_prefill if engine.compression else _prefill
     lengths = np.array([room] * len(request.prompts), np.int32)
-    cache, _ = prefill(engine, params, begun, spec, tables, lengths, None)
-    (end,) = ends
+    cache, _ = _prefill(engine, params, begun, spec, tables, lengths, None)
     for at in range(room, end, SEGMENT):
         tokens = _rows_of(request, at, at + SEGMENT)
         cache, scores = engine.force(params, tables, cache, tokens, at)
@@ -126,6 +122,12 @@ def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[ja
 
 
 def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
+    """Runs the prompts: the cache, and the last hidden states."""
+    run = _compressed_prefill if engine.compression else _chunked_prefill
+    return run(engine, params, request, spec, tables, lengths, on_prefill)
+
+
+def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill):
     """Chunk after chunk through all layers: the cache, and the last hidden states."""
     cache = engine.new_cache(spec)
     last = pending = None
@@ -145,7 +147,7 @@ def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
 
 
 def _compressed_prefill(engine, params, request, spec, tables, lengths, on_prefill):
-    """Layer after layer through all chunks; as `_prefill`."""
+    """Layer after layer through all chunks; as `_chunked_prefill`."""
     longest, chunk, layers = int(lengths.max()), request.chunk, engine.config.num_layers
     chunks, told = -(-longest // chunk), 0
     cost = functools.partial(prefill_cost, engine.config, 0)

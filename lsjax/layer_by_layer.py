@@ -44,7 +44,6 @@ class LayerByLayer:
         self._config, self._mesh, self._compression = config, mesh, compression
         self._zigzag, self._decoder, self._program = zigzag, decoder, program
         self._platform = mesh.devices.flat[0].platform
-        self._embed = program(self._embed_step, out_shardings=sharding(mesh, CHUNK))
         self._layer = program(self._layer_step, donate_argnums=(2, 3))
         self._last = program(self._last_step, out_shardings=sharding(mesh, TOKENS))
         self._empty = jax.jit(self._empty_layer, static_argnums=0)
@@ -54,7 +53,7 @@ class LayerByLayer:
         self,
         params: dict,
         tables: RotaryTables,
-        chunks: Sequence[jax.Array],
+        hidden: Sequence[jax.Array],
         lengths: jax.Array,
         spec: CacheSpec,
         room: int,
@@ -65,7 +64,8 @@ class LayerByLayer:
         Args:
           params: the model's, its heads arranged.
           tables: of the requests.
-          chunks: [batch, chunk] ids, one after the other; anything after a prompt's end.
+          hidden: [batch, chunk, hidden] embeddings of one chunk after the other, their tokens dealt
+            out; anything after a prompt's end.
           lengths: [batch] tokens of each prompt.
           spec: of the whole cache.
           room: tokens of prompt that it has room for.
@@ -74,9 +74,8 @@ class LayerByLayer:
         Returns:
           The compressed cache, and [batch, hidden] the hidden state of each prompt's last token.
         """
-        size = chunks[0].shape[1]
-        starts = [np.int32(i * size) for i in range(len(chunks))]
-        hidden = [self._embed(params, tokens) for tokens in chunks]
+        hidden = list(hidden)
+        starts = [np.int32(i * x.shape[1]) for i, x in enumerate(hidden)]
         window = self._compression.window(room)
         entries = []
         for i, kept in enumerate(self._compression.kept):
@@ -137,17 +136,9 @@ class LayerByLayer:
         layer = empty_layer(self._config, spec, self._platform)
         return self._placed(layer, layer_cache_spec(layer))
 
-    def _positions(self, batch: int, length: int, start: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(start + jnp.asarray(self._zigzag.order(length)), (batch, length))
-
-    def _embed_step(self, params, tokens):
-        if self._zigzag.devices > 1:
-            tokens = tokens[:, self._zigzag.order(tokens.shape[1])]
-        tokens = self._placed(tokens, CHUNK)
-        return self._decoder.apply({"params": params}, tokens, method="embed_tokens")
-
     def _layer_step(self, layer, tables, cache, hidden, start, lengths):
-        positions = self._placed(self._positions(*hidden.shape[:2], start), CHUNK)
+        positions = self._zigzag.chunk_positions(start, *hidden.shape[:2])
+        positions = self._placed(positions, CHUNK)
         if self._decoder.gather is not None:
             layer = self._decoder.gather("layers_0", layer)
         block = Block(self._config, self._mesh, None)
@@ -157,7 +148,22 @@ class LayerByLayer:
         return self._placed(hidden, CHUNK), self._placed(cache, layer_cache_spec(cache))
 
     def _last_step(self, params, hidden, start, lengths, last):
-        is_last = (self._positions(*hidden.shape[:2], start) == lengths[:, None] - 1)[..., None]
-        chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
-        normed = self._decoder.apply({"params": params}, chosen, method="normed")
-        return jnp.where(jnp.any(is_last, axis=1), normed, last)
+        positions = self._zigzag.chunk_positions(start, *hidden.shape[:2])
+        hidden = self._decoder.apply({"params": params}, hidden, method="normed")
+        return last_hidden(hidden, positions, lengths, last)
+
+
+def last_hidden(
+    hidden: jax.Array, positions: jax.Array, lengths: jax.Array, last: jax.Array
+) -> jax.Array:
+    """[batch, hidden] of each prompt's last token, where it is in the chunk; else `last`.
+
+    Args:
+      hidden: [batch, chunk, hidden], where `positions` [batch, chunk] say.
+      positions: of the chunk.
+      lengths: [batch] tokens of each prompt.
+      last: [batch, hidden], from the chunk before.
+    """
+    is_last = (positions == lengths[:, None] - 1)[..., None]
+    chosen = jnp.sum(jnp.where(is_last, hidden, 0), axis=1)
+    return jnp.where(jnp.any(is_last, axis=1), chosen, last)

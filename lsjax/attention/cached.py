@@ -74,13 +74,7 @@ def write_and_attend(
 
 def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, platform):
     """`write_and_attend` on one device of the mesh, with its parts of the arrays."""
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q * head_dim**-0.5
-    if cache.recent is not None:
-        q, k = spread(q), spread(k)
-    q = q.astype(v.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q, k, v = by_head(q, k, v, cache.k)
     if slopes is not None:
         slopes = slopes.reshape(q.shape[1:3])
 
@@ -106,8 +100,37 @@ def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, 
     partial, block = attention(
         attend_to, q, k, v, positions, lengths, cache.recent, stores, begin, zigzag
     )
-    out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-    return out.astype(v.dtype), cache.replace(k=stores[0], v=stores[1], recent=block)
+    out = by_token(partial.values).astype(v.dtype)
+    return out, cache.replace(k=stores[0], v=stores[1], recent=block)
+
+
+def by_head(
+    q: jax.Array, k: jax.Array, v: jax.Array, store: Store
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """New queries, keys and values as attention to a store takes them.
+
+    Args:
+      q: [batch, length, heads, head_dim], not yet scaled.
+      k, v: [batch, length, kv_heads, head_dim].
+      store: where they are going; over a quantised one queries and keys are spread.
+
+    Returns:
+      q [batch, kv_heads, group, length, head_dim], scaled; k and v [batch, kv_heads, length,
+      head_dim].
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = q * head_dim**-0.5
+    if store.scale is not None:
+        q, k = spread(q), spread(k)
+    q = q.astype(v.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    return q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def by_token(values: jax.Array) -> jax.Array:
+    """[batch, kv_heads, group, length, head_dim] -> [batch, length, heads, head_dim]."""
+    batch, kv_heads, group, length, head_dim = values.shape
+    return values.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head_dim)
 
 
 def _local_attention(

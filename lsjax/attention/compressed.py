@@ -19,7 +19,6 @@ from lsjax.cache import (
     floats_at,
     write_tokens,
 )
-from lsjax.cache.hadamard import spread
 from lsjax.precision import einsum
 from lsjax.sharding import QUERIES, TOKENS, compressed_cache_spec
 
@@ -86,14 +85,8 @@ def _step(q, k, v, positions, cache, *, context, platform):
 
 
 def _window_step(q, k, v, positions, cache: WindowCache, context: int, platform: str):
-    batch, length, heads, head_dim = q.shape
-    kv_heads, dtype = k.shape[2], v.dtype
-    q = q * head_dim**-0.5
-    if cache.k.scale is not None:
-        q, k = spread(q), spread(k)
-    q = q.astype(dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
-
+    dtype = v.dtype
+    q, k, v = cached.by_head(q, k, v, cache.k)
     spec, position = cache.spec, positions[:, 0]
     here = cache.k.capacity
     before = jax.lax.axis_index("context") * here
@@ -113,8 +106,8 @@ def _window_step(q, k, v, positions, cache: WindowCache, context: int, platform:
     if context > 1:
         partial = merge_over_axis(partial, "context")
     partial = merge(partial, compensation(q, dropped))
-    out = partial.values.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-    return out.astype(dtype), cache.replace(k=k, v=v, oldest=tuple(oldest), dropped=dropped)
+    out = cached.by_token(partial.values).astype(dtype)
+    return out, cache.replace(k=k, v=v, oldest=tuple(oldest), dropped=dropped)
 
 
 def compensation(q: jax.Array, dropped: Dropped) -> Partial:

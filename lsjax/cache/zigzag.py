@@ -62,6 +62,10 @@ class Zigzag:
         piece = position % self.stripe // self._piece if self.devices > 1 else 0 * position
         return jnp.minimum(piece, 2 * self.devices - 1 - piece)
 
+    def chunk_positions(self, start: jax.Array, batch: int, length: int) -> jax.Array:
+        """[batch, length] positions from `start` on, in the order of `order`."""
+        return jnp.broadcast_to(start + jnp.asarray(self.order(length)), (batch, length))
+
     def order(self, length: int) -> np.ndarray:
         """[length] positions 0 .. length - 1 (whole stripes) device after device.
 

@@ -14,6 +14,7 @@ from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
 from lsjax.cache import GRANULE, Store, empty_layer
 from lsjax.compilation import Program
+from lsjax.compression.razor import check_compresses
 from lsjax.compression.scores import HeadScores
 from lsjax.engine import Engine
 from lsjax.errors import UserError
@@ -48,9 +49,10 @@ def find_heads(
       on_layer: called with 1 after each layer.
 
     Raises:
-      UserError: there is a context axis.
+      UserError: there is a context or a data axis, or the model is not compressed so.
     """
     config, mesh = engine.config, engine.mesh
+    check_compresses(config)
     if mesh.shape["context"] > 1 or mesh.shape["data"] > 1:
         raise UserError(
             "heads are found on one text that lies whole on each device; use a mesh with a model "

@@ -50,3 +50,9 @@ def test_a_text_that_is_dealt_out_is_refused():
     lm = lsjax.load(mesh="context=2")
     with pytest.raises(UserError, match="model axis only"):
         find_heads(lm.engine, lm.params, repeated_text(256, 48, 57, 9, 0), print)
+
+
+def test_a_model_that_is_not_compressed_so_is_refused():
+    lm = lsjax.load(lsjax.shipped_model_path("alibi"))
+    with pytest.raises(UserError, match="slope"):
+        find_heads(lm.engine, lm.params, repeated_text(256, 48, 57, 9, 0), print)

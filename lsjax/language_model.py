@@ -154,12 +154,7 @@ class LanguageModel:
           [batch, length - 1] float32: minus the log-probability of token i + 1 after token i.
         """
         ids = np.atleast_2d(np.asarray(token_ids, np.int32))
-        parts, at = [], 1
-        for scores in self._scores(ids, chunk_size):
-            targets = ids[:, at : at + scores.shape[1]]
-            parts.append(to_host(_nats(scores[:, : targets.shape[1]], targets)))
-            at += scores.shape[1]
-        return np.concatenate(parts, axis=1)
+        return _losses(self._scores(ids, chunk_size), ids[:, 1:])
 
     def decode_losses(self, token_ids: Any, prompt_length: int) -> np.ndarray:
         """How unforeseen tokens are that are decoded one by one, over the cache as it is then.
@@ -195,12 +190,8 @@ class LanguageModel:
             sampling=Sampling(),
             eos_token_ids=frozenset(),
         )
-        parts, at = [], prompt_length + 1
-        for scores in forced_scores(self.engine, self.params, request):
-            targets = ids[:, at : at + scores.shape[1]]
-            parts.append(to_host(_nats(scores[:, : targets.shape[1]], targets)))
-            at += scores.shape[1]
-        return np.concatenate(parts, axis=1)
+        scores = forced_scores(self.engine, self.params, request)
+        return _losses(scores, ids[:, prompt_length + 1 :])
 
     def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
         """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
@@ -313,6 +304,16 @@ class LanguageModel:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids) if has_tokenizer(self.settings.folder) else ""
+
+
+def _losses(parts: Iterator[jax.Array], targets: np.ndarray) -> np.ndarray:
+    """Scores of consecutive stretches, and the [batch, length] ids that came -> their losses."""
+    found, at = [], 0
+    for scores in parts:
+        these = targets[:, at : at + scores.shape[1]]
+        found.append(to_host(_nats(scores[:, : these.shape[1]], these)))
+        at += scores.shape[1]
+    return np.concatenate(found, axis=1)
 
 
 @jax.jit

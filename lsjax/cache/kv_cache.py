@@ -19,7 +19,9 @@ from lsjax.config import ModelConfig
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _QUANTISED = ("int8", "int4")
-BLOCK = 512  # positions whose keys are attended to as floats by the queries among them
+# Positions whose keys are attended to as floats by the queries among them. With half as many, an
+# int8 cache changed twice as many of a small model's predictions over 2,048 tokens.
+BLOCK = 1024
 
 
 @flax.struct.dataclass

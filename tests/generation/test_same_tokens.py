@@ -91,7 +91,7 @@ def test_whatever_was_asked_before(model):
 )
 def test_whatever_is_drafted(model, drafted, name, kv, mesh):
     """Rows that repeat themselves and rows that do not, past a block's end and the answer's."""
-    near_a_block_end = (prompt(14, 30) * 20)[: max(LENGTH, LONGER[kv] - 9)]
+    near_a_block_end = (prompt(14, 30) * 40)[: max(LENGTH, LONGER[kv] - 9)]
     prompts = [near_a_block_end, prompt(15, 100), prompt(16, 8) * 6]
     usual = model(name, kv, mesh=mesh).generate(prompts, OUTPUT, allow_untrained_length=True)
     done = model(name, kv, mesh=mesh).generate(

@@ -15,6 +15,7 @@ from lsjax import lookup
 from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache, stripe_of
 from lsjax.compilation import CompileClock, Program, compiler_options
 from lsjax.compression import Compression
+from lsjax.compression.arrange import query_heads
 from lsjax.compression.shapes import compressed_shapes
 from lsjax.config import ModelConfig
 from lsjax.hosts import to_host
@@ -96,7 +97,8 @@ class Engine:
         self._zigzag = Zigzag(context, self.stripe)
         self.clock = CompileClock()
         gather = _gather(config, mesh, dtype) if context > 1 else None
-        self._decoder = Decoder(config, mesh, jnp.dtype(dtype), gather)
+        heads = compression and query_heads(config, compression)
+        self._decoder = Decoder(config, mesh, jnp.dtype(dtype), gather, heads)
         self._rows = sharding(mesh, TOKENS)
         whole = sharding(mesh, PartitionSpec())
         cache = cache_shardings(config, mesh, cache_dtype, self.stripe)

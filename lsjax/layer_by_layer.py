@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.cache import (
     CacheSpec,
     CompressedCache,
     LayerCache,
-    WindowSpec,
+    Parts,
     Zigzag,
     compress,
     empty_layer,
@@ -25,6 +25,7 @@ from lsjax.compression import Compression
 from lsjax.config import ModelConfig
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
+from lsjax.positions.alibi import layer_slopes
 from lsjax.positions.rotary import RotaryTables, cos_sin
 from lsjax.sharding import CHUNK, TOKENS, compressed_cache_spec, layer_cache_spec, sharding
 
@@ -47,7 +48,7 @@ class LayerByLayer:
         self._layer = program(self._layer_step, donate_argnums=(2, 3))
         self._last = program(self._last_step, out_shardings=sharding(mesh, TOKENS))
         self._empty = jax.jit(self._empty_layer, static_argnums=0)
-        self._compress: dict[tuple[int, WindowSpec], Program] = {}
+        self._compress: dict[Parts, Program] = {}
 
     def __call__(
         self,
@@ -74,18 +75,17 @@ class LayerByLayer:
         Returns:
           The compressed cache, and [batch, hidden] the hidden state of each prompt's last token.
         """
-        hidden = list(hidden)
+        hidden, where = list(hidden), self._where(tables)
         starts = [np.int32(i * x.shape[1]) for i, x in enumerate(hidden)]
-        window = self._compression.window(room)
         entries = []
-        for i, kept in enumerate(self._compression.kept):
+        for i, parts in enumerate(self._compression.parts(room)):
             cache, layer = self._empty(spec), params[f"layers_{i}"]
             for n, start in enumerate(starts):
-                hidden[n], cache = self._layer(layer, tables, cache, hidden[n], start, lengths)
+                hidden[n], cache = self._layer(layer, where[i], cache, hidden[n], start, lengths)
                 if n:  # the device always has the next one queued
                     jax.block_until_ready(hidden[n - 1])
                     on_chunk(i, n - 1)
-            entries.append(self._compressed(cache, lengths, kept, window))
+            entries.append(self._compressed(cache, lengths, parts))
             del cache
             jax.block_until_ready(entries[-1])  # before the next layer's cache is made
             on_chunk(i, len(starts) - 1)
@@ -109,20 +109,27 @@ class LayerByLayer:
         shape = batch, chunk, self._config.hidden_size
         where = sharding(self._mesh, CHUNK)
         hidden = jax.ShapeDtypeStruct(shape, self._decoder.dtype, sharding=where)
-        return self._layer.lower(layer, tables, cache, hidden, start, lengths)
+        where = tables
+        if self._config.alibi:
+            whole = sharding(self._mesh, PartitionSpec())
+            shape = (self._config.num_heads,)
+            where = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+        return self._layer.lower(layer, where, cache, hidden, start, lengths)
 
-    def _compressed(
-        self, cache: LayerCache, lengths: jax.Array, kept: int, window: WindowSpec
-    ) -> CompressedCache:
-        key = kept, window
+    def _where(self, tables: RotaryTables) -> Sequence[RotaryTables | jax.Array]:
+        """Of each layer, what its places come from: tables, or the slopes themselves."""
+        if self._config.alibi:
+            return layer_slopes(self._config, self._decoder.heads)
+        return [tables] * self._config.num_layers
 
+    def _compressed(self, cache: LayerCache, lengths: jax.Array, parts: Parts) -> CompressedCache:
         def step(_: None, cache: LayerCache, lengths: jax.Array) -> CompressedCache:
-            out = compress(cache, lengths, kept, self._compression.shards, self._zigzag, window)
+            out = compress(cache, lengths, parts, self._compression.shards, self._zigzag)
             return self._placed(out, compressed_cache_spec(out))
 
-        if key not in self._compress:
-            self._compress[key] = self._program(step)
-        return self._compress[key](None, cache, lengths)
+        if parts not in self._compress:
+            self._compress[parts] = self._program(step)
+        return self._compress[parts](None, cache, lengths)
 
     def _placed(self, tree, specs):
         """Within a program: the tree where its specs say."""
@@ -136,14 +143,15 @@ class LayerByLayer:
         layer = empty_layer(self._config, spec, self._platform)
         return self._placed(layer, layer_cache_spec(layer))
 
-    def _layer_step(self, layer, tables, cache, hidden, start, lengths):
+    def _layer_step(self, layer, where, cache, hidden, start, lengths):
         positions = self._zigzag.chunk_positions(start, *hidden.shape[:2])
         positions = self._placed(positions, CHUNK)
         if self._decoder.gather is not None:
             layer = self._decoder.gather("layers_0", layer)
         block = Block(self._config, self._mesh, None)
+        places = where if self._config.alibi else cos_sin(where, positions)
         hidden, cache = block.apply(
-            {"params": layer}, hidden, positions, cos_sin(tables, positions), cache, lengths, False
+            {"params": layer}, hidden, positions, places, cache, lengths, False
         )
         return self._placed(hidden, CHUNK), self._placed(cache, layer_cache_spec(cache))
 

@@ -33,7 +33,7 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
         "dtype": settings.dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "kv_compression": compression and dataclasses.asdict(compression.razor),
-        "kv_heads_kept": compression and sum(compression.kept) * compression.shards,
+        "kv_heads_kept": compression and compression.kept(requests[0].input_room),
         "cache_bytes": _cache_bytes(settings, requests[0]),
         "prefill_chunk": settings.prefill_chunk,
         "mesh": {axis: int(size) for axis, size in settings.mesh.shape.items()},

@@ -11,7 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import CacheSpec, CompressedCache, KVCache, LayerCache, empty_layer
+from lsjax.cache import (
+    CacheSpec,
+    CompressedCache,
+    KVCache,
+    LayerCache,
+    WindowCache,
+    empty_layer,
+)
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 
@@ -166,12 +173,16 @@ def layer_cache_spec(cache: LayerCache) -> LayerCache:
 
 def compressed_cache_spec(cache: CompressedCache) -> CompressedCache:
     """The specs of one layer's compressed cache, in its own structure."""
-    window = cache.window
-    if window is not None:
+
+    def of_window(window: WindowCache) -> WindowCache:
         k, v = (jax.tree.map(lambda _: CACHE, store) for store in (window.k, window.v))
+        if window.dropped is None:
+            return window.replace(k=k, v=v)
         dropped = window.dropped.replace(k=RECENT, v=RECENT, count=TOKENS)
-        window = window.replace(k=k, v=v, oldest=(RECENT, RECENT), dropped=dropped)
-    return CompressedCache(cache.whole and layer_cache_spec(cache.whole), window)
+        return window.replace(k=k, v=v, dropped=dropped, oldest=(RECENT, RECENT))
+
+    windows = tuple(map(of_window, cache.windows))
+    return CompressedCache(cache.whole and layer_cache_spec(cache.whole), windows)
 
 
 def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str, stripe: int) -> KVCache:

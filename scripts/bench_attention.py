@@ -35,6 +35,7 @@ from lsjax.cache import (
     CACHE_DTYPES,
     CompressedCache,
     LayerCache,
+    Parts,
     Store,
     WindowSpec,
     Zigzag,
@@ -161,7 +162,7 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
         if isinstance(cache, LayerCache):
             return attention(q, cache.k, cache.v, end)
         parts = [attention(q[:, : h.k.data.shape[1]], h.k, h.v, end) for h in [cache.whole] if h]
-        if w := cache.window:
+        for w in cache.windows:
             q = q[:, -w.k.data.shape[1] :]
             near = attention(q, w.k, w.v, jnp.minimum(end, window.slots))
             parts.append(merge(near, compensation(q, w.dropped)))
@@ -175,7 +176,8 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
 
     @functools.partial(jax.jit, static_argnums=1)
     def small(cache: LayerCache, kept: int) -> CompressedCache:
-        return compress(cache, end[0], kept, 1, Zigzag(1, 0), window)
+        parts = Parts(kept, ((case.kv_heads - kept, window),) if kept < case.kv_heads else ())
+        return compress(cache, end[0], parts, 1, Zigzag(1, 0))
 
     found = {}
     caches = {

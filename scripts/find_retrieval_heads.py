@@ -1,8 +1,11 @@
 """Finds the heads of a model that retrieve, for --kv_compression=razor; once for each model.
 
+Of a model with ALiBi it finds how far each head can reach, which its weights say.
+
 python scripts/find_retrieval_heads.py --model_path /models/Qwen2.5-7B-Instruct --plot heads.png
 """
 
+import dataclasses
 import os
 import sys
 
@@ -12,8 +15,9 @@ from tqdm import tqdm
 
 from lsjax import cli
 from lsjax.compilation import enable_persistent_cache
-from lsjax.compression import HEAD_FILE, Razor, choose, write_scores
+from lsjax.compression import HEAD_FILE, Razor, choose, write_bounds, write_scores
 from lsjax.compression.find import REPEATS, find_heads, repeated_text
+from lsjax.compression.reach import reaches, score_bounds
 from lsjax.errors import UserError
 from lsjax.evals.plots import plot_heads
 from lsjax.files import check_writable
@@ -52,6 +56,9 @@ def main(argv: list[str]) -> None:
     for path in filter(None, (output, FLAGS.plot)):
         check_writable(path)
     config = model.config
+    if config.alibi:
+        _find_reaches(model, output)
+        return
     most = (config.served_length - 1) // REPEATS
     length = FLAGS.length or min(2500, most)
     if length > most:
@@ -72,7 +79,28 @@ def main(argv: list[str]) -> None:
         print(f"layer {layer:>3}, KV head {head:>3}: induction {best[0]:.3f}, echo {best[1]:.3f}")
     print(f"scores written to {output}")
     if FLAGS.plot:
+        scores = {f"{name} score": rows for name, rows in dataclasses.asdict(scores).items()}
         plot_heads(scores, FLAGS.plot)
+
+
+def _find_reaches(model: LanguageModel, output: str) -> None:
+    for flag in ("length", "ids", "seed", "induction", "echo", "rope_scaling"):
+        if FLAGS[flag].present:
+            raise UserError(
+                f"--{flag} is for models that rotate; with ALiBi a head's reach follows from its "
+                "weights. Leave it out."
+            )
+    config = model.config
+    bounds = score_bounds(config, model.params)
+    write_bounds(output, config, bounds)
+    found = reaches(config, bounds, Razor.epsilon)
+    print(f"tokens that KV heads reach back, for weights of {Razor.epsilon} beyond:")
+    for layer, row in enumerate(np.sort(found, axis=1)):
+        print(f"layer {layer:>3}: {row[0]:,.0f} to {row[-1]:,.0f}, half of them up to "
+              f"{np.median(row):,.0f}")  # fmt: skip
+    print(f"bounds of scores written to {output}")
+    if FLAGS.plot:
+        plot_heads({"log2 of the reach": np.log2(found)}, FLAGS.plot)
 
 
 def _ids(vocab_size: int) -> tuple[int, int]:

@@ -43,8 +43,8 @@ class Seen(NamedTuple):
       begin, end: [batch, length], not decreasing along the length; a query sees the slots
         begin .. end - 1 as far as there are such. `begin` is None where all see from the first on.
       at: [batch, length] the queries' own positions.
-      positions: [slots] that the slots stand at, which only ALiBi asks for; None where they are
-        the slots' numbers.
+      positions: [slots] that the slots stand at, or [batch, slots], which only ALiBi asks for;
+        None where they are the slots' numbers.
     """
 
     begin: jax.Array | None
@@ -96,6 +96,8 @@ def attend(
             return jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
 
         own = seen.queries(take)
+        if own.positions is not None and own.positions.ndim > 1:
+            own = own._replace(positions=take(own.positions))
         return _attend_block(take(q), k, v, row, own, slopes, _KEYS_FOR_FEW)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
@@ -162,8 +164,8 @@ def _attend_block(
         if slopes is not None:
             where = slots
             if positions is not None:
-                where = jax.lax.dynamic_slice_in_dim(positions, start, size)
-            distance = (at[:, :, None] - where).astype(jnp.float32)
+                where = jax.lax.dynamic_slice_in_dim(positions, start, size, axis=-1)
+            distance = (at[:, :, None] - where[..., None, :]).astype(jnp.float32)
             by_query -= slopes[:, :, None, None] * distance[:, None, None]
         visible = (slots >= i * size) & (slots < end[:, :, None])
         if begin is not None:

@@ -3,6 +3,7 @@
 from lsjax.cache.compressed import (
     CompressedCache,
     Dropped,
+    Parts,
     WindowCache,
     WindowSpec,
     compress,
@@ -28,6 +29,7 @@ __all__ = [
     "Dropped",
     "KVCache",
     "LayerCache",
+    "Parts",
     "Recent",
     "Store",
     "WindowCache",

@@ -2,6 +2,7 @@
 
 A head of short reach keeps the first tokens, the last ones, and one compensation token that stands
 for all those dropped between: the means of their keys and values, weighing as much as they are.
+With ALiBi it keeps the last ones only: what it drops has next to no weight.
 Source: RazorAttention (arXiv 2407.15891).
 """
 
@@ -23,10 +24,12 @@ class WindowSpec:
     Attributes:
       sinks: tokens kept from the first on.
       last: of the last tokens, how many are kept.
+      compensates: whether a compensation token stands for those dropped.
     """
 
     sinks: int
     last: int
+    compensates: bool = True
 
     @property
     def slots(self) -> int:
@@ -75,82 +78,105 @@ class WindowCache:
 
     Attributes:
       k, v: [batch, kv_heads, slots, head_dim], dealt out over the context axis slot by slot.
-      oldest: keys and values, [batch, kv_heads, head_dim] float32 each, of the token that the next
-        one drives out: read after a step's write, since XLA copies a store that is read before it.
-      dropped: what stands for the rest.
+      dropped: what stands for the rest, or None.
+      oldest: of a cache with such, keys and values, [batch, kv_heads, head_dim] float32 each, of
+        the token that the next one drives out: read after a step's write, since XLA copies a store
+        that is read before it.
       spec: which slot keeps what.
     """
 
     k: Store
     v: Store
-    oldest: tuple[jax.Array, jax.Array]
-    dropped: Dropped
+    dropped: Dropped | None
+    oldest: tuple[jax.Array, jax.Array] | None
     spec: WindowSpec = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
 class CompressedCache:
-    """Keys and values of one layer; either part is None where no head is of its kind.
+    """Keys and values of one layer.
 
-    On each device of the model axis the heads that keep everything come first.
+    On each device of the model axis heads come in this order.
 
     Attributes:
-      whole: of the heads that keep everything.
-      window: of the others.
+      whole: of the heads that keep everything; None where there are none.
+      windows: of the others, those together that keep as much.
     """
 
     whole: LayerCache | None
-    window: WindowCache | None
+    windows: tuple[WindowCache, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How many of a layer's heads keep what, on each shard of them and in this order.
+
+    Attributes:
+      whole: keep everything.
+      windows: keep as much as each of these says.
+    """
+
+    whole: int
+    windows: tuple[tuple[int, WindowSpec], ...]
 
 
 def compress(
-    cache: LayerCache, lengths: jax.Array, kept: int, shards: int, zigzag: Zigzag, spec: WindowSpec
+    cache: LayerCache, lengths: jax.Array, parts: Parts, shards: int, zigzag: Zigzag
 ) -> CompressedCache:
     """Drops what the heads of short reach do not keep.
 
     Args:
       cache: a layer's, with all positions.
       lengths: [batch] tokens of each row.
-      kept: how many heads of each shard, the first ones, keep everything.
-      shards: parts that the heads lie in.
+      parts: what each shard's heads keep.
+      shards: that the heads lie in.
       zigzag: how positions lie in it.
-      spec: what the others keep.
     """
     heads = cache.k.data.shape[1] // shards
 
-    def some(part: slice, tree):
+    def some(first: int, count: int, tree):
         def take(x: jax.Array) -> jax.Array:
-            apart = x.reshape(x.shape[0], shards, heads, *x.shape[2:])[:, :, part]
-            return apart.reshape(x.shape[0], -1, *x.shape[2:])
+            apart = x.reshape(x.shape[0], shards, heads, *x.shape[2:])
+            return apart[:, :, first : first + count].reshape(x.shape[0], -1, *x.shape[2:])
 
         return jax.tree.map(take, tree)
 
-    whole = some(slice(kept), cache) if kept else None
-    if kept == heads:
-        return CompressedCache(whole, None)
-    k, v = some(slice(kept, None), (cache.k, cache.v))
+    whole = some(0, parts.whole, cache) if parts.whole else None
+    windows, first = [], parts.whole
+    for count, spec in parts.windows:
+        windows.append(_window(*some(first, count, (cache.k, cache.v)), lengths, zigzag, spec))
+        first += count
+    return CompressedCache(whole, tuple(windows))
+
+
+def _window(
+    k: Store, v: Store, lengths: jax.Array, zigzag: Zigzag, spec: WindowSpec
+) -> WindowCache:
+    """What is kept of some heads' keys and values."""
     each = k.capacity // zigzag.devices
     slots = jnp.arange(spec.capacity(k.capacity, zigzag.devices))
     at = spec.positions(slots, lengths)  # [batch, slots]
     index = zigzag.device(at) * each + zigzag.slots_before(zigzag.device(at), at)
+
+    def keep(x: jax.Array) -> jax.Array:
+        where = jnp.minimum(index, x.shape[2] - 1).reshape(x.shape[0], 1, -1, *[1] * (x.ndim - 3))
+        return jnp.take_along_axis(x, where, axis=2)
+
+    kept_k, kept_v = (jax.tree.map(keep, x) for x in (k, v))
+    if not spec.compensates:
+        return WindowCache(kept_k, kept_v, None, None, spec)
     # Which position lies where, device after device.
     device, slot = jnp.divmod(jnp.arange(k.capacity), each)
     position = zigzag.position(device, slot)
     dropped = (position >= spec.sinks) & (position < lengths[:, None] - spec.last)
     count = jnp.sum(dropped, axis=1)
 
-    def keep(x: jax.Array) -> jax.Array:
-        where = jnp.minimum(index, x.shape[2] - 1).reshape(x.shape[0], 1, -1, *[1] * (x.ndim - 3))
-        return jnp.take_along_axis(x, where, axis=2)
-
     def mean(store: Store) -> jax.Array:
         total = jnp.sum(jnp.where(dropped[:, None, :, None], store.floats(), 0), axis=2)
         return total / jnp.maximum(count, 1)[:, None, None]
 
-    dropped_tokens = Dropped(mean(k), mean(v), count)
-    k, v = (jax.tree.map(keep, x) for x in (k, v))
-    oldest = tuple(floats_at(x, spec.slot(lengths)) for x in (k, v))
-    return CompressedCache(whole, WindowCache(k, v, oldest, dropped_tokens, spec))
+    oldest = tuple(floats_at(x, spec.slot(lengths)) for x in (kept_k, kept_v))
+    return WindowCache(kept_k, kept_v, Dropped(mean(k), mean(v), count), oldest, spec)
 
 
 def floats_at(store: Store, slot: jax.Array) -> jax.Array:

@@ -8,7 +8,13 @@ from lsjax.compression.razor import (
     compression_of,
     parse_compression,
 )
-from lsjax.compression.scores import HEAD_FILE, HeadScores, read_scores, write_scores
+from lsjax.compression.scores import (
+    HEAD_FILE,
+    HeadScores,
+    read_scores,
+    write_bounds,
+    write_scores,
+)
 
 __all__ = [
     "HEAD_FILE",
@@ -20,5 +26,6 @@ __all__ = [
     "compression_of",
     "parse_compression",
     "read_scores",
+    "write_bounds",
     "write_scores",
 ]

@@ -22,14 +22,14 @@ def arranged(params: dict, config: ModelConfig, compression: Compression) -> dic
       config: the model.
       compression: says the order.
     """
-    group = config.num_heads // config.num_kv_heads
     out = dict(params)
-    for i, order in enumerate(compression.order):
+    for i, (order, queries) in enumerate(
+        zip(compression.order, query_heads(config, compression), strict=True)
+    ):
         if order == tuple(range(config.num_kv_heads)):
             continue
         layer = dict(params[f"layers_{i}"])
         attention = dict(layer["attn"])
-        queries = [head * group + j for head in order for j in range(group)]
         for name, heads in (("q", queries), ("k", order), ("v", order)):
             attention[name] = {
                 kind: _taken(x, _channels(config, heads), 0, x.sharding)
@@ -40,6 +40,15 @@ def arranged(params: dict, config: ModelConfig, compression: Compression) -> dic
         attention["o"] = attention["o"] | {"weight": weight}
         out[f"layers_{i}"] = layer | {"attn": attention}
     return out
+
+
+def query_heads(config: ModelConfig, compression: Compression) -> tuple[tuple[int, ...], ...]:
+    """Of each layer, its query heads in the order that they stand in."""
+    group = config.num_heads // config.num_kv_heads
+    return tuple(
+        tuple(head * group + j for head in order for j in range(group))
+        for order in compression.order
+    )
 
 
 def _channels(config: ModelConfig, heads: Sequence[int]) -> np.ndarray:

@@ -49,10 +49,15 @@ def find_heads(
       on_layer: called with 1 after each layer.
 
     Raises:
-      UserError: there is a context or a data axis, or the model is not compressed so.
+      UserError: there is a context or a data axis, or the model is compressed otherwise.
     """
     config, mesh = engine.config, engine.mesh
     check_compresses(config)
+    if config.alibi:
+        raise UserError(
+            "heads that retrieve are found in models that rotate; with ALiBi a head's reach "
+            "follows from its slope and its weights."
+        )
     if mesh.shape["context"] > 1 or mesh.shape["data"] > 1:
         raise UserError(
             "heads are found on one text that lies whole on each device; use a mesh with a model "

@@ -1,8 +1,9 @@
-"""How much each query head looks back at earlier copies: a small JSON file beside the model."""
+"""What is known of each query head, for KV head compression: a small JSON file beside the model."""
 
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,27 +29,43 @@ class HeadScores:
 
 def write_scores(path: str, config: ModelConfig, scores: HeadScores) -> None:
     """Writes the file that `read_scores` reads."""
-    rows = {
-        name: [[round(float(x), 6) for x in layer] for layer in getattr(scores, name)]
-        for name in ("echo", "induction")
-    }
-    write_atomically(path, json.dumps({"model": _shape(config), **rows}) + "\n")
+    _write(path, config, dataclasses.asdict(scores))
 
 
 def read_scores(path: str, config: ModelConfig) -> HeadScores:
-    """Reads the scores of a model.
+    """Reads the scores of a model; raises as `read_bounds`."""
+    return HeadScores(*_read(path, config, ("echo", "induction")))
+
+
+def write_bounds(path: str, config: ModelConfig, bounds: np.ndarray) -> None:
+    """Writes the file that `read_bounds` reads."""
+    _write(path, config, {"bound": bounds})
+
+
+def read_bounds(path: str, config: ModelConfig) -> np.ndarray:
+    """[layers, heads] bounds of the scores of a model with ALiBi, see `reach.score_bounds`.
 
     Raises:
       UserError: there is no such file, it is damaged, or it is another model's.
     """
+    return _read(path, config, ("bound",))[0]
+
+
+def _write(path: str, config: ModelConfig, rows: Mapping[str, np.ndarray]) -> None:
+    """A number for each layer and query head, under each name."""
+    rounded = {name: [[round(float(x), 6) for x in y] for y in of] for name, of in rows.items()}
+    write_atomically(path, json.dumps({"model": _shape(config), **rounded}) + "\n")
+
+
+def _read(path: str, config: ModelConfig, names: Sequence[str]) -> list[np.ndarray]:
     try:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
         shape = found["model"]
-        scores = HeadScores(*(np.asarray(found[n], np.float64) for n in ("echo", "induction")))
+        read = [np.asarray(found[name], np.float64) for name in names]
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist; KV head compression needs to know which heads retrieve: run "
+            f"{path} does not exist; KV head compression needs to know how far heads look: run "
             f"scripts/find_retrieval_heads.py --model_path {os.path.dirname(path) or '.'} once."
         ) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -62,13 +79,13 @@ def read_scores(path: str, config: ModelConfig) -> HeadScores:
             "anew with scripts/find_retrieval_heads.py."
         )
     expected = config.num_layers, config.num_heads
-    for rows in (scores.echo, scores.induction):
+    for rows in read:
         if rows.shape != expected or not np.isfinite(rows).all():
             raise UserError(
                 f"{path} does not hold a number for each of {expected[0]} layers x {expected[1]} "
                 "heads; write it anew with scripts/find_retrieval_heads.py."
             )
-    return scores
+    return read
 
 
 def _shape(config: ModelConfig) -> dict[str, int]:

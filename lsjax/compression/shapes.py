@@ -2,7 +2,7 @@
 
 import jax
 
-from lsjax.cache import CacheSpec, CompressedCache, Zigzag, compress, empty_layer
+from lsjax.cache import CacheSpec, CompressedCache, Parts, Zigzag, compress, empty_layer
 from lsjax.compression.razor import Compression
 from lsjax.config import ModelConfig
 
@@ -27,14 +27,12 @@ def compressed_shapes(
     """
     lengths = jax.ShapeDtypeStruct((spec.batch,), "int32")
     whole = jax.eval_shape(lambda: empty_layer(config, spec, platform))
-    window, zigzag = compression.window(room), Zigzag(context, spec.stripe)
+    zigzag, layers = Zigzag(context, spec.stripe), compression.parts(room)
 
-    def kept_by(heads: int) -> CompressedCache:
+    def kept_by(parts: Parts) -> CompressedCache:
         return jax.eval_shape(
-            lambda cache, n: compress(cache, n, heads, compression.shards, zigzag, window),
-            whole,
-            lengths,
+            lambda cache, n: compress(cache, n, parts, compression.shards, zigzag), whole, lengths
         )
 
-    of = {heads: kept_by(heads) for heads in set(compression.kept)}
-    return [of[heads] for heads in compression.kept]
+    of = {parts: kept_by(parts) for parts in set(layers)}
+    return [of[parts] for parts in layers]

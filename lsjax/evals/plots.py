@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsjax.compression import HeadScores
+import numpy as np
+
 from lsjax.errors import UserError
 from lsjax.evals.needle import NeedleMap
 from lsjax.evals.perplexity import Curve
@@ -34,12 +35,12 @@ def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
     figure.savefig(path)
 
 
-def plot_heads(scores: HeadScores, path: str) -> None:
-    """Both scores as heat maps, head against layer."""
-    figure, both = _figure(columns=2)
-    for axes, name in zip(both, ("induction", "echo"), strict=True):
-        image = axes.imshow(getattr(scores, name), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set(xlabel="query head", ylabel="layer", title=f"{name} score")
+def plot_heads(maps: Mapping[str, np.ndarray], path: str) -> None:
+    """[layers, heads] numbers as heat maps, by title."""
+    figure, axes = _figure(columns=len(maps))
+    for one, (title, rows) in zip(np.atleast_1d(axes), maps.items(), strict=True):
+        image = one.imshow(rows, vmin=0, cmap="viridis", aspect="auto")
+        one.set(xlabel="head", ylabel="layer", title=title)
         figure.colorbar(image)
     figure.savefig(path)
 

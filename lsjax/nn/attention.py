@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention import compressed
@@ -11,8 +10,9 @@ from lsjax.attention.plain import causal_attention
 from lsjax.cache import CompressedCache, LayerCache
 from lsjax.config import ModelConfig
 from lsjax.nn.linear import Linear, RMSNorm
-from lsjax.positions.alibi import alibi_slopes
 from lsjax.positions.rotary import rotate
+
+Places = tuple[jax.Array, jax.Array] | jax.Array
 
 
 class Attention(nn.Module):
@@ -33,12 +33,15 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        cos_sin: tuple[jax.Array, jax.Array],
+        places: Places,
         cache: LayerCache | CompressedCache | None,
         lengths: jax.Array | None,
         decode: bool,
     ) -> tuple[jax.Array, LayerCache | CompressedCache | None]:
         """[batch, length, hidden] -> the same, and the cache with these tokens written.
+
+        `places` tells the heads where tokens are: cos and sin at their positions, each [batch,
+        length, rotary_dim / 2], or the slopes of ALiBi, [heads] in the order of the heads.
 
         Without a cache the tokens are the whole sequence, and gradients flow.
         """
@@ -54,17 +57,17 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, name="k_norm")(k)
-        slopes = jnp.asarray(alibi_slopes(c.num_heads)) if c.alibi else None
+        slopes = places if c.alibi else None
         if not c.alibi:
-            q = rotate(q, *cos_sin, c.rope_interleaved)
-            k = rotate(k, *cos_sin, c.rope_interleaved)
+            q = rotate(q, *places, c.rope_interleaved)
+            k = rotate(k, *places, c.rope_interleaved)
         # What heads look at is asked for to find those that retrieve; else nothing is kept.
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
         if cache is None:
             y = causal_attention(q, k, v, self.window, slopes)
         elif isinstance(cache, CompressedCache):
-            y, cache = compressed.write_and_attend(self.mesh, q, k, v, positions, cache)
+            y, cache = compressed.write_and_attend(self.mesh, q, k, v, positions, cache, slopes)
         else:
             y, cache = write_and_attend(
                 self.mesh, q, k, v, positions, lengths, cache, decode, self.window, slopes

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from lsjax.cache import LayerCache
 from lsjax.config import ModelConfig
-from lsjax.nn.attention import Attention
+from lsjax.nn.attention import Attention, Places
 from lsjax.nn.linear import Linear, RMSNorm
 
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        cos_sin: tuple[jax.Array, jax.Array],
+        places: Places,
         cache: LayerCache | None,
         lengths: jax.Array | None,
         decode: bool,
@@ -49,7 +49,7 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, name=name)(y)
 
         attention = Attention(c, self.mesh, self.window, name="attn")
-        y, cache = attention(norm("attn_norm", x), positions, cos_sin, cache, lengths, decode)
+        y, cache = attention(norm("attn_norm", x), positions, places, cache, lengths, decode)
         x = x + (norm("post_attn_norm", y) if c.post_norms else y)
         y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if c.post_norms else y)

@@ -1,6 +1,6 @@
 """The decoder: token ids and a cache in, hidden states and the cache out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 
 from lsjax.cache import KVCache
 from lsjax.config import ModelConfig
+from lsjax.nn.attention import Places
 from lsjax.nn.block import Block
 from lsjax.nn.linear import Embedding, RMSNorm
+from lsjax.positions.alibi import layer_slopes
 from lsjax.positions.rotary import RotaryTables, cos_sin
 
 
@@ -26,12 +28,15 @@ class Decoder(nn.Module):
       dtype: of parameters and activations.
       gather: (name of a layer, its parameters) -> those to run it with in prefill, brought
         together from where they lie; None where they are whole.
+      heads: of each layer, its query heads in the order that they stand in; None where they stand
+        as the checkpoint has them.
     """
 
     config: ModelConfig
     mesh: Mesh
     dtype: jnp.dtype
     gather: Callable[[str, dict], dict] | None = None
+    heads: tuple[tuple[int, ...], ...] | None = None
 
     def setup(self):
         c = self.config
@@ -68,15 +73,22 @@ class Decoder(nn.Module):
           tokens written.
         """
         x = self.embed_tokens(tokens)
-        angles = cos_sin(tables, positions)
+        places = self._places(tables, positions)
         entries = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache[i]
             if self.gather and cache is not None and not decode:
                 layer, x = self._gathered(layer, f"layers_{i}", x)
-            x, entry = layer(x, positions, angles, entry, lengths, decode)
+            x, entry = layer(x, positions, places[i], entry, lengths, decode)
             entries.append(entry)
         return self.normed(x), None if cache is None else tuple(entries)
+
+    def _places(self, tables: RotaryTables, positions: jax.Array) -> Sequence[Places]:
+        """Of each layer, see Attention."""
+        c = self.config
+        if not c.alibi:
+            return [cos_sin(tables, positions)] * c.num_layers
+        return layer_slopes(c, self.heads)
 
     def _gathered(self, layer: Block, name: str, x: jax.Array) -> tuple[Block, jax.Array]:
         """The layer with its weights brought together, once its input is there: XLA would hold

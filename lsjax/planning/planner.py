@@ -371,11 +371,15 @@ class _Choices:
         elif others and not fitting:
             yield f"no other mesh of {self.target.devices} devices holds {length:,} tokens"
         if self.razor:
+            parts = best.compression.parts(length)
+            sizes = sorted({spec.slots for p in parts for _, spec in p.windows})
             yield (
-                f"{sum(best.compression.kept) * best.mesh[2]} KV heads of "
-                f"{self.config.num_layers * self.config.num_kv_heads} keep everything, spread "
-                "evenly as far as is known; the others keep "
-                f"{best.compression.window(length).slots:,} tokens"
+                f"{best.compression.kept(length)} KV heads of "
+                f"{self.config.num_layers * self.config.num_kv_heads} keep everything"
+                + ("" if self.razor.heads else ", spread evenly as far as is known")
+                + ("; the others keep " if sizes else "")
+                + " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
+                + (" tokens" if sizes else "")
             )
         if best.mesh[1] > 1:
             yield "each chunk gathers the weights once, so that fewer, larger chunks send less"

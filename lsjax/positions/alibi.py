@@ -4,8 +4,13 @@ Source: arXiv 2108.12409; transformers' build_alibi_tensor (Bloom), modeling_bai
 """
 
 import math
+from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from lsjax.config import ModelConfig
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -18,6 +23,15 @@ def alibi_slopes(heads: int) -> np.ndarray:
     if below < heads:
         slopes = np.concatenate([slopes, _powers(2 * below)[0::2][: heads - below]])
     return slopes.astype(np.float32)
+
+
+def layer_slopes(
+    config: ModelConfig, heads: Sequence[Sequence[int]] | None = None
+) -> list[jax.Array]:
+    """Of each layer, [heads] slopes of its query heads, in the order that `heads` gives them."""
+    slopes = alibi_slopes(config.num_heads)
+    orders = heads or [range(config.num_heads)] * config.num_layers
+    return [jnp.asarray(slopes[list(order)]) for order in orders]
 
 
 def _powers(heads: int) -> np.ndarray:

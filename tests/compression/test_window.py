@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lsjax.attention import compressed
 from lsjax.attention.cached import write_and_attend
 from lsjax.attention.partial import Partial, merge
-from lsjax.cache import Dropped, WindowSpec, Zigzag, compress, stripe_of
+from lsjax.cache import Dropped, Parts, WindowSpec, Zigzag, compress, stripe_of
 from lsjax.cache.hadamard import spread
 from lsjax.cache.kv_cache import BLOCK, LayerCache, Recent, empty_store
 from lsjax.sharding import make_mesh
@@ -83,7 +83,8 @@ def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0):
         k[:, : max(lengths)], v[:, : max(lengths)], dtype, capacity, context, lengths
     )
     with jax.set_mesh(mesh):
-        small = jax.jit(lambda c, n: compress(c, n, kept, shards, zigzag, spec))(
+        parts = Parts(kept, ((KV_HEADS // shards - kept, spec),))
+        small = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(
             cache, jnp.asarray(lengths)
         )
     step = jax.jit(lambda *args: compressed.write_and_attend(mesh, *args))
@@ -131,7 +132,7 @@ def test_in_every_format(mesh, dtype, error):
 def test_a_window_rolls_for_more_than_its_own_length():
     found, wanted, small = outputs((1, 1, 1), "float32", (330, 320), LAST + 20, 0)
     np.testing.assert_allclose(found[-3:], wanted[-3:], atol=3e-6)
-    assert small.window.dropped.count.tolist() == [330 + 20 - SINKS, 320 + 20 - SINKS]
+    assert small.windows[0].dropped.count.tolist() == [330 + 20 - SINKS, 320 + 20 - SINKS]
 
 
 numbers = st.floats(-3, 3, width=32)
@@ -163,9 +164,8 @@ def test_heads_that_keep_everything_are_those_of_the_whole_cache():
     mesh = make_mesh("")
     k, v = (rng.standard_normal((1, 400, KV_HEADS, HEAD_DIM)).astype(np.float32) for _ in "kv")
     cache, zigzag = filled(k, v, "float32", 512, 1, [400])
-    spec = WindowSpec(4, 10)
-    small = jax.jit(lambda c, n: compress(c, n, KV_HEADS, 1, zigzag, spec))(cache, jnp.array([400]))
-    assert small.window is None
+    parts = Parts(KV_HEADS, ())
+    small = jax.jit(lambda c, n: compress(c, n, parts, 1, zigzag))(cache, jnp.array([400]))
     q = jnp.asarray(rng.standard_normal((1, 1, HEADS, HEAD_DIM)), jnp.float32)
     new = jnp.asarray(k[:, :1]), jnp.asarray(v[:, :1])
     at = jnp.array([[400]])
@@ -187,7 +187,8 @@ def test_a_third_of_the_bytes_are_left_at_131072_tokens(dtype):
     rows = jax.ShapeDtypeStruct((1,), "int32")
 
     def kept_by(heads):
-        return jax.eval_shape(lambda c, n: compress(c, n, heads, 1, zigzag, spec), full, rows)
+        parts = Parts(heads, ((KV_HEADS - heads, spec),))
+        return jax.eval_shape(lambda c, n: compress(c, n, parts, 1, zigzag), full, rows)
 
     small = [kept_by(heads) for heads in kept]
 

@@ -54,11 +54,11 @@ def test_the_folders_are_complete_and_small():
     total = 0
     for positions in HF_CONFIGS:
         sizes = {file.name: file.stat().st_size for file in shipped_model_path(positions).iterdir()}
-        heads = {"retrieval_heads.json"} if positions == "rotary" else set()
-        assert set(sizes) == heads | {
+        assert set(sizes) == {
             "config.json",
             "generation_config.json",
             "model.safetensors",
+            "retrieval_heads.json",
             "tokenizer.json",
             "tokenizer_config.json",
         }

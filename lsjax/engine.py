@@ -116,7 +116,7 @@ class Engine:
             config, mesh, compression, self._zigzag, self._decoder, program
         )
         self._prefill = program(
-            self._prefill_step, donate_argnums=2, out_shardings=(cache, self._rows)
+            self._prefill_step, donate_argnums=2, out_shardings=(decoded, self._rows)
         )
         self._score = program(self._score_step, donate_argnums=2, out_shardings=(cache, self._rows))
         self._embed = program(self._embed_step, out_shardings=sharding(mesh, CHUNK))
@@ -143,14 +143,41 @@ class Engine:
             out_shardings=cache,
         )
 
+    def _empty_compressed(self, spec: CacheSpec, room: int) -> KVCache:
+        shapes = self._compressed_shapes(spec, room)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+
+        def zeros() -> KVCache:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.jit(zeros, out_shardings=shardings)()
+
+    def _compressed_shapes(self, spec: CacheSpec, room: int) -> KVCache:
+        """Shapes of a compressed cache, and where they lie."""
+        layers = compressed_shapes(
+            self.config, spec, self.compression, room, self.mesh.shape["context"], self._platform
+        )
+
+        def placed(x: jax.ShapeDtypeStruct, where: PartitionSpec) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(self.mesh, where))
+
+        return tuple(jax.tree.map(placed, x, compressed_cache_spec(x)) for x in layers)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether prompts run through one layer after the other, see LayerByLayer."""
+        return self.compression is not None and not self.compression.razor.streaming
+
     def tables(self, request_lengths: Sequence[int]) -> RotaryTables:
         """The rotary tables of a batch, whole on every device; see rotary_tables."""
         whole = sharding(self.mesh, PartitionSpec())
         tables = rotary_tables(self.config, request_lengths)
         return jax.tree.map(lambda x: place(np.asarray(x), whole), tables)
 
-    def new_cache(self, spec: CacheSpec) -> KVCache:
-        """An empty cache on the mesh."""
+    def new_cache(self, spec: CacheSpec, room: int) -> KVCache:
+        """An empty cache on the mesh, of which `room` slots are for prompts."""
+        if self.compression:
+            return self._empty_compressed(spec, room)
         return self._empty(spec)
 
     def prefill(
@@ -283,8 +310,8 @@ class Engine:
           room: tokens of prompt that it has room for.
 
         Returns:
-          Both programs; their memory_analysis() gives the bytes that each device needs. With
-          compression prefill is that of a layer.
+          Both programs; their memory_analysis() gives the bytes that each device needs. Prefill
+          is that of a layer, where layers are run one by one.
         """
         whole = sharding(self.mesh, PartitionSpec())
 
@@ -304,23 +331,12 @@ class Engine:
             cache_shardings(self.config, self.mesh, self.cache_dtype, self.stripe),
         )
         if self.compression:
-            context = self.mesh.shape["context"]
-            shapes = compressed_shapes(
-                self.config, spec, self.compression, room, context, self._platform
-            )
-            cache = tuple(
-                jax.tree.map(
-                    lambda x, where: abstract(x, sharding(self.mesh, where)),
-                    layer,
-                    compressed_cache_spec(layer),
-                )
-                for layer in shapes
-            )
+            cache = self._compressed_shapes(spec, room)
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         state = DecodeState(cache=cache, token=rows(), position=rows(), step=count)
         hidden = rows(self.config.hidden_size, dtype=self.dtype)
         with jax.set_mesh(self.mesh):  # tells Pallas which GPU it is for
-            if self.compression:
+            if self.by_layer:
                 layer = params["layers_0"], tables, whole_cache[0]
                 prefill = self._layer_by_layer.lower(*layer, spec.batch, self.chunk, rows(), count)
             else:

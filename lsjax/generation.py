@@ -123,13 +123,13 @@ def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[ja
 
 def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
     """Runs the prompts: the cache, and the last hidden states."""
-    run = _compressed_prefill if engine.compression else _chunked_prefill
+    run = _prefill_by_layer if engine.by_layer else _chunked_prefill
     return run(engine, params, request, spec, tables, lengths, on_prefill)
 
 
 def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill):
     """Chunk after chunk through all layers: the cache, and the last hidden states."""
-    cache = engine.new_cache(spec)
+    cache = engine.new_cache(spec, request.input_room)
     last = pending = None
     for at in range(0, int(lengths.max()), request.chunk):
         tokens = _rows_of(request, at, at + request.chunk)
@@ -146,7 +146,7 @@ def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill)
     return cache, last
 
 
-def _compressed_prefill(engine, params, request, spec, tables, lengths, on_prefill):
+def _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill):
     """Layer after layer through all chunks; as `_chunked_prefill`."""
     longest, chunk, layers = int(lengths.max()), request.chunk, engine.config.num_layers
     chunks, told = -(-longest // chunk), 0

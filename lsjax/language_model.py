@@ -159,7 +159,7 @@ class LanguageModel:
     def decode_losses(self, token_ids: Any, prompt_length: int) -> np.ndarray:
         """How unforeseen tokens are that are decoded one by one, over the cache as it is then.
 
-        What a compressed cache costs shows here: a prompt's own tokens see all there is.
+        What a compressed cache costs shows here.
 
         Args:
           token_ids: [batch, length] or [length] ids.
@@ -197,7 +197,7 @@ class LanguageModel:
         """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
         if self.settings.compression:
             raise UserError(
-                "a prompt's own tokens see all of it: the cache is compressed after them. Score "
+                "scores of a prompt's own tokens do not show what a compressed cache costs. Score "
                 "what is decoded after a prompt (decode_losses, --prompt_length), or leave out "
                 "kv_compression."
             )
@@ -209,7 +209,7 @@ class LanguageModel:
         chunk = whole_stripes(min(chunk_size or s.prefill_chunk, length), context)
         engine = self._scoring_engine(chunk)
         spec = cache_spec(s.mesh, batch, length, 0, chunk, s.kv_cache_dtype, s.dtype)
-        cache = engine.new_cache(spec)
+        cache = engine.new_cache(spec, length)
         tables = engine.tables([length] * batch)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]

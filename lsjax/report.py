@@ -58,13 +58,20 @@ def notes(settings: Settings, requests: Sequence[Request]) -> list[str]:
 
 
 def _notes_on_cache(settings: Settings) -> list[str]:
-    if settings.kv_cache_dtype != "int4":
-        return []
-    return [
-        "kv_cache_dtype int4 takes a little over half of int8's memory and costs accuracy: an "
-        "entry is 13 times as far off; scripts/eval_perplexity.py --kv_cache_dtype int4 says what "
-        "that comes to for a model and a text"
-    ]
+    found = []
+    if settings.kv_cache_dtype == "int4":
+        found.append(
+            "kv_cache_dtype int4 takes a little over half of int8's memory and costs accuracy: an "
+            "entry is 13 times as far off; scripts/eval_perplexity.py --kv_cache_dtype int4 says "
+            "what that comes to for a model and a text"
+        )
+    compression = settings.compression
+    if compression and compression.razor.streaming and not settings.config.alibi:
+        found.append(
+            "kv_compression streaming is approximate: tokens of the prompt see windows too, and "
+            "the answer depends on prefill_chunk"
+        )
+    return found
 
 
 def _notes_on_scaling(settings: Settings, requests: Sequence[Request]) -> list[str]:

@@ -181,8 +181,8 @@ def compressed_cache_spec(cache: CompressedCache) -> CompressedCache:
         dropped = window.dropped.replace(k=RECENT, v=RECENT, count=TOKENS)
         return window.replace(k=k, v=v, dropped=dropped, oldest=(RECENT, RECENT))
 
-    windows = tuple(map(of_window, cache.windows))
-    return CompressedCache(cache.whole and layer_cache_spec(cache.whole), windows)
+    whole = cache.whole and layer_cache_spec(cache.whole)
+    return cache.replace(whole=whole, windows=tuple(map(of_window, cache.windows)))
 
 
 def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str, stripe: int) -> KVCache:

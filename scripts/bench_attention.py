@@ -29,7 +29,7 @@ from absl import flags
 from lsjax import cli
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
-from lsjax.attention.compressed import compensation
+from lsjax.attention.compensation import compensation
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache import (
     CACHE_DTYPES,

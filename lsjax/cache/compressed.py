@@ -7,6 +7,7 @@ Source: RazorAttention (arXiv 2407.15891).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -101,10 +102,22 @@ class CompressedCache:
     Attributes:
       whole: of the heads that keep everything; None where there are none.
       windows: of the others, those together that keep as much.
+      stripe: how positions of prompts are dealt out to the mesh's context axis, see Zigzag.
     """
 
     whole: LayerCache | None
     windows: tuple[WindowCache, ...]
+    stripe: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def entries(self) -> tuple[LayerCache | WindowCache, ...]:
+        """What there is, in the order of the heads."""
+        return self.windows if self.whole is None else (self.whole, *self.windows)
+
+    def with_entries(self, entries: Sequence[LayerCache | WindowCache]) -> "CompressedCache":
+        """The same with other `entries`."""
+        whole, windows = (None, entries) if self.whole is None else (entries[0], entries[1:])
+        return self.replace(whole=whole, windows=tuple(windows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +159,7 @@ def compress(
     for count, spec in parts.windows:
         windows.append(_window(*some(first, count, (cache.k, cache.v)), lengths, zigzag, spec))
         first += count
-    return CompressedCache(whole, tuple(windows))
+    return CompressedCache(whole, tuple(windows), zigzag.stripe)
 
 
 def _window(

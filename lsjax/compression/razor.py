@@ -33,6 +33,9 @@ class Razor:
       window: last tokens that it keeps, at least,
       window_share: and at least this share of the prompt that there is room for.
       epsilon: with ALiBi, the weight that a head's dropped tokens have together at most.
+      streaming: compress a prompt as it comes, chunk by chunk through all layers. No layer is ever
+        whole; but tokens of the prompt see less than they would, so that answers are approximate,
+        and depend on the chunk.
       heads: file of the head scores; None for retrieval_heads.json in the model's folder.
     """
 
@@ -42,6 +45,7 @@ class Razor:
     window: int = 4000
     window_share: float = 0.2
     epsilon: float = 1e-4
+    streaming: bool = False
     heads: str | None = None
 
 
@@ -244,5 +248,7 @@ def _check(razor: Razor) -> None:
             raise UserError(
                 f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
             )
+    if not isinstance(razor.streaming, bool):
+        raise UserError(f"kv_compression: streaming is true or false, not {razor.streaming!r}.")
     if razor.heads is not None and not isinstance(razor.heads, str):
         raise UserError(f"kv_compression: heads names a file, not {razor.heads!r}.")

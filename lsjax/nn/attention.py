@@ -67,7 +67,9 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.window, slopes)
         elif isinstance(cache, CompressedCache):
-            y, cache = compressed.write_and_attend(self.mesh, q, k, v, positions, cache, slopes)
+            y, cache = compressed.write_and_attend(
+                self.mesh, q, k, v, positions, lengths, cache, decode, slopes
+            )
         else:
             y, cache = write_and_attend(
                 self.mesh, q, k, v, positions, lengths, cache, decode, self.window, slopes

@@ -58,7 +58,7 @@ def needs_of(
     cache = cache_bytes(config, platform, layout, input_length)
     decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
     prefill = _prefill_temporaries(config, platform, layout, layer)
-    if layout.compression:
+    if layout.compression and not layout.compression.razor.streaming:
         spec = layout.cache_spec(input_length)
         prefill += _layer_bytes(config, platform, layout, spec)
         prefill += hidden_bytes(config, layout, input_length)

@@ -41,7 +41,7 @@ def compile_for(
         out = program.output_size_in_bytes - cache
         return Needs(weights, cache, program.temp_size_in_bytes + out)
 
-    if layout.compression is None:
+    if not engine.by_layer:
         return {"prefill": needs(prefill), "decode": needs(decode)}
     # A chunk in one layer, beside all weights, what is compressed already, and all hidden states.
     one = needs(prefill)

@@ -71,3 +71,9 @@ def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
     # Beside it one layer is whole, and all hidden states are there.
     layer = whole / 2 / (mesh[1] * mesh[2])
     assert needs["prefill"].temporaries < 1.2 * (layer + hidden_bytes(config, layout, 2**20))
+    # One that compresses as it goes holds a window's copy at most.
+    streaming = assumed(Razor(streaming=True), config, mesh[2])
+    layout = dataclasses.replace(layout, compression=streaming)
+    prefill = compile_for(config, find_target(target), layout, 2**20)["prefill"]
+    assert prefill.cache == pytest.approx(cache, rel=0.01)
+    assert prefill.temporaries < 0.3 * layer

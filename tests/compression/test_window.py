@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lsjax.attention import compressed
 from lsjax.attention.cached import write_and_attend
+from lsjax.attention.compensation import compensation
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache import Dropped, Parts, WindowSpec, Zigzag, compress, stripe_of
 from lsjax.cache.hadamard import spread
@@ -87,7 +88,9 @@ def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0):
         small = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(
             cache, jnp.asarray(lengths)
         )
-    step = jax.jit(lambda *args: compressed.write_and_attend(mesh, *args))
+    step = jax.jit(
+        lambda q, k, v, at, c: compressed.write_and_attend(mesh, q, k, v, at, None, c, True)
+    )
     found, wanted = [], []
     per_shard = KV_HEADS // shards
     whole = [h for h in range(KV_HEADS) if h % per_shard < kept]
@@ -152,7 +155,7 @@ def test_compensation_is_exact_where_dropped_keys_are_equal(count, key, seed):
     scaled = jnp.asarray(q * scale, jnp.float32)[None, None, None, None]
     lse = jnp.asarray([[[[q @ near_k * scale]]]], jnp.float32)
     near = Partial(jnp.asarray(near_v, jnp.float32)[None, None, None, None], lse)
-    found = merge(near, compressed.compensation(scaled, dropped)).values[0, 0, 0, 0]
+    found = merge(near, compensation(scaled, dropped)).values[0, 0, 0, 0]
     # `count` tokens with one key, whose values have this mean.
     weights = np.array([np.exp(q @ near_k * scale), count * np.exp(q @ key * scale)])
     wanted = weights / weights.sum() @ np.array([near_v, mean])
@@ -169,7 +172,7 @@ def test_heads_that_keep_everything_are_those_of_the_whole_cache():
     q = jnp.asarray(rng.standard_normal((1, 1, HEADS, HEAD_DIM)), jnp.float32)
     new = jnp.asarray(k[:, :1]), jnp.asarray(v[:, :1])
     at = jnp.array([[400]])
-    one, _ = jax.jit(lambda c: compressed.write_and_attend(mesh, q, *new, at, c))(small)
+    one, _ = jax.jit(lambda c: compressed.write_and_attend(mesh, q, *new, at, None, c, True))(small)
     other, _ = jax.jit(lambda c: write_and_attend(mesh, q, *new, at, None, c, True, None))(cache)
     np.testing.assert_array_equal(one, other)
 

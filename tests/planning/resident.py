@@ -51,7 +51,7 @@ def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
     tables = engine.tables([int(length)])
 
     def run() -> None:
-        cache = engine.new_cache(layout.cache_spec(int(length)))
+        cache = engine.new_cache(layout.cache_spec(int(length)), int(length))
         cache, last = engine.prefill(params, tables, cache, tokens, 0, lengths, None)
         state = engine.first(params, cache, last, lengths, None)
         del cache

@@ -1,0 +1,139 @@
+"""Prefill that compresses as it goes, against its definition in float64, chunk after chunk."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lsjax
+from lsjax import report
+from lsjax.attention import compressed
+from lsjax.cache import Parts, WindowSpec, Zigzag, compress, stripe_of
+from lsjax.cache.kv_cache import LayerCache, empty_store
+from lsjax.errors import UserError
+from lsjax.requests import batches
+from lsjax.settings import settle
+from lsjax.sharding import make_mesh
+from lsjax.shipped import shipped_model_path
+from lsjax.shipped.evaluation import held_out_passages
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 4, 8
+SPEC = WindowSpec(3, 70)
+SMALL = {"induction": 0.5, "window": 256, "window_share": 0.1, "streaming": True}
+
+
+def in_float64(q, k, v, start, position):
+    """A head's attention: what the window has kept of all before the chunk, what it has dropped
+    as one, and the chunk."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    kept = [p for p in range(start) if p < SPEC.sinks or p >= start - SPEC.last]
+    gone = np.arange(SPEC.sinks, start - SPEC.last)
+    seen = [*kept, *range(start, position + 1)]
+    scores = [q @ k[p] / np.sqrt(HEAD_DIM) for p in seen]
+    values = [v[p] for p in seen]
+    if len(gone):
+        scores.append(q @ k[gone].mean(axis=0) / np.sqrt(HEAD_DIM) + np.log(len(gone)))
+        values.append(v[gone].mean(axis=0))
+    weights = np.exp(np.array(scores) - max(scores))
+    return weights / weights.sum() @ np.array(values)
+
+
+@pytest.mark.parametrize(
+    "mesh, chunk",
+    [((1, 1, 1), 50), ((1, 1, 1), 256), ((1, 4, 1), 32), ((1, 2, 2), 128), ((2, 2, 2), 64)],
+)
+def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mesh, chunk):
+    rng = np.random.default_rng(0)
+    data, context, shards = mesh
+    mesh = make_mesh({"data": data, "context": context, "model": shards})
+    lengths = np.array([301, 190])
+    total = -(-lengths.max() // chunk) * chunk
+    zigzag = Zigzag(context, stripe_of(chunk, context))
+    shape = 2, total, KV_HEADS, HEAD_DIM
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    each = KV_HEADS // shards
+    parts = Parts(1, ((each - 1, SPEC),)) if each > 1 else Parts(0, ((1, SPEC),))
+    capacity = -(-total // (256 * context)) * 256 * context
+    store = empty_store((2, KV_HEADS, capacity, HEAD_DIM), "float32")
+    whole = LayerCache(store, store, None, zigzag.stripe)
+    with jax.set_mesh(mesh):
+        small = jax.jit(lambda c: compress(c, jnp.zeros(2, int), parts, shards, zigzag))(whole)
+    step = jax.jit(
+        lambda q, k, v, at, c: compressed.write_and_attend(
+            mesh, q, k, v, at, jnp.asarray(lengths), c, False
+        )
+    )
+    found = np.zeros(shape)
+    for start in range(0, total, chunk):
+        at = start + zigzag.order(chunk)
+        new = (jnp.asarray(x[:, at]) for x in (q, k, v))
+        out, small = step(*new, jnp.broadcast_to(at, (2, chunk)), small)
+        found[:, at] = out
+    for row, length in enumerate(lengths):
+        for position in range(0, length, 7):
+            for head in range(KV_HEADS):
+                all_kept = head % each < parts.whole
+                start = 0 if all_kept else position // chunk * chunk
+                own = q[row, position, head], k[row, :, head], v[row, :, head]
+                wanted = in_float64(*own, start, position)
+                np.testing.assert_allclose(found[row, position, head], wanted, atol=3e-6)
+    # What is left is what compressing the whole cache leaves, but that this sums in other orders.
+    device, slot = np.divmod(np.arange(capacity), capacity // context)
+    position = np.array([zigzag.position(d, s) for d, s in zip(device, slot, strict=True)])
+    padded = (np.pad(x, ((0, 0), (0, capacity - total), (0, 0), (0, 0))) for x in (k, v))
+    laid = (store.encode(jnp.asarray(x[:, position].swapaxes(1, 2))) for x in padded)
+    whole = LayerCache(*laid, None, zigzag.stripe)
+    wanted = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(whole, lengths)
+    (window,), (expected,) = small.windows, wanted.windows
+    kept = np.arange(min(SPEC.slots, lengths.min()))
+    for a, b in ((window.k.data, expected.k.data), (window.v.data, expected.v.data)):
+        np.testing.assert_array_equal(a[:, :, kept], b[:, :, kept])
+    for a, b in zip(
+        jax.tree.leaves((window.dropped, window.oldest)),
+        jax.tree.leaves((expected.dropped, expected.oldest)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def passkeys(count, length, compression, **options):
+    lm = lsjax.load(rope_scaling="auto", kv_compression=compression, **options)
+    passages = held_out_passages(length, count)
+    rows = lm.generate([p.prompt for p in passages], 8, max_batch_size=count)
+    right = sum(p.answer in row.text for p, row in zip(passages, rows, strict=True))
+    return right, [row.token_ids for row in rows]
+
+
+def test_pass_keys_are_read():
+    assert passkeys(20, 2000, SMALL, prefill_chunk=128)[0] >= 19
+
+
+@pytest.mark.parametrize(
+    "kv, mesh", [("float32", "context=8"), ("int8", "data=2,context=2,model=2")]
+)
+def test_tokens_do_not_depend_on_the_mesh(kv, mesh):
+    options = {"prefill_chunk": 256, "kv_cache_dtype": kv}
+    expected = passkeys(2, 1300, SMALL, **options)
+    assert expected[0] == 2
+    assert passkeys(2, 1300, SMALL, **options, mesh=mesh) == expected
+
+
+def test_with_alibi_nothing_is_lost():
+    prompt = held_out_passages(1300, 1)[0].prompt
+    said = []
+    for compression in ("none", {"streaming": True}):
+        lm = lsjax.load(str(shipped_model_path("alibi")), kv_compression=compression)
+        row = lm.generate(prompt, 24, allow_untrained_length=True)[0]
+        said.append(row.token_ids)
+    assert said[0] == said[1]
+
+
+def test_that_it_is_approximate_is_said():
+    settings = settle(kv_compression=SMALL)
+    requests = batches(settings, [(1, 2, 3)], 8)
+    assert any("approximate" in note for note in report.notes(settings, requests))
+
+
+def test_it_is_true_or_false():
+    with pytest.raises(UserError, match="true or false"):
+        settle(kv_compression={"streaming": "yes"})

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lsjax.attention import ring
 from lsjax.attention.blockwise import Blocks, Seen
+from lsjax.attention.rows import even, over_queries, seen_of
 from lsjax.cache import Zigzag
 from lsjax.precision import einsum
 
@@ -91,13 +92,7 @@ def gradients(
             d_q, block, added = state
             coming = ring.from_the_device_before(block, zigzag.devices)
             added = ring.from_the_device_before(added, zigzag.devices)
-            owner = (device - step) % zigzag.devices
-
-            def slot(position: jax.Array) -> jax.Array:
-                return jnp.clip(zigzag.slots_before(owner, position) - first, 0, size)
-
-            slots = zigzag.position(owner, first + jnp.arange(size))
-            here = Seen(slot(seen.begin), slot(seen.end), seen.at, slots)
+            here = seen_of(zigzag, (device - step) % zigzag.devices, first, size, seen)
             d_q, own = meet(d_q, queries, *block, here, slopes, blocks)
             return d_q, coming, jax.tree.map(jnp.add, added, own)
 
@@ -134,23 +129,18 @@ def meet(
     """
     batch, kv_heads, group, length, head_dim = queries.q.shape
     slots = k.shape[2]
-    # Blocks of one size: the last one may reach back into the one before, which is masked then.
-    size = _even(length, max(1, blocks.rows // group))
-    keys_size = _even(slots, blocks.keys)
+    size = even(length, max(1, blocks.rows // group))
+    keys_size = even(slots, blocks.keys)
     positions = jnp.arange(slots) if seen.positions is None else seen.positions
 
-    def some_queries(i: jax.Array, state):
+    def some_queries(state, start: jax.Array, seen: Seen):
         d_q, sums = state
-        start = jnp.minimum(i * size, length - size)
         rows = queries.block(start, size)
-        begin, end, at = (
-            jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-            for x in (seen.begin, seen.end, seen.at)
-        )
-        end = jnp.where(start + jnp.arange(size) >= i * size, end, 0)
+        begin, end, at = seen.begin, seen.end, seen.at
 
         def some_keys(j: jax.Array, state):
             d_rows, sums = state
+            # The last block may reach back into the one before, which is masked then.
             key_start = jnp.minimum(j * keys_size, slots - keys_size)
 
             def take(x: jax.Array) -> jax.Array:
@@ -188,13 +178,5 @@ def meet(
         d_rows += jax.lax.dynamic_slice_in_dim(d_q, start, size, axis=3)
         return jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, start, axis=3), sums
 
-    # Queries that see some of the keys follow one another.
-    first = jnp.min(jnp.sum(seen.end <= 0, axis=1)) // size
-    last = -(-jnp.max(jnp.sum(seen.begin < slots, axis=1)) // size)
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    return jax.lax.fori_loop(first, last, some_queries, (d_q, sums))
-
-
-def _even(count: int, most: int) -> int:
-    """The size of the fewest blocks of one size, of at most `most`, that cover `count`."""
-    return -(-count // -(-count // most))
+    return over_queries(some_queries, (d_q, sums), seen, slots, size)

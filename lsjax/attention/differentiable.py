@@ -15,9 +15,12 @@ from lsjax.attention import backward, ring
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
 from lsjax.attention.cached import by_head, by_token
-from lsjax.attention.partial import Partial
+from lsjax.attention.partial import Partial, merge
+from lsjax.attention.rows import even, over_queries, seen_of
 from lsjax.cache import Store, Zigzag
 from lsjax.sharding import CHUNK, CHUNK_QUERIES, HEADS
+
+_QUERIES = 8192  # that meet a block of keys at once, of a device
 
 
 def self_attention(
@@ -92,15 +95,39 @@ def _attention(
 
 
 def _forward(zigzag, platform, q, k, v, seen, slopes) -> Partial:
-    def attend_to(keys: Store, values: Store, begin, end, slots=None) -> Partial:
-        slots = None if slopes is None else slots
-        return attend(platform, q, keys, values, Seen(begin, end, seen.at, slots), slopes)
-
-    keys, values = Store(k, None), Store(v, None)
     if zigzag.devices == 1:
-        return attend_to(keys, values, seen.begin, seen.end)
-    first, count = jnp.int32(0), jnp.int32(k.shape[2])
-    return ring.attend(attend_to, q, keys, values, zigzag, first, count, seen.begin, seen.end)
+        return attend(platform, q, Store(k, None), Store(v, None), seen, slopes)
+    device, length = jax.lax.axis_index("context"), k.shape[2]
+    size = ring.block_size(length)
+    queries = even(q.shape[3], _QUERIES)
+
+    def meet(partial: Partial, block: tuple[Store, Store], seen: Seen) -> Partial:
+        # Some queries at a time: of all of them a second Partial would be half as large again as
+        # all else that a layer needs.
+        def visit(partial: Partial, start: jax.Array, seen: Seen) -> Partial:
+            def take(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, queries, axis=3)
+
+            def put(x: jax.Array, new: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=3)
+
+            new = attend(platform, take(q), *block, seen, slopes)
+            return jax.tree.map(put, partial, merge(jax.tree.map(take, partial), new))
+
+        return over_queries(visit, partial, seen, size, queries)
+
+    def of_all_devices(i: jax.Array, partial: Partial) -> Partial:
+        def step(step: jax.Array, state):
+            partial, block = state
+            coming = ring.from_the_device_before(block, zigzag.devices)
+            here = seen_of(zigzag, (device - step) % zigzag.devices, i * size, size, seen)
+            return meet(partial, block, here), coming
+
+        block = tuple(Store(x, None).block(None, i * size, size) for x in (k, v))
+        return jax.lax.fori_loop(0, zigzag.devices, step, (partial, block))[0]
+
+    nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+    return jax.lax.fori_loop(0, length // size, of_all_devices, nothing)
 
 
 def _keep(zigzag, platform, q, k, v, seen, slopes):

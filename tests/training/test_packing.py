@@ -1,5 +1,7 @@
 """Rows of packed documents: nothing lost, nothing twice, and the same from any place on."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from lsjax.training.packing import Packer, Place, first_tokens
 def corpus_of(lengths):
     """Documents in which no token is like another, of weights that name the token."""
     ends = np.cumsum([0, *lengths])
-    ids = [np.arange(a, b, dtype=np.int32) for a, b in zip(ends, ends[1:], strict=False)]
+    ids = [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(ends)]
     return Corpus([[Document(i, i + np.float32(0.5)) for i in ids]])
 
 

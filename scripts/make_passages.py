@@ -17,9 +17,7 @@ from lsjax.shipped.weights import weighted
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer(
-    "length", None, "Tokens of each, answer and end included.", 128, required=True
-)
+flags.DEFINE_integer("length", None, "Tokens of each, answer and end included.", 128, required=True)
 flags.DEFINE_integer("count", None, "How many.", 1, required=True)
 flags.DEFINE_string("output", None, "The JSON-lines file to write.", required=True)
 flags.DEFINE_string("seed", "0", "Of all that is random; evaluations use others.")

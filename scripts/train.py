@@ -4,6 +4,8 @@
         --steps 1000 --learning_rate 1e-5 --mesh context=8 --output_dir /runs/long \
         --rope_scaling '{"rope_type": "yarn", "factor": 4.0}'
 
+    python scripts/train.py --recipe passkey --output_dir /tmp/passkey
+
 SIGTERM or SIGINT: the step is finished and everything saved; exit status 128 + the signal's number.
 Needs the extra `train` (optax, matplotlib).
 """
@@ -23,6 +25,12 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", None, "The run's folder; a run in it goes on.", required=True)
 flags.DEFINE_string(
     "model_path", None, "Model folder (Hugging Face, or converted); the shipped one if not."
+)
+flags.DEFINE_enum(
+    "recipe",
+    None,
+    ["passkey", "passkey_alibi"],
+    "Make the model that comes with the package, or its twin with ALiBi, as a new folder.",
 )
 flags.DEFINE_string("config", None, "A config.json: start from random weights.")
 flags.DEFINE_string("tokenizer_path", None, "With config: the folder of a tokenizer.")
@@ -61,6 +69,9 @@ cli.define_mesh_flags()
 
 
 def main(argv: list[str]) -> int:
+    if FLAGS.recipe:
+        _make_shipped()
+        return 0
     training = cli.extra("train", "lsjax.training.loop")
     settings = _settings(argv[1:])
     enable_persistent_cache()
@@ -70,6 +81,17 @@ def main(argv: list[str]) -> int:
         return 128 + asked
     print(f"done: the model is in {FLAGS.output_dir}/{training.MODEL}")
     return 0
+
+
+def _make_shipped() -> None:
+    """What --recipe asks for."""
+    shipped = cli.extra("train", "lsjax.shipped.training")
+    own = FLAGS.get_key_flags_for_module(sys.argv[0])
+    others = {flag.name for flag in own if flag.present} - {"recipe", "output_dir", "seed"}
+    if others:
+        names = ", ".join(f"--{name}" for name in sorted(others))
+        raise UserError(f"--recipe says all but --seed; leave out {names}.")
+    shipped.make(FLAGS.recipe, FLAGS.output_dir, shipped.Settings(seed=FLAGS.seed))
 
 
 def _settings(words: list[str]):

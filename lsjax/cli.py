@@ -1,6 +1,8 @@
 """What the programs share: the flags that say which model, and reporting errors."""
 
+import importlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,11 @@ def define_model_flags() -> None:
         "razor: heads that do not retrieve keep a window (or settings, as in "
         "'{\"window\": 2000}'); none.",
     )
+    define_mesh_flags()
+
+
+def define_mesh_flags() -> None:
+    """The flags that say which devices, of which processes, a program takes."""
     flags.DEFINE_string("mesh", "", "Devices by axis (data, context, model): context=4,model=2.")
     flags.DEFINE_string(
         "coordinator_address",
@@ -64,6 +71,20 @@ def model_options() -> dict[str, Any]:
     """What define_model_flags were given, as the arguments of lsjax.settings.settle."""
     names = ("dtype", "kv_cache_dtype", "kv_compression", "mesh", "prefill_chunk")
     return {"path": flags.FLAGS.model_path} | {n: flags.FLAGS[n].value for n in names}
+
+
+def extra(name: str, module: str) -> types.ModuleType:
+    """A module that needs what one of the package's extras installs.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this needs {error.name}, which is not installed; pip install 'lsjax[{name}]'."
+        ) from None
 
 
 def lengths(words: list[str], flag: str = "lengths") -> list[int]:

@@ -104,6 +104,13 @@ def from_the_first(make: Callable[[], str]) -> str:
     return text
 
 
+def greatest(number: int) -> int:
+    """The greatest of the processes' numbers, in all of them; they wait for one another."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """An array in the memory of every process, wherever its parts lie."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -57,6 +57,11 @@ def character_bar(description: str, total: int) -> tqdm:
     return _bar(description, total, unit="char", unit_scale=True, delay=1.0, leave=False)
 
 
+def step_bar(steps: int, done: int) -> tqdm:
+    """A bar over steps of training, of which some were done before."""
+    return _bar("train", steps, unit="step", initial=done)
+
+
 def _bar(description: str, total: float, **options: Any) -> tqdm:
     """On stderr, of the process that does the talking."""
     return tqdm(total=total, desc=description, file=sys.stderr, disable=not is_first(), **options)

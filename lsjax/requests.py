@@ -166,14 +166,18 @@ def check_total(config: ModelConfig, total: int) -> None:
       UserError: with the rope_scaling that would serve them.
     """
     if total > config.served_length:
-        factor = total / config.trained_length
-        raise UserError(
-            f"prompt and output come to {total} tokens, but the model serves "
-            f"{config.served_length} (rope scaling: {config.rope_scaling.kind}); set "
-            f'rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
-            f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
-            "allow_untrained_length."
-        )
+        raise UserError(f"prompt and output come to {total} tokens, but {way_out(config, total)}")
+
+
+def way_out(config: ModelConfig, total: int) -> str:
+    """What the model serves, and what to set that it serves `total` tokens."""
+    factor = total / config.trained_length
+    return (
+        f"the model serves {config.served_length} (rope scaling: {config.rope_scaling.kind}); set "
+        f'rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
+        f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
+        "allow_untrained_length."
+    )
 
 
 def check_lookup(num_tokens: int, sampling: Sampling) -> None:

@@ -32,6 +32,41 @@ def attention(q, k, v, positions, window=None):
     return values, (highest + np.log(total))[..., 0]
 
 
+def attention_gradients(q, k, v, d_out, begin, slopes=None):
+    """What attention of whole rows to themselves gives, and its gradients, by the chain rule.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, length, kv_heads, head_dim].
+      d_out: like q, the gradient of the result.
+      begin: [batch, length]; token i sees the tokens begin[i] .. i.
+      slopes: [heads] of ALiBi, or None.
+
+    Returns:
+      The result, and the gradients of q, k and v, all float64.
+    """
+    q, k, v, d_out = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out))
+    shape, group = k.shape, q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    at = np.arange(q.shape[1])
+    scores = np.einsum("blhd,bshd->bhls", q, k) / np.sqrt(q.shape[-1])
+    if slopes is not None:
+        scores -= np.asarray(slopes, np.float64)[:, None, None] * (at[:, None] - at)
+    visible = (at <= at[:, None]) & (at >= np.asarray(begin)[..., None])
+    scores = np.where(visible[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    d_weights = np.einsum("blhd,bshd->bhls", d_out, v)
+    d_scores = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True))
+    d_scores /= np.sqrt(q.shape[-1])
+    return (
+        np.einsum("bhls,bshd->blhd", weights, v),
+        np.einsum("bhls,bshd->blhd", d_scores, k),
+        np.einsum("bhls,blhd->bshd", d_scores, q).reshape(*shape[:3], group, -1).sum(axis=3),
+        np.einsum("bhls,blhd->bshd", weights, d_out).reshape(*shape[:3], group, -1).sum(axis=3),
+    )
+
+
 def dequantised(store):
     """A Store's keys or values as [batch, keys, kv_heads, head_dim] float64."""
     data = _floats(np.asarray(store.data))

@@ -6,6 +6,7 @@ stay. Source: Ring Attention (arXiv 2310.01889).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def attend(
     def visit(i: jax.Array, partial: Partial) -> Partial:
         def step(step: jax.Array, state):
             partial, block = state
-            coming = _from_the_device_before(block, devices)
+            coming = from_the_device_before(block, devices)
             owner = (device - step) % devices
             return meet(partial, block, owner, first + i * size), coming
 
@@ -85,6 +86,7 @@ def attend(
     return jax.lax.fori_loop(begin_block, -(-count // size), visit, nothing)
 
 
-def _from_the_device_before(block: tuple[Store, Store], devices: int) -> tuple[Store, Store]:
+def from_the_device_before(block: Any, devices: int) -> Any:
+    """Arrays of a device, all sent to the next one."""
     ring = [(i, (i + 1) % devices) for i in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", ring), block)

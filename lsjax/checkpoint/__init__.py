@@ -2,12 +2,13 @@
 
 from lsjax.checkpoint.convert import convert_hf_to_orbax, convert_orbax_to_hf
 from lsjax.checkpoint.load import checkpoint_bytes, load_parameters
-from lsjax.checkpoint.save import save_parameters
+from lsjax.checkpoint.save import export_parameters, save_parameters
 
 __all__ = [
     "checkpoint_bytes",
     "convert_hf_to_orbax",
     "convert_orbax_to_hf",
+    "export_parameters",
     "load_parameters",
     "save_parameters",
 ]

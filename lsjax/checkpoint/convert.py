@@ -4,16 +4,14 @@ A converted folder holds `params/`, an Orbax checkpoint of the parameter tree in
 original, and the original's config, tokenizer and generation files as they were.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
 
 from lsjax.checkpoint.carried import carried_bytes, carry
 from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unread
-from lsjax.checkpoint.hf_folder import INDEX
+from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Abstract, write_weights
 from lsjax.checkpoint.new_folder import new_folder
 from lsjax.checkpoint.orbax_checkpoint import (
     OrbaxCheckpoint,
@@ -22,20 +20,15 @@ from lsjax.checkpoint.orbax_checkpoint import (
     open_orbax,
     save_part,
 )
-from lsjax.checkpoint.safetensors_writer import aligned, nbytes, write_safetensors
 from lsjax.checkpoint.stored import in_groups, total_bytes
-from lsjax.checkpoint.tensors import abstract_tensor
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.families import family_of, read_config
+from lsjax.families import read_config
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.sharding import make_mesh
 
-MAX_SHARD_BYTES = 5 * 10**9
-
 Path = str | os.PathLike[str]
 Progress = Callable[[int], None]
-Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
 def convert_hf_to_orbax(hf_folder: Path, out: Path, progress: Progress | None = None) -> None:
@@ -95,17 +88,14 @@ def convert_orbax_to_hf(
     abstract = _on_one_device(config)
     checkpoint = open_orbax(orbax_folder, abstract)
     abstract = _as_stored(abstract, checkpoint)
-    tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
-    shards = _shards({n: abstract_tensor(t, abstract) for n, t in tensors.items()}, max_shard_bytes)
     needed = total_bytes(checkpoint.stored.values()) + carried_bytes(orbax_folder)
     with new_folder(out, needed) as folder:
         warn_unread(orbax_folder, checkpoint.unread)
-        for file, shard in shards.items():
-            paths = [path for name in aligned(shard) for path in tensors[name].params]
-            arrays = _arrays(checkpoint, paths, abstract, progress)
-            write_safetensors(os.path.join(folder, file), shard, arrays)
-        if len(shards) > 1:
-            _write_index(os.path.join(folder, INDEX), shards)
+
+        def arrays(paths: list[str]) -> Iterator[np.ndarray]:
+            return _arrays(checkpoint, paths, abstract, progress)
+
+        write_weights(folder, config, abstract, arrays, max_shard_bytes)
         carry(orbax_folder, folder)
 
 
@@ -126,29 +116,3 @@ def _arrays(
         yield from map(np.asarray, checkpoint.load(group, abstract).values())
         if progress is not None:
             progress(total_bytes(group))
-
-
-def _shards(tensors: Abstract, max_shard_bytes: int) -> dict[str, Abstract]:
-    """File name -> its tensors, cut and named as transformers does."""
-    shards: list[Abstract] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + nbytes(tensor) > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += nbytes(tensor)
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
-        for i, shard in enumerate(shards, start=1)
-    }
-
-
-def _write_index(file: str, shards: dict[str, Abstract]) -> None:
-    total = sum(nbytes(tensor) for shard in shards.values() for tensor in shard.values())
-    weight_map = {name: file for file, shard in shards.items() for name in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    with open(file, "w", encoding="utf-8") as f:
-        f.write(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -25,8 +25,7 @@ def new_folder(path: str, nbytes: int) -> Iterator[str]:
       UserError: `path` is taken or cannot be written, or the disk is or runs full.
     """
     path = os.path.realpath(path)
-    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        raise UserError(f"{path} already exists and is not empty; name a new folder or remove it.")
+    check_free(path)
     parent = os.path.dirname(path)
     temporary = f"{path}.incomplete-{uuid.uuid4().hex[:8]}"
     try:
@@ -51,6 +50,16 @@ def new_folder(path: str, nbytes: int) -> Iterator[str]:
                 "name a folder on another disk. Nothing was left behind."
             ) from error
         raise
+
+
+def check_free(path: str) -> None:
+    """Refuses a name that something has, before the work that fills the folder.
+
+    Raises:
+      UserError: it is there, and is not an empty folder.
+    """
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise UserError(f"{path} already exists and is not empty; name a new folder or remove it.")
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -115,6 +115,30 @@ def plot_plan(plan: Mapping[str, Any], path: str) -> None:
     figure.savefig(path)
 
 
+def plot_training(lines: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Loss against step, and on held-out documents by the length that they are cut to.
+
+    Args:
+      lines: of a run's log.
+      path: of the PNG.
+    """
+    figure, axes = _figure()
+    steps = [line for line in lines if "loss" in line]
+    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], linewidth=0.8, label="loss")
+    held_out = [line for line in lines if "eval_losses" in line]
+    for length in sorted({n for line in held_out for n in line["eval_losses"]}, key=int):
+        known = [line for line in held_out if length in line["eval_losses"]]
+        axes.plot(
+            [line["step"] for line in known],
+            [line["eval_losses"][length] for line in known],
+            marker="o",
+            label=f"held out, {int(length):,} tokens",
+        )
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.legend()
+    figure.savefig(path)
+
+
 def plot_times(cases: Mapping[str, Mapping[str, float]], path: str) -> None:
     """Seconds of each formulation of a case, as bars; our own stand out."""
     figure, _ = _figure(columns=len(cases))

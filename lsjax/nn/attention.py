@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from lsjax.attention import compressed
 from lsjax.attention.cached import write_and_attend
-from lsjax.attention.plain import causal_attention
+from lsjax.attention.differentiable import self_attention
 from lsjax.cache import CompressedCache, LayerCache
 from lsjax.config import ModelConfig
 from lsjax.nn.linear import Linear, RMSNorm
@@ -37,13 +37,15 @@ class Attention(nn.Module):
         cache: LayerCache | CompressedCache | None,
         lengths: jax.Array | None,
         decode: bool,
+        begin: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | CompressedCache | None]:
         """[batch, length, hidden] -> the same, and the cache with these tokens written.
 
         `places` tells the heads where tokens are: cos and sin at their positions, each [batch,
         length, rotary_dim / 2], or the slopes of ALiBi, [heads] in the order of the heads.
 
-        Without a cache the tokens are the whole sequence, and gradients flow.
+        Without a cache the tokens are whole rows, and gradients flow; see self_attention for
+        their order and `begin`.
         """
         c = self.config
 
@@ -65,7 +67,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
         if cache is None:
-            y = causal_attention(q, k, v, self.window, slopes)
+            y = self_attention(self.mesh, q, k, v, begin, self.window, slopes)
         elif isinstance(cache, CompressedCache):
             y, cache = compressed.write_and_attend(
                 self.mesh, q, k, v, positions, lengths, cache, decode, slopes

@@ -33,7 +33,16 @@ class Block(nn.Module):
     mesh: Mesh
     window: int | None
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.attn_norm = RMSNorm(c.norm_eps)
+        self.attn = Attention(c, self.mesh, self.window)
+        self.mlp_norm = RMSNorm(c.norm_eps)
+        self.mlp = GatedMLP(c)
+        if c.post_norms:
+            self.post_attn_norm = RMSNorm(c.norm_eps)
+            self.post_mlp_norm = RMSNorm(c.norm_eps)
+
     def __call__(
         self,
         x: jax.Array,
@@ -42,15 +51,18 @@ class Block(nn.Module):
         cache: LayerCache | None,
         lengths: jax.Array | None,
         decode: bool,
+        begin: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        c = self.config
+        x, cache = self.attend(x, positions, places, cache, lengths, decode, begin)
+        return self.feed_forward(x), cache
 
-        def norm(name: str, y: jax.Array) -> jax.Array:
-            return RMSNorm(c.norm_eps, name=name)(y)
+    def attend(self, x, positions, places, cache, lengths, decode, begin=None):
+        """The first half, which brings tokens together; arguments and result as of the whole."""
+        y = self.attn_norm(x)
+        y, cache = self.attn(y, positions, places, cache, lengths, decode, begin)
+        return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
-        attention = Attention(c, self.mesh, self.window, name="attn")
-        y, cache = attention(norm("attn_norm", x), positions, places, cache, lengths, decode)
-        x = x + (norm("post_attn_norm", y) if c.post_norms else y)
-        y = GatedMLP(c, name="mlp")(norm("mlp_norm", x))
-        x = x + (norm("post_mlp_norm", y) if c.post_norms else y)
-        return x, cache
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """The second half, of each token by itself: [batch, length, hidden] -> the same."""
+        y = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(y) if self.config.post_norms else y)

@@ -56,6 +56,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         lengths: jax.Array | None = None,
         decode: bool = False,
+        begin: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs new tokens.
 
@@ -63,10 +64,12 @@ class Decoder(nn.Module):
           tokens: [batch, length] ids.
           positions: [batch, length]; see lsjax.attention.cached for what they may be.
           tables: of the requests in the batch.
-          cache: holding everything before; None where the tokens are the whole sequence and
-            gradients are wanted.
+          cache: holding everything before; None where the tokens are whole rows and gradients
+            are wanted.
           lengths: [batch] tokens of each row in all, where later ones only fill a chunk up.
           decode: whether these are the few tokens of a decode step, not a prefill chunk.
+          begin: [batch, length] without a cache, the first token of its row that each sees; None
+            for that of the row.
 
         Returns:
           [batch, length, hidden] hidden states after the last norm, and the cache with the new
@@ -79,7 +82,7 @@ class Decoder(nn.Module):
             entry = None if cache is None else cache[i]
             if self.gather and cache is not None and not decode:
                 layer, x = self._gathered(layer, f"layers_{i}", x)
-            x, entry = layer(x, positions, places[i], entry, lengths, decode)
+            x, entry = layer(x, positions, places[i], entry, lengths, decode, begin)
             entries.append(entry)
         return self.normed(x), None if cache is None else tuple(entries)
 

@@ -80,7 +80,7 @@ class Embedding(nn.Module):
         rows = table[0] if isinstance(table[0], tuple) else (table[0],)
         # Each device finds those that it has. XLA would bring the whole table together first.
         found = jax.shard_map(
-            functools.partial(_found_here, axes=rows),
+            functools.partial(found_here, axes=rows),
             mesh=self.mesh,
             in_specs=(table, TOKENS),
             out_specs=TOKENS,
@@ -96,7 +96,7 @@ class Embedding(nn.Module):
         return scores
 
 
-def _found_here(part: jax.Array, tokens: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def found_here(part: jax.Array, tokens: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Vectors of [batch, length] tokens, summed over the devices that have parts of the table."""
     at = tokens - jax.lax.axis_index(axes) * part.shape[0]
     here = (at >= 0) & (at < part.shape[0])

@@ -52,7 +52,8 @@ def unflatten(flat: dict) -> dict:
 def _initialise(config: ModelConfig, mesh: Mesh, dtype: str, key: jax.Array) -> dict:
     """Parameters boxed with what their axes mean; the smallest call reaches them all."""
     decoder = Decoder(config, mesh, jnp.dtype(dtype))
-    tokens = jnp.zeros((mesh.shape["data"], 1), jnp.int32)  # a row for each part of a batch
+    # A row for each part of a batch, and as few tokens as can be dealt out.
+    tokens = jnp.zeros((mesh.shape["data"], 2 * mesh.shape["context"]), jnp.int32)
     tables = rotary_tables(config, [1])
 
     def everything(module: Decoder) -> jax.Array:

@@ -156,7 +156,7 @@ def override_rope_scaling(
             return config
         return dataclasses.replace(config, rope_scaling=RopeScaling(kind="auto"))
     if isinstance(rope_scaling, str):
-        rope_scaling = {} if rope_scaling == "off" else _json(rope_scaling)
+        rope_scaling = {} if rope_scaling == "off" else parse_json(rope_scaling)
     scaling = parse_rope_scaling(rope_scaling, config.max_position_embeddings)
     theta = rope_scaling.get("rope_theta") if rope_scaling else None
     theta = config.rope_theta if theta is None else _check(scaling.kind, "rope_theta", theta)
@@ -183,7 +183,12 @@ def check_widths(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _json(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """A rope_scaling given as JSON.
+
+    Raises:
+      UserError: it is none.
+    """
     try:
         return json.loads(text)
     except ValueError as error:

@@ -1,14 +1,12 @@
 """Writing a shipped model as a Hugging Face folder."""
 
 import json
+import os
 import pathlib
+import tempfile
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save
-
-from lsjax.families import family_of, parse_config
-from lsjax.nn.parameters import flatten
+from lsjax.checkpoint import export_parameters
 from lsjax.shipped.model import END, END_TEXT, byte_tokenizer
 
 _GENERATION_CONFIG = {"do_sample": False, "eos_token_id": END, "pad_token_id": END}
@@ -20,24 +18,23 @@ _TOKENIZER_CONFIG = {
 }
 
 
-def export(hf_config: dict[str, Any], params: dict, folder: pathlib.Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer into a folder that exists.
+def export(hf_config: dict[str, Any], params: dict, folder: str | os.PathLike[str]) -> None:
+    """Writes config.json, model.safetensors and the tokenizer.
 
     Args:
       hf_config: one of HF_CONFIGS.
       params: its parameters, as `train` returns them.
-      folder: where to.
+      folder: the folder to make.
+
+    Raises:
+      UserError: it is taken.
     """
-    config, flat = parse_config(hf_config), flatten(params)
-    tensors = {
-        tensor.name: np.concatenate([np.asarray(flat[path]) for path in tensor.params])
-        for tensor in family_of(config).tensors(config)
-    }
-    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    for name, content in (
-        ("config.json", hf_config),
-        ("generation_config.json", _GENERATION_CONFIG),
-        ("tokenizer_config.json", _TOKENIZER_CONFIG),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as like:
+        byte_tokenizer().save(os.path.join(like, "tokenizer.json"))
+        for name, content in (
+            ("generation_config.json", _GENERATION_CONFIG),
+            ("tokenizer_config.json", _TOKENIZER_CONFIG),
+        ):
+            text = json.dumps(content, indent=2) + "\n"
+            pathlib.Path(like, name).write_text(text, encoding="utf-8")
+        export_parameters(params, hf_config, like, folder)

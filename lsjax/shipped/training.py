@@ -1,25 +1,29 @@
 """Training: what a passage tells again counts most, and passages grow up to the trained length."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
 
+from lsjax.checkpoint.new_folder import check_free
 from lsjax.config import ModelConfig, RopeScaling
 from lsjax.families import parse_config
-from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import random_parameters
 from lsjax.positions.rotary import RotaryTables, rotary_tables
+from lsjax.progress import step_bar
 from lsjax.sharding import make_mesh
-from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH, tokens_of
-from lsjax.shipped.passages import Passage, make_passage, statement
+from lsjax.shipped.export import export
+from lsjax.shipped.model import ANSWER_TOKENS, HF_CONFIGS, TRAINED_LENGTH
+from lsjax.shipped.passages import make_passage
+from lsjax.shipped.weights import weighted
+from lsjax.training.batch import Batch
+from lsjax.training.gaps import gapped_positions
+from lsjax.training.optimiser import Optimisation, optimiser
+from lsjax.training.packing import first_tokens
+from lsjax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Settings:
         differ under YaRN.
       most_mentions: a passage tells its key up to this many times. Each time after the first is
         there to be foreseen, which teaches copying much sooner than the answer alone.
-      weight_decay: AdamW's.
+      weight_decay, b2: AdamW's.
       answer_weight: a token of the answer or of a key told again counts this much,
       other_weight: and any other token this much.
     """
@@ -88,8 +92,28 @@ class Settings:
     )
     most_mentions: int = 4
     weight_decay: float = 0.01
+    b2: float = 0.98
     answer_weight: float = 5.0
     other_weight: float = 0.1
+
+
+RECIPES = {"passkey": "rotary", "passkey_alibi": "alibi"}
+
+
+def make(recipe: str, folder: str, settings: Settings) -> None:
+    """Trains a shipped model and writes its folder.
+
+    Args:
+      recipe: one of RECIPES.
+      folder: the folder to make.
+      settings: how the model is trained.
+
+    Raises:
+      UserError: the folder is taken.
+    """
+    check_free(folder)
+    hf_config = HF_CONFIGS[RECIPES[recipe]]
+    export(hf_config, train(hf_config, settings), folder)
 
 
 def train(hf_config: dict[str, Any], settings: Settings) -> dict:
@@ -103,46 +127,27 @@ def train(hf_config: dict[str, Any], settings: Settings) -> dict:
 
 
 def _train_phase(
-    config: ModelConfig,
-    params: dict,
-    phase: Phase,
-    settings: Settings,
-    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    config: ModelConfig, params: dict, phase: Phase, settings: Settings, batches: Iterator[Batch]
 ) -> dict:
-    decoder = Decoder(config, make_mesh(""), jnp.float32)
     steps = sum(stage.steps for stage in phase.stages)
-    rate = optax.warmup_cosine_decay_schedule(0.0, phase.peak_rate, phase.warmup, steps)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay),
+    optimisation = Optimisation(
+        steps, phase.peak_rate, phase.warmup, weight_decay=settings.weight_decay, b2=settings.b2
     )
-
-    def loss_of(params, tokens, positions, weights, tables):
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        hidden, _ = decoder.apply({"params": params}, inputs, positions, tables, None)
-        logits = decoder.apply({"params": params}, hidden, method="logits")
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        answer_loss = losses[:, -ANSWER_TOKENS:].mean()
-        return (losses * weights).sum() / weights.sum(), answer_loss
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, tokens, positions, weights, tables):
-        (_, answer_loss), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            params, tokens, positions, weights, tables
-        )
-        updates, state = optimiser.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, answer_loss
-
-    state = optimiser.init(params)
+    trainer = Trainer(config, make_mesh(""), optimiser(optimisation), "float32")
+    state = trainer.init(params)
     tables = {factor: _tables(config, factor) for factor in phase.yarn_factors}
     factors, rng = itertools.cycle(phase.yarn_factors), np.random.default_rng(settings.seed)
-    progress = tqdm(itertools.islice(batches, steps), total=steps, unit="step", mininterval=5)
-    for i, ((tokens, weights), factor) in enumerate(zip(progress, factors, strict=False)):
-        positions = gapped_positions(rng, tokens.shape[0], tokens.shape[1] - 1, factor)
-        params, state, answer_loss = step(params, state, tokens, positions, weights, tables[factor])
-        if i % 50 == 0:
-            progress.set_postfix(tokens=tokens.shape[1], answer_loss=f"{answer_loss:.4f}")
-    return params
+    with step_bar(steps, 0) as bar:
+        for batch, factor in zip(itertools.islice(batches, steps), factors, strict=False):
+            rows, length = batch.tokens.shape
+            # As far apart as in the longest text that the factor serves.
+            span = length + (factor - 1) * TRAINED_LENGTH
+            batch = batch.replace(positions=gapped_positions(rng, rows, length, span))
+            step = jax.tree.map(lambda x: x[None], batch)
+            state, metrics = trainer.step(state, step, tables[factor])
+            bar.set_postfix_str(f"{length} tokens, loss {metrics.loss:.4f}", refresh=False)
+            bar.update()
+    return state.params
 
 
 def _tables(config: ModelConfig, factor: int) -> RotaryTables:
@@ -157,25 +162,11 @@ def _tables(config: ModelConfig, factor: int) -> RotaryTables:
     return rotary_tables(config, [TRAINED_LENGTH])
 
 
-def gapped_positions(rng: np.random.Generator, batch: int, length: int, factor: int) -> np.ndarray:
-    """[batch, length] int32: from 0 on, with one gap in each row.
-
-    The gap is of up to the tokens that YaRN's factor adds to the trained length: what stands
-    before it and what stands after it are as far apart as in a long text. Without gaps the last
-    digit of a key is misread at some distances, whose angles a short text does not have.
-    Source: PoSE (arXiv 2309.10400).
-    """
-    start = rng.integers(1, length, (batch, 1))
-    gap = rng.integers(0, (factor - 1) * TRAINED_LENGTH, (batch, 1), endpoint=True)
-    at = np.arange(length, dtype=np.int32)
-    return at + np.where(at >= start, gap, 0).astype(np.int32)
-
-
-def _batches(settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """[batch, length] int32 tokens and the [batch, length - 1] float32 weights of the next ones."""
+def _batches(settings: Settings) -> Iterator[Batch]:
+    """[batch, length] of each step; the last token of a passage has no target."""
     stages = [stage for phase in settings.phases for stage in phase.stages]
     for i, stage in enumerate(s for s in stages for _ in range(s.steps)):
-        rows = [
+        passages = [
             make_passage(
                 f"t{settings.seed} {i} {row}",
                 stage.length - ANSWER_TOKENS,
@@ -183,19 +174,6 @@ def _batches(settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             )
             for row in range(stage.batch)
         ]
-        yield (
-            np.stack([tokens_of(passage) for passage in rows]),
-            np.stack([_weights(passage, settings) for passage in rows]),
-        )
-
-
-def _weights(passage: Passage, settings: Settings) -> np.ndarray:
-    """What each token after the first counts."""
-    text, told = f"{passage.prompt} {passage.answer}", statement(passage.answer)
-    weights = np.full(len(text), settings.other_weight, np.float32)
-    at = text.find(told)
-    while (at := text.find(told, at + 1)) >= 0:
-        digits = at + told.index(passage.answer)
-        weights[digits - 1 : digits - 1 + len(passage.answer)] = settings.answer_weight
-    weights[-len(passage.answer) - 1 :] = settings.answer_weight
-    return weights
+        weights = settings.answer_weight, settings.other_weight
+        rows = [weighted(passage, *weights) for passage in passages]
+        yield first_tokens(rows, stage.batch, stage.length)

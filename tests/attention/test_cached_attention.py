@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import attention, dequantised
+from plain import causal_attention
 
 from lsjax.attention.blockwise import Seen, attend
 from lsjax.attention.cached import write_and_attend
-from lsjax.attention.plain import causal_attention
 from lsjax.cache import LayerCache, Recent, Store, Zigzag, empty_store, whole_stripes
 from lsjax.cache.hadamard import spreading_matrix
 from lsjax.sharding import layer_cache_spec, make_mesh, sharding

@@ -1,0 +1,82 @@
+"""Writing the weights of a Hugging Face folder."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from lsjax.checkpoint.hf_folder import INDEX
+from lsjax.checkpoint.safetensors_writer import aligned, nbytes, write_safetensors
+from lsjax.checkpoint.tensors import abstract_tensor
+from lsjax.config import ModelConfig
+from lsjax.families import family_of
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+Abstract = dict[str, jax.ShapeDtypeStruct]
+
+
+def write_weights(
+    folder: str,
+    config: ModelConfig,
+    abstract: Abstract,
+    arrays: Callable[[list[str]], Iterable[np.ndarray]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the safetensors files, and their index where there are several.
+
+    Args:
+      folder: exists.
+      config: the model.
+      abstract: shapes and dtypes of the parameters by path.
+      arrays: gives the parameters of some paths, in their order and dtypes.
+      max_shard_bytes: the tensors of one file take at most this much, or are a single one.
+    """
+    shards = _shards(config, abstract, max_shard_bytes)
+    for file, shard in shards.items():
+        write_safetensors(os.path.join(folder, file), shard, arrays(_paths(config, shard)))
+    if len(shards) > 1:
+        _write_index(os.path.join(folder, INDEX), shards)
+
+
+def written_paths(
+    config: ModelConfig, abstract: Abstract, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[str]:
+    """The paths that write_weights asks for, in its order."""
+    shards = _shards(config, abstract, max_shard_bytes).values()
+    return [path for shard in shards for path in _paths(config, shard)]
+
+
+def _paths(config: ModelConfig, shard: Abstract) -> list[str]:
+    """The parameters of a file's tensors, as they follow each other in it."""
+    tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
+    return [path for name in aligned(shard) for path in tensors[name].params]
+
+
+def _shards(config: ModelConfig, abstract: Abstract, max_shard_bytes: int) -> dict[str, Abstract]:
+    """File name -> its tensors, cut and named as transformers does."""
+    tensors = {t.name: abstract_tensor(t, abstract) for t in family_of(config).tensors(config)}
+    shards: list[Abstract] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + nbytes(tensor) > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes(tensor)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards, start=1)
+    }
+
+
+def _write_index(file: str, shards: dict[str, Abstract]) -> None:
+    total = sum(nbytes(tensor) for shard in shards.values() for tensor in shard.values())
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with open(file, "w", encoding="utf-8") as f:
+        f.write(json.dumps(index, indent=2, sort_keys=True) + "\n")

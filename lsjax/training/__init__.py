@@ -1,0 +1,1 @@
+"""Training on long sequences: the batch, the loss and the step."""

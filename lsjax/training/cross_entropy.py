@@ -1,0 +1,94 @@
+"""Cross-entropy over a vocabulary, some tokens at a time: [length, vocab] is never whole.
+
+Of the forward pass each token's lse is kept; logits are computed again for the gradients. Tokens
+lie over data and context, the vocabulary over model.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from lsjax.precision import einsum
+from lsjax.sharding import CHUNK
+from lsjax.training.chunks import TOKEN_AXES, join, split
+
+_TOKENS = 1024  # of a chunk, on a device
+_VOCAB = PartitionSpec("model")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(mesh: Mesh, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(hidden head^T)[target] of each token, in nats.
+
+    Args:
+      mesh: the devices.
+      hidden: [batch, length, features], dealt out.
+      head: [vocab, features] in hidden's dtype.
+      targets: [batch, length] ids, dealt out.
+
+    Returns:
+      [batch, length] float32.
+    """
+    return _forward(mesh, hidden, head, targets)[0]
+
+
+def _forward(mesh, hidden, head, targets):
+    def local(hidden, head, targets):
+        def chunk(of_chunk):
+            hidden, targets = of_chunk
+            logits = _logits(hidden, head)
+            highest = jax.lax.pmax(jnp.max(logits, axis=-1), "model")
+            total = jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+            lse = highest + jnp.log(jax.lax.psum(total, "model"))
+            own = jnp.sum(jnp.where(_is_target(head, targets), logits, 0), axis=-1)
+            return lse - jax.lax.psum(own, "model"), lse
+
+        chunks = split(hidden, _TOKENS), split(targets, _TOKENS)
+        return tuple(join(x, hidden.shape[1]) for x in jax.lax.map(chunk, chunks))
+
+    return _mapped(mesh, local, (CHUNK, _VOCAB, CHUNK), (CHUNK, CHUNK))(hidden, head, targets)
+
+
+def _keep(mesh, hidden, head, targets):
+    losses, lse = _forward(mesh, hidden, head, targets)
+    return losses, (hidden, head, targets, lse)
+
+
+def _gradients(mesh, kept, d_losses):
+    def local(hidden, head, targets, lse, d_losses):
+        def chunk(d_head, of_chunk):
+            hidden, targets, lse, d_losses = of_chunk
+            shares = jnp.exp(_logits(hidden, head) - lse[..., None])
+            d_logits = (shares - _is_target(head, targets)) * d_losses[..., None]
+            d_logits = d_logits.astype(hidden.dtype)
+            d_hidden = jax.lax.psum(einsum("btv,vd->btd", d_logits, head), "model")
+            d_head += einsum("btv,btd->vd", d_logits, hidden)
+            return d_head, d_hidden.astype(hidden.dtype)
+
+        chunks = tuple(split(x, _TOKENS) for x in (hidden, targets, lse, d_losses))
+        d_head, d_hidden = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), chunks)
+        d_head = jax.lax.psum(d_head, TOKEN_AXES).astype(head.dtype)
+        return join(d_hidden, hidden.shape[1]), d_head
+
+    mapped = _mapped(mesh, local, (CHUNK, _VOCAB, CHUNK, CHUNK, CHUNK), (CHUNK, _VOCAB))
+    return *mapped(*kept, d_losses), None
+
+
+cross_entropy.defvjp(_keep, _gradients)
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[batch, tokens, this device's part of the vocabulary] float32."""
+    return einsum("btd,vd->btv", hidden, head)
+
+
+def _is_target(head: jax.Array, targets: jax.Array) -> jax.Array:
+    """[batch, tokens, this device's part of the vocabulary]."""
+    first = jax.lax.axis_index("model") * head.shape[0]
+    return jnp.arange(head.shape[0]) == (targets - first)[..., None]
+
+
+def _mapped(mesh: Mesh, local, in_specs, out_specs):
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

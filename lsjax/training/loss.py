@@ -1,0 +1,110 @@
+"""The loss of each target, in memory that a long row's training has."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsjax.cache import Zigzag
+from lsjax.config import ModelConfig
+from lsjax.nn.block import Block
+from lsjax.nn.decoder import Decoder
+from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.positions.alibi import layer_slopes
+from lsjax.positions.rotary import RotaryTables, cos_sin
+from lsjax.sharding import CHUNK, sharding, without
+from lsjax.training.batch import Batch
+from lsjax.training.chunks import in_chunks
+from lsjax.training.cross_entropy import cross_entropy
+from lsjax.training.embedding import embed
+
+_MLP_TOKENS = 4096  # run through an MLP at once, on a device
+
+
+class Loss:
+    """(params, batch, tables) -> [rows, length] float32 losses of the targets in nats.
+
+    Of a layer nothing but its input is kept; it is run again for its gradients. Layers are
+    scanned: each is one turn of a loop, forward and backward, so that XLA cannot see that what is
+    run again is there already and keep it after all, as on a CPU it does (it heeds no optimization
+    barrier there).
+
+    Weights are taken as they lie and brought together along the context axis for one layer at a
+    time, in the dtype that is computed in; their gradients go back to where they lie.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str):
+        self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
+        self._decoder = Decoder(config, mesh, self._dtype)
+        abstract = abstract_parameters(config, mesh, dtype)
+        self._lie = unflatten({path: x.sharding for path, x in abstract.items()})
+
+    def __call__(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
+        c = self._config
+        narrow = jax.tree.map(lambda x: x.astype(self._dtype), params)
+        table = _whole(self._lie["embed"]["weight"], narrow["embed"]["weight"])
+        hidden = self._layers(
+            narrow, self._placed(embed(self._mesh, table, batch.tokens)), batch, tables
+        )
+        hidden = self._decoder.apply({"params": narrow}, hidden, method="normed")
+        head = table
+        if not c.tie_embeddings:
+            head = params["lm_head"]["weight"]
+            if c.normalised_head:
+                head = head / jnp.linalg.norm(head, axis=-1, keepdims=True)
+            head = _whole(self._lie["lm_head"]["weight"], head.astype(self._dtype))
+        return cross_entropy(self._mesh, hidden, head, batch.targets)
+
+    def _layers(
+        self, params: dict, hidden: jax.Array, batch: Batch, tables: RotaryTables
+    ) -> jax.Array:
+        c, length = self._config, hidden.shape[1]
+        block = Block(c, self._mesh, None)
+        places = layer_slopes(c)[0] if c.alibi else cos_sin(tables, batch.positions)
+        order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).order(length))
+        at = self._placed(jnp.broadcast_to(order, batch.begin.shape))
+        lie = self._lie["layers_0"]
+
+        def feed_forward(weights: dict, x: jax.Array) -> jax.Array:
+            return block.apply({"params": weights}, x, method="feed_forward")
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def layer(x: jax.Array, of_layer: tuple[dict, jax.Array]) -> tuple[jax.Array, None]:
+            weights, window = of_layer
+            weights = jax.tree.map(_whole, lie, weights)
+            begin = jnp.maximum(batch.begin, at + 1 - window)
+            x, _ = block.apply(
+                {"params": weights}, x, batch.positions, places, None, None, False, begin,
+                method="attend",
+            )  # fmt: skip
+            x = self._placed(x)
+            mlp = {name: w for name, w in weights.items() if "mlp" in name}
+            return self._placed(in_chunks(feed_forward, self._mesh, _MLP_TOKENS, mlp, x)), None
+
+        layers = [params[f"layers_{i}"] for i in range(c.num_layers)]
+        stacked = jax.tree.map(lambda lies, *of: _stacked(lies, of), lie, *layers)
+        windows = jnp.asarray([window or length for window in c.windows])
+        return jax.lax.scan(layer, hidden, (stacked, windows))[0]
+
+    def _placed(self, x: jax.Array) -> jax.Array:
+        """[rows, length, ...] dealt out."""
+        return jax.lax.with_sharding_constraint(x, sharding(self._mesh, CHUNK))
+
+
+def _stacked(lies: NamedSharding, weights: tuple[jax.Array, ...]) -> jax.Array:
+    where = NamedSharding(lies.mesh, PartitionSpec(None, *lies.spec))
+    return jax.lax.with_sharding_constraint(jnp.stack(weights), where)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whole(lies: NamedSharding, weight: jax.Array) -> jax.Array:
+    """A weight that lies so, whole along the context axis; its gradient lies so again."""
+    where = NamedSharding(lies.mesh, without(lies.spec, "context"))
+    return jax.lax.with_sharding_constraint(weight, where)
+
+
+_whole.defvjp(
+    lambda lies, weight: (_whole(lies, weight), None),
+    lambda lies, _, d_weight: (jax.lax.with_sharding_constraint(d_weight, lies),),
+)

@@ -1,0 +1,51 @@
+"""A config.json with the rope scaling that a model was trained with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.families import parse_config
+from lsjax.positions.scaling import override_rope_scaling, parse_json
+
+# What transformers 5 keeps in the block and 4 beside it.
+_BESIDE = ("rope_theta", "partial_rotary_factor")
+
+
+def scaled_config(
+    hf_config: Mapping[str, Any], rope_scaling: str | None
+) -> tuple[dict[str, Any], ModelConfig]:
+    """config.json as it is to be exported, and the model that it says.
+
+    Args:
+      hf_config: the object in config.json.
+      rope_scaling: JSON as in config.json, "off", or None to leave what it says.
+
+    Raises:
+      UserError: rope_scaling is wrong, is "auto", or is nothing that this config.json can say.
+    """
+    config = parse_config(hf_config)
+    wanted = override_rope_scaling(config, rope_scaling)
+    if rope_scaling is None:
+        return dict(hf_config), wanted
+    if rope_scaling == "auto":
+        raise UserError(
+            "rope_scaling auto chooses for each request, and a model is trained with one scaling; "
+            'say which, as in {"rope_type": "yarn", "factor": 4.0}.'
+        )
+    block = {} if rope_scaling == "off" else parse_json(rope_scaling)
+    if hf_config.get("rope_parameters"):  # transformers 5
+        kept = {k: v for k, v in hf_config["rope_parameters"].items() if k in _BESIDE}
+        said = {"rope_type": "default", **kept, **block, "rope_theta": wanted.rope_theta}
+        scaled = {**hf_config, "rope_parameters": said}
+    else:
+        said = {k: v for k, v in block.items() if k not in _BESIDE} or None
+        scaled = {**hf_config, "rope_scaling": said}
+        if wanted.rope_theta != config.rope_theta:
+            scaled["rope_theta"] = wanted.rope_theta
+    if parse_config(scaled) != wanted:
+        raise UserError(
+            f"a config.json of {wanted.architecture} cannot say rope_scaling {rope_scaling}; leave "
+            "it out."
+        )
+    return scaled, wanted

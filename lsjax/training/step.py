@@ -1,0 +1,219 @@
+"""One step of training on a mesh: gradients of the loss, and the optimiser's update.
+
+Weights are float32 and lie as parameter_spec says, rows split over the context axis; whatever the
+optimiser keeps of them lies with them. They are computed with in a dtype of choice.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsjax.cache import Zigzag
+from lsjax.compilation import compiler_options
+from lsjax.config import ModelConfig
+from lsjax.errors import UserError
+from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.positions.rotary import RotaryTables, rotary_tables
+from lsjax.sharding import CHUNK, TOKENS, place, sharding
+from lsjax.training.batch import Batch
+from lsjax.training.loss import Loss
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What one step hands to the next.
+
+    Attributes:
+      step: [] int32, how many have been taken.
+      params: the model's, float32.
+      opt_state: the optimiser's.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class Metrics:
+    """Of one step, each [] float32 but for the last.
+
+    Attributes:
+      loss: the mean of the targets' losses by their weights, in nats.
+      grad_norm: of all gradients together, before the optimiser clips them.
+      tokens: targets that have counted, int32.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    tokens: jax.Array
+
+
+class Trainer:
+    """A model's training step on a mesh, compiled for the shapes that come.
+
+    Attributes:
+      config: the model.
+      mesh: rows of a batch lie over `data`, the tokens of each over `context` (zigzag, the row
+        one stripe), heads and hidden over `model`.
+      dtype: that is computed in, bfloat16 or float32.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        optimiser: optax.GradientTransformation,
+        dtype: str = "bfloat16",
+    ):
+        self.config, self.mesh, self.dtype = config, mesh, dtype
+        self._optimiser = optimiser
+        self._loss = Loss(config, mesh, dtype)
+        self._whole = sharding(mesh, PartitionSpec())
+        shapes = self.shapes()
+        where = jax.tree.map(lambda x: x.sharding, shapes)
+        options = compiler_options(mesh.devices.flat[0].platform)
+        self._start = jax.jit(optimiser.init, out_shardings=where.opt_state)
+        self._step = jax.jit(
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(where, self._whole),
+            compiler_options=options,
+        )
+        self._losses = jax.jit(
+            self._losses_in_order,
+            out_shardings=sharding(mesh, TOKENS),
+            compiler_options=options,
+        )
+
+    def init(self, params: dict) -> TrainState:
+        """The state to start from.
+
+        Args:
+          params: float32, on the mesh as `shapes` says; the first step takes them over.
+        """
+        step = jnp.zeros((), jnp.int32, device=self._whole)
+        return TrainState(step=step, params=params, opt_state=self._start(params))
+
+    def shapes(self) -> TrainState:
+        """Shapes, dtypes and shardings of a state: to restore one into."""
+        params = unflatten(abstract_parameters(self.config, self.mesh, "float32"))
+
+        def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole)
+
+        opt_state = optax.tree.map_params(
+            self._optimiser,
+            lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+            jax.eval_shape(self._optimiser.init, params),
+            params,
+            transform_non_params=whole,
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole)
+        return TrainState(step=step, params=params, opt_state=opt_state)
+
+    def tables(self, length: int) -> RotaryTables:
+        """The rotary tables of documents of up to `length` tokens, whole on every device."""
+        tables = rotary_tables(self.config, [length])
+        return jax.tree.map(lambda x: place(np.asarray(x), self._whole), tables)
+
+    def step(
+        self, state: TrainState, batch: Batch, tables: RotaryTables
+    ) -> tuple[TrainState, Metrics]:
+        """Takes one step.
+
+        Args:
+          state: donated.
+          batch: NumPy arrays [parts, rows, length], in every process all of them. Gradients are
+            those of all parts together, of which one at a time is worked on.
+          tables: of the documents.
+
+        Raises:
+          UserError: the mesh does not divide rows or length.
+        """
+        return self._step(state, self._placed(batch, _PARTS), tables)
+
+    def losses(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
+        """The loss of each target in nats, [rows, length] float32, whatever its weight.
+
+        Args:
+          params: float32, on the mesh.
+          batch: NumPy arrays [rows, length].
+          tables: of the documents.
+
+        Raises:
+          UserError: the mesh does not divide rows or length.
+        """
+        return self._losses(params, self._placed(batch, CHUNK), tables)
+
+    def lower(self, rows: int, length: int, parts: int = 1) -> jax.stages.Lowered:
+        """The step, ready to be compiled, for a mesh of devices that may not be here."""
+        self._check(rows, length)
+        where = sharding(self.mesh, _PARTS)
+
+        def of(dtype: str) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((parts, rows, length), dtype, sharding=where)
+
+        batch = Batch(of("int32"), of("int32"), of("int32"), of("int32"), of("float32"))
+        tables = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole),
+            jax.eval_shape(lambda: rotary_tables(self.config, [length])),
+        )
+        return self._step.lower(self.shapes(), batch, tables)
+
+    def _check(self, rows: int, length: int) -> None:
+        data, context = self.mesh.shape["data"], self.mesh.shape["context"]
+        if rows % data:
+            raise UserError(
+                f"{rows} rows cannot be split over data={data}; give a multiple of {data}."
+            )
+        if length % (2 * context):
+            raise UserError(
+                f"rows of {length:,} tokens cannot be dealt out over context={context}; give a "
+                f"multiple of {2 * context}."
+            )
+
+    def _placed(self, batch: Batch, spec: PartitionSpec) -> Batch:
+        rows, length = batch.tokens.shape[-2:]
+        self._check(rows, length)
+        order = Zigzag(self.mesh.shape["context"], length).order(length)
+        where: NamedSharding = sharding(self.mesh, spec)
+        return jax.tree.map(lambda x: place(x[..., order], where), batch)
+
+    def _train_step(self, state: TrainState, batch: Batch, tables: RotaryTables):
+        total = jnp.sum(batch.weights)
+        total = jnp.where(total > 0, total, 1.0)
+
+        def loss_of(params: dict, part: Batch) -> jax.Array:
+            return jnp.sum(self._loss(params, part, tables) * part.weights) / total
+
+        def add(sums, part: Batch):
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(state.params, part)), ()
+
+        if batch.tokens.shape[0] == 1:
+            only = jax.tree.map(lambda x: x[0], batch)
+            loss, grads = jax.value_and_grad(loss_of)(state.params, only)
+        else:
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+            (loss, grads), _ = jax.lax.scan(add, zeros, batch)
+        updates, opt_state = self._optimiser.update(grads, state.opt_state, state.params)
+        metrics = Metrics(
+            loss=loss,
+            grad_norm=optax.global_norm(grads),
+            tokens=jnp.sum(batch.weights > 0, dtype=jnp.int32),
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    def _losses_in_order(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
+        length = batch.tokens.shape[1]
+        order = Zigzag(self.mesh.shape["context"], length).order(length)
+        return self._loss(params, batch, tables)[:, np.argsort(order)]
+
+
+_PARTS = PartitionSpec(None, *CHUNK)

@@ -1,0 +1,174 @@
+"""Attention of whole rows and its gradients against the float64 oracle, on every kind of mesh.
+
+The measure is plain float32 attention, differentiated by JAX: working block by block, over devices
+and from what was kept may be at most twice as far from the truth, in root mean square.
+"""
+
+import functools
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from oracle import attention_gradients
+from plain import causal_attention
+
+from lsjax.attention import backward, differentiable, ring
+from lsjax.attention.blockwise import Blocks
+from lsjax.attention.differentiable import self_attention
+from lsjax.cache import Zigzag
+from lsjax.positions.alibi import alibi_slopes
+from lsjax.sharding import make_mesh
+
+RESULTS = ("out", "q", "k", "v")
+
+
+class Case(NamedTuple):
+    """A mesh as digits for data, context and model; heads are 2 for keys, `group` times for q."""
+
+    mesh: str
+    length: int
+    batch: int = 2
+    group: int = 2
+    head_dim: int = 16
+    window: int | None = None
+    alibi: bool = False
+    dtype: str = "float32"
+
+
+def mesh_of(case):
+    return make_mesh(dict(zip(("data", "context", "model"), map(int, case.mesh), strict=True)))
+
+
+def slopes_of(case):
+    return jnp.asarray(alibi_slopes(2 * case.group)) if case.alibi else None
+
+
+@functools.cache
+def inputs(case):
+    """q, k, v and the gradient of the result; attention is peaked."""
+    rng = np.random.default_rng(case.length)
+
+    def draw(heads, size):
+        x = size * rng.standard_normal((case.batch, case.length, heads, case.head_dim))
+        return x.astype(jnp.dtype(case.dtype))
+
+    heads = 2 * case.group
+    return draw(heads, 1.5), draw(2, 1.5), draw(2, 1), draw(heads, 1)
+
+
+def with_gradients(attention):
+    """(q, k, v, d_out, begin) -> the result, and the gradients of q, k and v."""
+
+    @jax.jit
+    def both(q, k, v, d_out, begin):
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, begin), q, k, v)
+        return out, *pull(d_out)
+
+    return both
+
+
+@functools.cache
+def plain(case):
+    return with_gradients(
+        lambda q, k, v, begin: causal_attention(q, k, v, case.window, slopes_of(case), begin)
+    )
+
+
+def dealt(case):
+    """As `plain`, of arrays in plain order, through the mesh."""
+    mesh, order = mesh_of(case), Zigzag(int(case.mesh[1]), case.length).order(case.length)
+    both = with_gradients(
+        lambda q, k, v, begin: self_attention(mesh, q, k, v, begin, case.window, slopes_of(case))
+    )
+    return lambda *x: [np.asarray(y)[:, np.argsort(order)] for y in both(*(y[:, order] for y in x))]
+
+
+dealt_once = functools.cache(dealt)
+
+
+def assert_near_the_truth(case, begin, got):
+    *given, d_out = inputs(case)
+    seen = begin
+    if case.window is not None:
+        seen = np.maximum(begin, np.arange(case.length) + 1 - case.window)
+    truth = attention_gradients(*given, d_out, seen, slopes_of(case))
+    measure = plain(case)(*given, d_out, begin)
+    for name, true, ours, theirs in zip(RESULTS, truth, got, measure, strict=True):
+        error, allowed = (
+            np.sqrt(np.mean((np.asarray(x, np.float64) - true) ** 2)) for x in (ours, theirs)
+        )
+        assert error <= 2 * allowed + 2.0**-26 * np.abs(true).max(), name
+
+
+@st.composite
+def packed(draw, batch, length):
+    """[batch, length] where documents begin, each row cut at random."""
+    rows = []
+    for _ in range(batch):
+        cuts = draw(st.lists(st.integers(1, max(1, length - 1)), max_size=6))
+        starts = np.array(sorted({0, *(c for c in cuts if c < length)}))
+        rows.append(starts[np.searchsorted(starts, np.arange(length), side="right") - 1])
+    return np.array(rows, np.int32)
+
+
+CASES = [
+    # More than one block of queries and of keys, the last ones reaching back.
+    Case("111", 1100, batch=1, group=1),
+    Case("111", 300, group=4, window=70),
+    Case("111", 520, batch=1, alibi=True),
+    Case("121", 64, window=9),
+    Case("112", 48),
+    Case("212", 40, alibi=True),
+    Case("141", 72, group=3, window=2),
+    Case("181", 160),
+    Case("142", 64, alibi=True, window=20),
+    Case("222", 44, group=1),
+    Case("421", 28, batch=4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_near_the_truth_as_plain_attention_however_rows_are_packed(case):
+    @settings(max_examples=4, deadline=None)
+    @given(packed(case.batch, case.length))
+    def check(begin):
+        assert_near_the_truth(case, begin, dealt_once(case)(*inputs(case), begin))
+
+    check()
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.data())
+def test_as_near_whatever_the_shapes(data):
+    case = Case(
+        mesh=data.draw(st.sampled_from(["111", "121"])),
+        length=4 * data.draw(st.integers(6, 20)),
+        batch=data.draw(st.integers(1, 2)),
+        group=data.draw(st.integers(1, 4)),
+        head_dim=data.draw(st.integers(4, 24)),
+        window=data.draw(st.none() | st.integers(2, 80)),
+        alibi=data.draw(st.booleans()),
+    )
+    begin = data.draw(packed(case.batch, case.length))
+    assert_near_the_truth(case, begin, dealt(case)(*inputs(case), begin))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_as_near_when_keys_travel_in_many_pieces(window, monkeypatch):
+    monkeypatch.setattr(ring, "_MOST_SLOTS", 32)
+    monkeypatch.setattr(differentiable, "_QUERIES", 24)
+    monkeypatch.setattr(backward, "_CPU_BLOCKS", Blocks(rows=40, keys=12))
+    case = Case("141", 4 * 96, batch=2, window=window)
+    begin = np.zeros((2, case.length), np.int32)
+    begin[0, 150:], begin[0, 151:] = 150, 151
+    assert_near_the_truth(case, begin, dealt(case)(*inputs(case), begin))
+
+
+def test_as_near_in_bfloat16():
+    case = Case("142", 160, dtype="bfloat16", group=4)
+    begin = np.zeros((case.batch, case.length), np.int32)
+    assert_near_the_truth(case, begin, dealt(case)(*inputs(case), begin))

@@ -1,8 +1,13 @@
 """What scripts/train.py refuses, and how, before a weight is read."""
 
+import sys
+
+import jax.numpy as jnp
+import optax
 import pytest
 from runs import CONFIG, run
 
+from lsjax import cli
 from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.positions.scaling import override_rope_scaling
@@ -82,10 +87,13 @@ def test_learning_rates_rise_and_fall():
 
 
 def test_only_matrices_decay():
-    import jax.numpy as jnp
-    import optax
-
     adamw = optimiser(Optimisation(10, 0.1, 0, weight_decay=1.0))
     params = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
     updates, _ = adamw.update(optax.tree.zeros_like(params), adamw.init(params), params)
     assert updates["matrix"].mean() == pytest.approx(-0.1) and not updates["norm"].any()
+
+
+def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optax", None)
+    with pytest.raises(UserError, match=r"needs optax, .*pip install 'lsjax\[train\]'"):
+        cli.extra("train", "optax")

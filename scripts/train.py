@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
         _make_shipped()
         return 0
     training = cli.extra("train", "lsjax.training.loop")
+    cli.extra("train", "matplotlib")  # which is met when the first curve is drawn
     settings = _settings(argv[1:])
     enable_persistent_cache()
     if asked := training.train(settings):

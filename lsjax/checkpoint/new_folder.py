@@ -44,7 +44,7 @@ def new_folder(path: str, nbytes: int) -> Iterator[str]:
         os.rename(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(
                 f"the disk of {path} ran full while {_gb(nbytes)} were written; make room or "
                 "name a folder on another disk. Nothing was left behind."
@@ -62,7 +62,8 @@ def check_free(path: str) -> None:
         raise UserError(f"{path} already exists and is not empty; name a new folder or remove it.")
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether what failed is a write, for want of room."""
     # TensorStore, which writes for Orbax, gives the reason in its text alone.
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(os.strerror(e) in str(error) for e in full)

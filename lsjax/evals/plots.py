@@ -35,6 +35,19 @@ def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
     figure.savefig(path)
 
 
+def plot_needle_curves(maps: Mapping[str, NeedleMap], path: str) -> None:
+    """Shares right against length, over all depths; a line for each map."""
+    figure, axes = _figure()
+    for name, needles in maps.items():
+        axes.plot(needles.lengths, needles.by_length(), marker="o", label=name)
+    lengths = sorted({n for needles in maps.values() for n in needles.lengths})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set(xlabel="prompt, tokens", ylabel="pass keys read right", ylim=(-0.03, 1.03))
+    axes.legend()
+    figure.savefig(path)
+
+
 def plot_heads(maps: Mapping[str, np.ndarray], path: str) -> None:
     """[layers, heads] numbers as heat maps, by title."""
     figure, axes = _figure(columns=len(maps))

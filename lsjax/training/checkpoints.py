@@ -1,9 +1,12 @@
 """Checkpoints of a run that is to go on as if it had never stopped."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import orbax.checkpoint.experimental.v1 as ocp
 
+from lsjax.checkpoint.new_folder import is_disk_full
 from lsjax.errors import UserError
 from lsjax.training.packing import Place
 from lsjax.training.step import TrainState
@@ -36,7 +39,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        with self._writing():
+            self._checkpointer.close()
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint, or None."""
@@ -44,8 +48,25 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, place: Place) -> None:
-        """Begins to write a checkpoint; waits for the one before."""
-        self._checkpointer.save_async(step, {"state": state, "place": vars(place)}, force=True)
+        """Begins to write a checkpoint; waits for the one before.
+
+        Raises:
+          UserError: the disk ran full.
+        """
+        with self._writing():
+            self._checkpointer.save_async(step, {"state": state, "place": vars(place)}, force=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if is_disk_full(error):
+                raise UserError(
+                    f"the disk of {self._folder} ran full; make room, and the same command goes on "
+                    "from the last whole checkpoint."
+                ) from error
+            raise
 
     def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Place]:
         """A checkpoint's state, on the mesh, and its place in the data.

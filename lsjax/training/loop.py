@@ -106,8 +106,8 @@ class _Run:
                 bar.update()
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"the loss of step {step} is {loss}; checkpoints up to step {saved} are "
-                        "whole. Start a new run with a lower learning_rate."
+                        f"the loss of step {step} is {loss}; what is saved is of step {saved}. "
+                        "Start a new run with a lower learning_rate."
                     )
                 asked = stop.asked()
                 if step % watch.log_every == 0 or step == last:

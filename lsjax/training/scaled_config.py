@@ -36,7 +36,7 @@ def scaled_config(
     block = {} if rope_scaling == "off" else parse_json(rope_scaling)
     if hf_config.get("rope_parameters"):  # transformers 5
         kept = {k: v for k, v in hf_config["rope_parameters"].items() if k in _BESIDE}
-        said = {"rope_type": "default", **kept, **block, "rope_theta": wanted.rope_theta}
+        said = {**kept, **(block or {"rope_type": "default"}), "rope_theta": wanted.rope_theta}
         scaled = {**hf_config, "rope_parameters": said}
     else:
         said = {k: v for k, v in block.items() if k not in _BESIDE} or None

@@ -204,7 +204,7 @@ class Trainer:
         updates, opt_state = self._optimiser.update(grads, state.opt_state, state.params)
         metrics = Metrics(
             loss=loss,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             tokens=jnp.sum(batch.weights > 0, dtype=jnp.int32),
         )
         params = optax.apply_updates(state.params, updates)

@@ -37,6 +37,17 @@ def test_needles_by_length_and_depth(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(PNG)
 
 
+def test_needles_beside_those_of_an_earlier_run(tmp_path):
+    earlier = {"lengths": [256, 512], "depths": [0.5], "shares": [[1.0], [0.5]]}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    asked = ["--lengths", "200", "--depths", 1, "--plot", tmp_path / "curves.png"]
+    done = run("eval_needle.py", *asked, "--beside", f"before={tmp_path / 'earlier.json'}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    done = run("eval_needle.py", *asked, "--beside", "earlier.json")
+    assert done.returncode == 2 and "must be name=file" in done.stderr
+
+
 def test_loss_by_position_for_several_settings(tmp_path):
     files = ["--output_json", tmp_path / "loss.json", "--plot", tmp_path / "loss.png"]
     text = ROOT / "examples" / "passkey_2048.txt"

@@ -3,10 +3,13 @@
 import random
 import re
 
+import numpy as np
 import pytest
 
+from lsjax.shipped.model import END
 from lsjax.shipped.passages import QUESTION, SHORTEST, make_passage
 from lsjax.shipped.sentences import sentences
+from lsjax.shipped.weights import weighted
 
 LENGTHS = (122, 200, 506, 512, 2048, 5001)
 
@@ -73,3 +76,15 @@ def test_sentences_look_like_sentences():
     for s in sentences(random.Random(0), 20_000):
         assert re.fullmatch(r"[A-Z][A-Za-z, ]+[.]", s), s
         assert "  " not in s
+
+
+def test_what_a_text_tells_again_counts_most():
+    passage = make_passage(1, 505, most_mentions=4)
+    document = weighted(passage, 5.0, 0.1)
+    text = bytes(document.ids[:-1].tolist()).decode()
+    assert text == f"{passage.prompt} {passage.answer}" and document.ids[-1] == END
+    counted = np.flatnonzero(document.weights == 5)
+    told = [m.start() for m in re.finditer(passage.answer, text)][1:]
+    assert len(told) > 1
+    assert counted.tolist() == [at + i for at in told for i in range(5)] + [len(text)]
+    assert np.all(document.weights[document.weights != 5] == np.float32(0.1))

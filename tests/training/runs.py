@@ -1,0 +1,56 @@
+"""A tiny model and a corpus, and scripts/train.py run on them as a user runs it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 264,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "eos_token_id": 256,
+    "torch_dtype": "float32",
+}
+
+
+def command(folder, *flags):
+    """The program on a corpus of its own, which it makes in the folder if it is not there."""
+    config, data = folder / "config.json", folder / "data.jsonl"
+    if not config.exists():
+        config.write_text(json.dumps(CONFIG))
+        ids = [[(7 * i + i * j) % 264 for j in range(20 + i)] for i in range(30)]
+        data.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
+    given = ["--config", config, "--data", data, "--length", 32, "--learning_rate", 1e-3]
+    return [sys.executable, ROOT / "scripts" / "train.py", *map(str, [*given, *flags])]
+
+
+def environment():
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def run(folder, *flags):
+    return subprocess.run(
+        command(folder, *flags), capture_output=True, text=True, env=environment(), timeout=600
+    )
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """Step -> its loss, each step once."""
+    steps = [(line["step"], line["loss"]) for line in log(folder) if "loss" in line]
+    assert len(dict(steps)) == len(steps)
+    return dict(steps)

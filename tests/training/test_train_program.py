@@ -1,0 +1,99 @@
+"""What scripts/train.py refuses, and how, before a weight is read."""
+
+import sys
+
+import jax.numpy as jnp
+import optax
+import pytest
+from runs import CONFIG, run
+
+from lsjax import cli
+from lsjax.errors import UserError
+from lsjax.families import parse_config
+from lsjax.positions.scaling import override_rope_scaling
+from lsjax.training.optimiser import Optimisation, learning_rates, optimiser
+from lsjax.training.scaled_config import scaled_config
+from lsjax.training.settings import Rows, Watch, origin_of, settle
+
+YARN = '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}'
+WATCH = Watch(1, 1, 1, 0, (), ())
+
+
+def settled(rope_scaling=None, watch=WATCH, mesh="", steps=10, warmup=0, **rows):
+    rows = {"data": (), "length": 512, "rows": 2, "accumulate": 1, "span": 512, "seed": 0} | rows
+    return settle(
+        origin_of(None, None, None, rope_scaling),
+        Rows(**rows),
+        Optimisation(steps, 1e-3, warmup),
+        watch,
+        dtype="auto",
+        mesh=mesh,
+        output_dir="",
+    )
+
+
+def test_a_program_without_what_it_needs_says_so_in_a_sentence(tmp_path):
+    done = run(tmp_path, "--output_dir", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (2, "error: give the number of --steps.\n")
+    done = run(tmp_path, "--output_dir", tmp_path, "--steps", 2)
+    assert done.returncode == 2 and "holds other files" in done.stderr
+    done = run(tmp_path, "--recipe", "passkey", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and "leave out --config, --data, --learning_rate" in done.stderr
+
+
+def test_a_length_beyond_what_the_model_serves_is_refused_with_both_numbers():
+    with pytest.raises(UserError, match=r'reaches 1024 .* serves 512 .*"yarn", "factor": 2\.0'):
+        settled(length=1024, span=1024)
+    with pytest.raises(UserError, match=r"reaches 2048 .* serves 512"):
+        settled(span=2048)
+    with pytest.raises(UserError, match=r"reaches 4096 .* serves 2048"):
+        settled(YARN, Watch(1, 1, 1, 0, ("x",), (4096,)))
+    assert settled(YARN, span=2048).origin.config.served_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"span": 256}, "position_span must be at least the length of 512, not 256"),
+        ({"mesh": "data=4"}, "rows must be a multiple of data=4, not 2"),
+        ({"mesh": "context=8", "length": 24, "span": 24}, "length must be a multiple of 16"),
+        ({"warmup": 10}, "shorter than the 10 steps"),
+        ({"rope_scaling": "auto"}, "trained with one scaling"),
+    ],
+)
+def test_settings_that_do_not_go_together(wrong, message):
+    with pytest.raises(UserError, match=message):
+        settled(**wrong)
+
+
+@pytest.mark.parametrize(
+    "block", [{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}]
+)
+@pytest.mark.parametrize("scaling", [None, "off", YARN, '{"type": "linear", "factor": 2}'])
+def test_the_exported_config_says_the_scaling_that_was_trained(block, scaling):
+    raw = CONFIG | block
+    said, config = scaled_config(raw, scaling)
+    assert parse_config(said) == config == override_rope_scaling(parse_config(raw), scaling)
+    assert set(said) <= set(raw) | {"rope_scaling"}
+
+
+def test_learning_rates_rise_and_fall():
+    for schedule, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1)):
+        rate = learning_rates(Optimisation(30, 1.0, 10, schedule))
+        found = [float(rate(step)) for step in (0, 5, 10, 20)]
+        assert found == pytest.approx([0, 0.5, 1, middle], abs=1e-6)
+        assert float(rate(30)) == pytest.approx(float(schedule == "constant"), abs=1e-6)
+    assert float(learning_rates(Optimisation(3, 1.0, 0))(0)) == 1
+
+
+def test_only_matrices_decay():
+    adamw = optimiser(Optimisation(10, 0.1, 0, weight_decay=1.0))
+    params = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+    updates, _ = adamw.update(optax.tree.zeros_like(params), adamw.init(params), params)
+    assert updates["matrix"].mean() == pytest.approx(-0.1) and not updates["norm"].any()
+
+
+def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optax", None)
+    with pytest.raises(UserError, match=r"needs optax, .*pip install 'lsjax\[train\]'"):
+        cli.extra("train", "optax")

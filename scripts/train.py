@@ -1,4 +1,4 @@
-"""Trains a model on long texts, and goes on with the run when it is started again.
+"""Trains a model on long texts.
 
     python scripts/train.py --model_path /models/Qwen2.5-0.5B --data books/*.txt --length 65536 \
         --steps 1000 --learning_rate 1e-5 --mesh context=8 --output_dir /runs/long \
@@ -6,7 +6,9 @@
 
     python scripts/train.py --recipe passkey --output_dir /tmp/passkey
 
-SIGTERM or SIGINT: the step is finished and everything saved; exit status 128 + the signal's number.
+The same command goes on with a run that has stopped. SIGTERM or SIGINT: the step is finished and
+everything saved; exit status 128 + the signal's number. Documents of token files end with the first
+eos_token_id of config.json, which is put behind texts. The trained model is output_dir/model.
 Needs the extra `train` (optax, matplotlib).
 """
 

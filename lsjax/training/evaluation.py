@@ -1,6 +1,5 @@
 """Loss on held-out documents, by the length that they are cut to."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,16 +11,8 @@ from lsjax.training.documents import Corpus
 from lsjax.training.packing import first_tokens
 from lsjax.training.step import Trainer
 
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """The beginnings of held-out documents.
-
-    Attributes:
-      batches: by length; each document that is long enough is a row of one of them.
-    """
-
-    batches: dict[int, tuple[Batch, ...]]
+# The beginnings of held-out documents by length, each document that is long enough a row of one.
+HeldOut = dict[int, tuple[Batch, ...]]
 
 
 def hold_out(corpus: Corpus, lengths: Sequence[int], rows: int) -> HeldOut:
@@ -31,7 +22,7 @@ def hold_out(corpus: Corpus, lengths: Sequence[int], rows: int) -> HeldOut:
       UserError: no document is long enough.
     """
     documents = [corpus[i] for i in range(len(corpus))]
-    batches = {}
+    batches: HeldOut = {}
     for length in lengths:
         found = [d for d in documents if len(d.ids) >= length]
         if not found:
@@ -42,13 +33,13 @@ def hold_out(corpus: Corpus, lengths: Sequence[int], rows: int) -> HeldOut:
             )
         cut = [found[i : i + rows] for i in range(0, len(found), rows)]
         batches[length] = tuple(first_tokens(part, rows, length) for part in cut)
-    return HeldOut(batches)
+    return batches
 
 
 def losses_by_length(trainer: Trainer, params: dict, held_out: HeldOut) -> dict[int, float]:
     """The mean loss of the targets by their weights in nats, for each length."""
     means = {}
-    for length, batches in held_out.batches.items():
+    for length, batches in held_out.items():
         tables = trainer.tables(length)
         total = weight = 0.0
         for batch in batches:

@@ -48,7 +48,7 @@ class _Run:
         self._packer = Packer(
             open_corpus(s.rows.data, vocabulary), s.rows.length, s.rows.seed, s.rows.span
         )
-        self._held_out = HeldOut({})
+        self._held_out: HeldOut = {}
         if s.watch.eval_data:
             corpus = open_corpus(s.watch.eval_data, vocabulary)
             self._held_out = hold_out(corpus, s.watch.eval_lengths, s.rows.rows)
@@ -100,14 +100,15 @@ class _Run:
                 state, metrics = self._trainer.step(state, batch, tables)
                 taken, begins = batch, place
                 batch, place = self._packer.take(place, *shape)  # while the devices work
-                loss = float(metrics.loss)
+                loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
                 meter.step(taken)
                 step += 1
                 bar.update()
-                if not math.isfinite(loss):
+                if not math.isfinite(loss + grad_norm):
                     raise UserError(
-                        f"the loss of step {step} is {loss}; what is saved is of step {saved}. "
-                        "Start a new run with a lower learning_rate."
+                        f"the loss of step {step} is {loss} and the norm of its gradients "
+                        f"{grad_norm}; what is saved is of step {saved}. Start a new run with a "
+                        "lower learning_rate."
                     )
                 asked = stop.asked()
                 if step % watch.log_every == 0 or step == last:
@@ -116,7 +117,7 @@ class _Run:
                     self._log.write(
                         step=step,
                         loss=loss,
-                        grad_norm=float(metrics.grad_norm),
+                        grad_norm=grad_norm,
                         learning_rate=float(self._rates(step - 1)),
                         tokens=step * taken.tokens.size,
                         **figures,
@@ -133,7 +134,7 @@ class _Run:
         return step, state
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        if self._held_out.batches:
+        if self._held_out:
             losses = losses_by_length(self._trainer, state.params, self._held_out)
             self._log.write(step=step, eval_losses={str(n): loss for n, loss in losses.items()})
 

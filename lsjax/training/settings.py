@@ -109,16 +109,18 @@ class Settings:
     output_dir: str
 
     def decisive(self) -> dict[str, Any]:
-        """What the weights depend on, as JSON has it: all of it is to stay when a run goes on."""
-        origin, optimisation = self.origin, dataclasses.asdict(self.optimisation)
-        if self.optimisation.schedule == "constant":
-            del optimisation["steps"]  # more of them change none of those taken
+        """What the weights depend on, as JSON has it: all of it is to stay when a run goes on.
+
+        The mesh may change, which changes rounding.
+        """
+        origin = self.origin
         return {
             "model_path": origin.weights and os.path.realpath(origin.weights),
+            "tokenizer_path": origin.carried and os.path.realpath(origin.carried),
             "config": origin.hf_config,
             **dataclasses.asdict(self.rows),
             "data": [[os.path.realpath(p), os.path.getsize(p)] for p in self.rows.data],
-            **optimisation,
+            **dataclasses.asdict(self.optimisation),
             "dtype": self.dtype,
         }
 

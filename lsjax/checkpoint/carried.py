@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Collection
 
 _SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".md")
 _PREFIXES = ("LICENSE", "NOTICE")
@@ -25,7 +26,8 @@ def carried_bytes(folder: str) -> int:
     return sum(os.path.getsize(os.path.join(folder, name)) for name in carried_files(folder))
 
 
-def carry(folder: str, new: str) -> None:
-    """Copies those files. A folder without config.json is not read, so it is copied last."""
+def carry(folder: str, new: str, but: Collection[str] = ()) -> None:
+    """Copies those files, `but` some. A folder without config.json is not read: it comes last."""
     for name in carried_files(folder):
-        shutil.copyfile(os.path.join(folder, name), os.path.join(new, name))
+        if name not in but:
+            shutil.copyfile(os.path.join(folder, name), os.path.join(new, name))

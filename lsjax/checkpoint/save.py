@@ -13,6 +13,7 @@ from lsjax.checkpoint.carried import carried_bytes, carry
 from lsjax.checkpoint.hf_writer import write_weights, written_paths
 from lsjax.checkpoint.new_folder import new_folder
 from lsjax.checkpoint.orbax_checkpoint import save_all
+from lsjax.compression import HEAD_FILE
 from lsjax.families import parse_config
 from lsjax.hosts import from_the_first, is_first, to_host
 from lsjax.nn.parameters import flatten
@@ -55,6 +56,7 @@ def export_parameters(
       params: the tree, in any dtype, on a mesh or in the host's memory.
       hf_config: what config.json is to hold.
       like: the folder whose tokenizer, generation and licence files go with it; None for none.
+        What is known of its heads is not carried along: these are other weights.
       out: the folder to make; it appears when it is complete.
 
     Raises:
@@ -78,7 +80,7 @@ def export_parameters(
         else:
             write_weights(folder, config, abstract, arrays)
             if like:
-                carry(os.fspath(like), folder)
+                carry(os.fspath(like), folder, but=(HEAD_FILE,))  # other weights, other heads
             with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
                 f.write(json.dumps(hf_config, indent=2) + "\n")
     from_the_first(lambda: out)  # nobody goes on before it is there

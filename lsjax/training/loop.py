@@ -7,6 +7,7 @@ and, at the end, the trained model as a Hugging Face folder.
 import json
 import math
 import os
+import shutil
 from typing import Any
 
 from lsjax.checkpoint import checkpoint_bytes, export_parameters, load_parameters
@@ -60,6 +61,8 @@ class _Run:
         s = self._settings
         with Stop() as stop, Checkpoints(self._path("checkpoints"), s.watch.keep) as checkpoints:
             step, state, place = self._begin(checkpoints)
+            if step < s.optimisation.steps:
+                from_the_first(self._drop_model)
             self._log = Log(s.output_dir, step)
             step, state = self._steps(step, state, place, stop, checkpoints)
             if asked := stop.asked() if step < s.optimisation.steps else 0:
@@ -68,6 +71,11 @@ class _Run:
             origin = s.origin
             export_parameters(state.params, origin.hf_config, origin.carried, self._path(MODEL))
         return 0
+
+    def _drop_model(self) -> str:
+        """Removes the model of fewer steps, which a run that is made longer has."""
+        shutil.rmtree(self._path(MODEL), ignore_errors=True)
+        return MODEL
 
     def _begin(self, checkpoints: Checkpoints) -> tuple[int, TrainState, Place]:
         """The last checkpoint, or the model that the run starts from."""

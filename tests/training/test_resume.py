@@ -96,6 +96,16 @@ def test_the_exported_model_loads_and_has_the_loss_that_was_logged(whole, folder
     assert jax.tree.leaves(lm.params)[0].dtype == "float32"
 
 
+def test_a_run_made_longer_has_the_model_of_all_its_steps(folder):
+    given = ["--schedule", "constant", "--output_dir", folder / "longer"]
+    found = []
+    for steps in (2, 3):
+        done = run(folder, "--steps", steps, *given)
+        assert done.returncode == 0, done.stderr
+        found.append(weights(folder / "longer")["model.norm.weight"])
+    assert not np.array_equal(*found)
+
+
 def test_settings_that_weights_depend_on_must_stay(folder, whole):
     done = run(folder, *flags(folder, "whole"), "--seed", 1, "--weight_decay", 0.5)
     assert done.returncode == 2

@@ -50,12 +50,14 @@ def self_attention(
     if begin is None:
         begin = jnp.zeros((batch, length), jnp.int32)
     context = mesh.shape["context"]
+    # A mesh without devices is there to know shapes by.
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "cpu"
     sharded = jax.shard_map(
         functools.partial(
             _on_device,
             window=window,
             zigzag=Zigzag(context, length),
-            platform=mesh.devices.flat[0].platform,
+            platform=platform,
         ),
         mesh=mesh,
         in_specs=(CHUNK_QUERIES, CHUNK_QUERIES, CHUNK_QUERIES, CHUNK, HEADS),

@@ -9,15 +9,24 @@ import pathlib
 
 import jax
 import pytest
+from blocks import BLOCK
 from golden.models.parameters import golden_parameters
 
-from lsjax.cache import whole_stripes
+from lsjax.cache import kv_cache, whole_stripes
 from lsjax.families import parse_config
 from lsjax.language_model import LanguageModel
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.settings import Settings
 from lsjax.sharding import make_mesh, parse_mesh, place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "BLOCK", BLOCK)
+        yield
+
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {file.parent.name: file for file in GOLDEN.glob("models/*/config.json")}

@@ -4,8 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-
-from lsjax.cache.kv_cache import BLOCK
+from blocks import BLOCK
 
 FAMILIES = (
     "qwen2_window",

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from blocks import BLOCK
 
 from lsjax import LanguageModel, UserError
-from lsjax.cache.kv_cache import BLOCK
 from lsjax.sharding import check_fits_mesh, make_mesh
 
 FAMILIES = ("qwen2_window", "qwen3", "llama_tied_llama3", "glm4", "chatglm", "qwen3_dynamic")

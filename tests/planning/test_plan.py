@@ -65,10 +65,10 @@ def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     settings = {"kv_cache_dtype": "int8", "mesh": mesh, "prefill_chunk": 512}
     small = {"induction": 0.5, "echo": 0.0, "window": 256, "window_share": 0.1}
     lm = lsjax.load(kv_compression=small, **settings)
-    (answer,) = lm.generate([[1, 2, 3]], 4, max_input_length=8000, allow_untrained_length=True)
+    (answer,) = lm.generate([[1, 2, 3]], 4, max_input_length=16_000, allow_untrained_length=True)
     layout = Layout(tuple(lm.settings.mesh.shape.values()), "float32", "int8", 512, 1, 4,
                     lm.settings.compression)  # fmt: skip
-    found = cache_bytes(lm.config, "cpu", layout, 8000)
+    found = cache_bytes(lm.config, "cpu", layout, 16_000)
     # Parts that every device of the context axis has: blocks of floats, compensation tokens.
     assert answer.stats.cache_bytes <= found * lm.settings.mesh.size
     assert found * lm.settings.mesh.size < 1.2 * answer.stats.cache_bytes

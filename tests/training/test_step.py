@@ -78,7 +78,6 @@ def assert_close(got, wanted):
 @pytest.mark.parametrize(
     ("kind", "mesh", "parts"),
     [
-        ("rotary", "", 1),
         ("rotary", "data=2,context=2,model=2", 2),
         ("rotary", "context=8", 1),
         ("alibi", "context=4,model=2", 2),

@@ -4,6 +4,16 @@ import flax.struct
 import jax
 import numpy as np
 
+_LONG = 4096  # tokens of a row on a device from which on keys travel in pieces
+
+
+def length_unit(length: int, context: int) -> int:
+    """What a row's length is to be a multiple of, to be dealt out over a context axis.
+
+    Long rows travel round the ring in pieces, which small factors would make tiny.
+    """
+    return 256 * context if context > 1 and length > _LONG * context else 2 * context
+
 
 @flax.struct.dataclass
 class Batch:

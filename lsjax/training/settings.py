@@ -14,6 +14,7 @@ from lsjax.settings import COMPUTE_DTYPES, one_of
 from lsjax.sharding import check_fits_mesh, make_mesh
 from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
+from lsjax.training.batch import length_unit
 from lsjax.training.documents import Vocabulary
 from lsjax.training.optimiser import Optimisation
 from lsjax.training.scaled_config import scaled_config
@@ -184,9 +185,10 @@ def settle(
     if rows.rows % data:
         raise UserError(f"rows must be a multiple of data={data}, not {rows.rows}.")
     for name, length in (("length", rows.length), *(("eval_lengths", n) for n in _lengths(watch))):
-        if length % (2 * context):
+        unit = length_unit(length, context)
+        if length % unit:
             raise UserError(
-                f"{name} must be a multiple of {2 * context}, twice the mesh's context, not "
+                f"{name} must be a multiple of {unit} to be dealt out over context={context}, not "
                 f"{length}."
             )
     if rows.span < rows.length:

@@ -20,7 +20,7 @@ from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sharding import CHUNK, TOKENS, place, sharding
-from lsjax.training.batch import Batch
+from lsjax.training.batch import Batch, length_unit
 from lsjax.training.loss import Loss
 
 
@@ -172,10 +172,11 @@ class Trainer:
             raise UserError(
                 f"{rows} rows cannot be split over data={data}; give a multiple of {data}."
             )
-        if length % (2 * context):
+        unit = length_unit(length, context)
+        if length % unit:
             raise UserError(
                 f"rows of {length:,} tokens cannot be dealt out over context={context}; give a "
-                f"multiple of {2 * context}."
+                f"multiple of {unit}."
             )
 
     def _placed(self, batch: Batch, spec: PartitionSpec) -> Batch:

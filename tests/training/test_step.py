@@ -130,7 +130,10 @@ def test_state_lies_where_shapes_say():
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize(("rows", "length", "said"), [(3, 32, "data=2"), (2, 30, "multiple of 4")])
+@pytest.mark.parametrize(
+    ("rows", "length", "said"),
+    [(3, 32, "data=2"), (2, 30, "multiple of 4"), (2, 8196, "multiple of 512")],
+)
 def test_refuses_what_cannot_be_dealt_out(rows, length, said):
     t = trainer("rotary", "data=2,context=2")
     with pytest.raises(UserError, match=said):

@@ -114,14 +114,16 @@ class Settings:
 
         The mesh may change, which changes rounding.
         """
-        origin = self.origin
+        origin, optimisation = self.origin, dataclasses.asdict(self.optimisation)
+        if self.optimisation.schedule == "constant":
+            del optimisation["steps"]  # more of them change none of those taken
         return {
             "model_path": origin.weights and os.path.realpath(origin.weights),
             "tokenizer_path": origin.carried and os.path.realpath(origin.carried),
             "config": origin.hf_config,
             **dataclasses.asdict(self.rows),
             "data": [[os.path.realpath(p), os.path.getsize(p)] for p in self.rows.data],
-            **dataclasses.asdict(self.optimisation),
+            **optimisation,
             "dtype": self.dtype,
         }
 

@@ -128,5 +128,7 @@ def _prefill_temporaries(config: ModelConfig, platform: str, layout: Layout, lay
         layers = config.num_layers if platform == "cpu" else 1
         total += takes.gathered[split] * layer * context * layers
     total -= min(takes.elsewhere, total / 2)
+    if context > 1 and platform == "tpu":  # what the ring holds of a chunk
+        total += 6 * tokens * config.hidden_size * jnp.dtype(layout.dtype).itemsize
     total += takes.layer_bytes * config.num_layers
     return int(total)

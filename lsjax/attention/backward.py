@@ -12,14 +12,10 @@ import jax.numpy as jnp
 
 from lsjax.attention import ring
 from lsjax.attention.blockwise import Blocks, Seen
+from lsjax.attention.by_platform import blocks_of
 from lsjax.attention.rows import even, over_queries, seen_of
 from lsjax.cache import Zigzag
 from lsjax.precision import einsum
-
-# A CPU keeps the four matrices of a block, 1 MiB each for a KV head, near a core. Accelerators
-# want few large products.
-_CPU_BLOCKS = Blocks(rows=1024, keys=256)
-_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512)
 
 
 class Queries(NamedTuple):
@@ -76,7 +72,7 @@ def gradients(
     Returns:
       float32, shaped as q, k and v.
     """
-    blocks = _CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
+    blocks = blocks_of(platform)
     d_q = jnp.zeros(queries.q.shape, jnp.float32)
     if zigzag.devices == 1:
         d_q, (d_k, d_v) = meet(d_q, queries, k, v, seen, slopes, blocks)

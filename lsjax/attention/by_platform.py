@@ -41,8 +41,12 @@ def attend(
         if platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16:
             prefill = functools.partial(_prefill_on_gpu, k=k, v=v)
             return in_query_blocks(prefill, q, seen, _GPU_QUERIES)
-    blocks = CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
-    return blockwise.attend(q, k, v, seen, slopes, blocks)
+    return blockwise.attend(q, k, v, seen, slopes, blocks_of(platform))
+
+
+def blocks_of(platform: str) -> Blocks:
+    """How much loops over blocks work on at a time there."""
+    return CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
 
 
 def _on_tpu(q: jax.Array, k: Store, v: Store, seen: Seen) -> Partial:

@@ -4,9 +4,11 @@
 
 Decode is one token over a cache of N keys; prefill is causal attention of N tokens to themselves,
 whose FLOPs count the causal half. The machine's limits (matrix products, reading and copying
-memory) are measured in the same run, by both sides. A compressed cache is measured against a whole
-one over some layers, as heads that keep everything are few. Formulations are measured in turn,
-round after round, one side idle while the other runs; ratios are of the fastest rounds.
+memory) are measured in the same run, by both sides. Ours divides the KV heads over all devices, as
+a mesh's model axis does: with JAX_NUM_CPU_DEVICES a CPU has a device for each core. A compressed
+cache is measured against a whole one over some layers, as heads that keep everything are few, on
+one device. Formulations are measured in turn, round after round, one side idle while the other
+runs; ratios are of the fastest rounds.
 """
 
 import dataclasses
@@ -25,6 +27,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lsjax import cli
 from lsjax.attention.blockwise import Seen
@@ -137,12 +141,16 @@ def our_prefill(case: Case, dtype: str) -> tuple[Call, float]:
 def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Store]]:
     """Attention of tokens at [1, length] positions to a full cache, and the cache."""
     platform = jax.devices()[0].platform
-    run = jax.jit(
-        lambda q, k, v: attend(platform, q, k, v, Seen(None, at + 1, at), None),
-        compiler_options=compiler_options(platform),
-    )
-    q, cache = _our_queries(case, at.shape[1], dtype), _our_cache(case, dtype)
-    return (lambda: run(q, *cache)), cache
+    mesh, heads = jax.make_mesh((jax.device_count(),), ("model",)), P(None, "model")
+
+    @functools.partial(jax.jit, compiler_options=compiler_options(platform))
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
+    def run(q: jax.Array, k: Store, v: Store) -> Partial:
+        return attend(platform, q, k, v, Seen(None, at + 1, at), None)
+
+    ours = _our_queries(case, at.shape[1], dtype), *_our_cache(case, dtype)
+    q, *cache = jax.device_put(ours, NamedSharding(mesh, heads))
+    return (lambda: run(q, *cache)), tuple(cache)
 
 
 def _ours_compressed(case: Case, dtype: str) -> Formulations:
@@ -351,6 +359,11 @@ def _cases() -> Iterator[Case]:
         raise UserError(f"--cache_dtypes takes {', '.join(CACHE_DTYPES)}, not {sorted(unknown)}.")
     if FLAGS.heads % FLAGS.kv_heads:
         raise UserError(f"--kv_heads={FLAGS.kv_heads} does not divide --heads={FLAGS.heads}.")
+    if FLAGS.kv_heads % jax.device_count():
+        raise UserError(
+            f"{jax.device_count()} devices do not divide --kv_heads={FLAGS.kv_heads}: "
+            "have fewer (JAX_NUM_CPU_DEVICES) or more heads."
+        )
     if not (FLAGS.decode_lengths or FLAGS.prefill_lengths):
         raise UserError("--decode_lengths and --prefill_lengths are both empty.")
     shape = (FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim)

@@ -154,23 +154,25 @@ def _attend_block(
     size = -(-k.capacity // blocks)
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 
-    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
         weighted, total, highest = state
         # The last block may reach back into the one before, whose slots are masked then.
         start = jnp.minimum(i * size, k.capacity - size)
         scores = _scores(rows, k.block(row, start, size))
-        by_query = scores.reshape(batch, kv_heads, group, length, size)
         slots = start + jnp.arange(size)
+        by_query = scores.reshape(batch, kv_heads, group, length, size)
         if slopes is not None:
             where = slots
             if positions is not None:
                 where = jax.lax.dynamic_slice_in_dim(positions, start, size, axis=-1)
             distance = (at[:, :, None] - where[..., None, :]).astype(jnp.float32)
             by_query -= slopes[:, :, None, None] * distance[:, None, None]
-        visible = (slots >= i * size) & (slots < end[:, :, None])
-        if begin is not None:
-            visible &= slots >= begin[:, :, None]
-        scores = jnp.where(visible[:, None, None], by_query, -jnp.inf).reshape(scores.shape)
+        if masked:
+            visible = (slots >= i * size) & (slots < end[:, :, None])
+            if begin is not None:
+                visible &= slots >= begin[:, :, None]
+            by_query = jnp.where(visible[:, None, None], by_query, -jnp.inf)
+        scores = by_query.reshape(scores.shape)
         new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
         finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
         weights = jnp.exp(scores - finite[..., None])
@@ -179,18 +181,31 @@ def _attend_block(
         weighed = _weigh(weights, v.block(row, start, size), q.dtype)
         return keep[..., None] * weighted + weighed, total, new_highest
 
-    # The blocks that hold keys which some query sees. All are masked: that costs next to nothing
-    # beside the exponentials, where a loop for the blocks that all see costs compiling.
+    # The blocks that hold keys which some query sees.
     last = -(-jnp.clip(jnp.max(end), 0, k.capacity) // size)
     first = jnp.zeros_like(last)
     if begin is not None:
         first = jnp.clip(jnp.min(begin), 0, k.capacity) // size
     zeros = jnp.zeros(rows.shape, jnp.float32)
     state = (zeros, zeros[..., 0], jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32))
+    masked = functools.partial(step, masked=True)
     if blocks == 1:  # a loop of one round would cost more than it does
-        state = step(jnp.int32(0), state)
+        state = masked(jnp.int32(0), state)
+    elif length <= _FEW:  # bound by reading the keys: the mask costs nothing
+        state = jax.lax.fori_loop(first, last, masked, state)
     else:
-        state = jax.lax.fori_loop(first, last, step, state)
+        # Those that all queries see whole go without a mask, which costs two passes of six.
+        full_first = first
+        if begin is not None:
+            full_first = jnp.clip(-(-jnp.max(begin) // size), first, last)
+        full_last = jnp.clip(jnp.minimum(jnp.min(end), k.capacity) // size, full_first, last)
+        unmasked = functools.partial(step, masked=False)
+        state = jax.lax.fori_loop(full_first, full_last, unmasked, state)
+
+        def edge(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return masked(jnp.where(i < full_first, i, i + full_last - full_first), state)
+
+        state = jax.lax.fori_loop(first, last - full_last + full_first, edge, state)
     partial = from_sums(*state)
     return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), partial)
 

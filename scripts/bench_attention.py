@@ -4,8 +4,8 @@
 
 Decode is one token over a cache of N keys; prefill is causal attention of N tokens to themselves,
 whose FLOPs count the causal half. The machine's limits (matrix products, reading and copying
-memory) are measured in the same run, by both sides. Ours divides the KV heads over all devices, as
-a mesh's model axis does: with JAX_NUM_CPU_DEVICES a CPU has a device for each core. A compressed
+memory) are measured in the same run, by both sides. Ours divides the KV heads over --devices, as a
+mesh's model axis does; with JAX_NUM_CPU_DEVICES a CPU has a device for each core. A compressed
 cache is measured against a whole one over some layers, as heads that keep everything are few, on
 one device. Formulations are measured in turn, round after round, one side idle while the other
 runs; ratios are of the fastest rounds.
@@ -60,6 +60,7 @@ flags.DEFINE_list("prefill_lengths", ["8192", "32768"], "Tokens; may be empty.")
 flags.DEFINE_integer("heads", 14, "Of queries.", lower_bound=1)
 flags.DEFINE_integer("kv_heads", 2, "Of keys and values.", lower_bound=1)
 flags.DEFINE_integer("head_dim", 64, "Channels of a head.", lower_bound=1)
+flags.DEFINE_integer("devices", 1, "That our KV heads are divided over.", lower_bound=1)
 flags.DEFINE_list("cache_dtypes", ["float32", "int8"], f"Of our cache: {', '.join(CACHE_DTYPES)}.")
 flags.DEFINE_integer("rounds", 5, "Measurements of each formulation.", lower_bound=1)
 flags.DEFINE_string("torch_python", None, "A Python that has torch, to measure as well.")
@@ -141,7 +142,7 @@ def our_prefill(case: Case, dtype: str) -> tuple[Call, float]:
 def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Store]]:
     """Attention of tokens at [1, length] positions to a full cache, and the cache."""
     platform = jax.devices()[0].platform
-    mesh, heads = jax.make_mesh((jax.device_count(),), ("model",)), P(None, "model")
+    mesh, heads = jax.make_mesh((FLAGS.devices,), ("model",)), P(None, "model")
 
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
@@ -359,11 +360,13 @@ def _cases() -> Iterator[Case]:
         raise UserError(f"--cache_dtypes takes {', '.join(CACHE_DTYPES)}, not {sorted(unknown)}.")
     if FLAGS.heads % FLAGS.kv_heads:
         raise UserError(f"--kv_heads={FLAGS.kv_heads} does not divide --heads={FLAGS.heads}.")
-    if FLAGS.kv_heads % jax.device_count():
+    if FLAGS.devices > jax.device_count():
         raise UserError(
-            f"{jax.device_count()} devices do not divide --kv_heads={FLAGS.kv_heads}: "
-            "have fewer (JAX_NUM_CPU_DEVICES) or more heads."
+            f"--devices={FLAGS.devices} are not here, but {jax.device_count()}; "
+            "JAX_NUM_CPU_DEVICES gives a CPU more."
         )
+    if FLAGS.kv_heads % FLAGS.devices:
+        raise UserError(f"--devices={FLAGS.devices} does not divide --kv_heads={FLAGS.kv_heads}.")
     if not (FLAGS.decode_lengths or FLAGS.prefill_lengths):
         raise UserError("--decode_lengths and --prefill_lengths are both empty.")
     shape = (FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim)

@@ -81,7 +81,7 @@ def test_the_table_of_scalings(tmp_path):
 def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     files = ["--output_json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
     asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--rounds", 2]
-    done = run("bench_attention.py", *asked, "--heads", 4, "--head_dim", 16, *files)
+    done = run("bench_attention.py", *asked, "--heads", 4, "--head_dim", 16, "--devices", 2, *files)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "speed.json").read_text())
     assert min(found["limits"][name] for name in ("product float32", "read", "copy")) > 0
@@ -153,6 +153,8 @@ def test_prompt_lookup_beside_plain_decoding(tmp_path):
         (["bench_attention.py", "--decode_lengths", "x"], "--decode_lengths takes numbers"),
         (["bench_attention.py", "--cache_dtypes", "int9"], "--cache_dtypes takes float32"),
         (["bench_attention.py", "--heads", "3"], "does not divide --heads=3"),
+        (["bench_attention.py", "--devices", "99"], "--devices=99 are not here"),
+        (["bench_attention.py", "--devices", "4"], "does not divide --kv_heads=2"),
         (["bench_attention.py", "--torch_python", "/nowhere"], "--torch_python does not start"),
     ],
 )

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax import cli
@@ -52,6 +52,7 @@ from lsjax.errors import UserError
 from lsjax.evals.plots import plot_times
 from lsjax.files import check_writable, write_atomically
 from lsjax.precision import einsum
+from lsjax.sharding import make_mesh
 
 FLAGS = flags.FLAGS
 
@@ -142,7 +143,7 @@ def our_prefill(case: Case, dtype: str) -> tuple[Call, float]:
 def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Store]]:
     """Attention of tokens at [1, length] positions to a full cache, and the cache."""
     platform = jax.devices()[0].platform
-    mesh, heads = jax.make_mesh((FLAGS.devices,), ("model",)), P(None, "model")
+    mesh, heads = _mesh(), P(None, "model")
 
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
@@ -152,6 +153,10 @@ def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Sto
     ours = _our_queries(case, at.shape[1], dtype), *_our_cache(case, dtype)
     q, *cache = jax.device_put(ours, NamedSharding(mesh, heads))
     return (lambda: run(q, *cache)), tuple(cache)
+
+
+def _mesh() -> Mesh:
+    return make_mesh({"model": FLAGS.devices})
 
 
 def _ours_compressed(case: Case, dtype: str) -> Formulations:
@@ -360,11 +365,7 @@ def _cases() -> Iterator[Case]:
         raise UserError(f"--cache_dtypes takes {', '.join(CACHE_DTYPES)}, not {sorted(unknown)}.")
     if FLAGS.heads % FLAGS.kv_heads:
         raise UserError(f"--kv_heads={FLAGS.kv_heads} does not divide --heads={FLAGS.heads}.")
-    if FLAGS.devices > jax.device_count():
-        raise UserError(
-            f"--devices={FLAGS.devices} are not here, but {jax.device_count()}; "
-            "JAX_NUM_CPU_DEVICES gives a CPU more."
-        )
+    _mesh()  # refuses more devices than are here before anything is measured
     if FLAGS.kv_heads % FLAGS.devices:
         raise UserError(f"--devices={FLAGS.devices} does not divide --kv_heads={FLAGS.kv_heads}.")
     if not (FLAGS.decode_lengths or FLAGS.prefill_lengths):

@@ -159,8 +159,8 @@ def _attend_block(
         # The last block may reach back into the one before, whose slots are masked then.
         start = jnp.minimum(i * size, k.capacity - size)
         scores = _scores(rows, k.block(row, start, size))
-        slots = start + jnp.arange(size)
         by_query = scores.reshape(batch, kv_heads, group, length, size)
+        slots = start + jnp.arange(size)
         if slopes is not None:
             where = slots
             if positions is not None:

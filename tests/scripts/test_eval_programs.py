@@ -153,7 +153,7 @@ def test_prompt_lookup_beside_plain_decoding(tmp_path):
         (["bench_attention.py", "--decode_lengths", "x"], "--decode_lengths takes numbers"),
         (["bench_attention.py", "--cache_dtypes", "int9"], "--cache_dtypes takes float32"),
         (["bench_attention.py", "--heads", "3"], "does not divide --heads=3"),
-        (["bench_attention.py", "--devices", "99"], "--devices=99 are not here"),
+        (["bench_attention.py", "--devices", "99"], "the mesh model=99 needs 99 devices, but 8"),
         (["bench_attention.py", "--devices", "4"], "does not divide --kv_heads=2"),
         (["bench_attention.py", "--torch_python", "/nowhere"], "--torch_python does not start"),
     ],

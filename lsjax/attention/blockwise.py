@@ -15,9 +15,13 @@ from lsjax.attention.partial import Partial, from_sums
 from lsjax.cache import Store
 from lsjax.precision import einsum
 
-# Tokens of a decode step at most, and the keys that so few attend to at a time.
+# Tokens of a decode step at most, and the keys that so few attend to at a time: narrow ones as
+# many as a core's cache holds once widened. Floats are copied unless the loop is one block.
 _FEW = 16
 _KEYS_FOR_FEW = 9216
+_NARROW_KEYS_FOR_FEW = 4608
+# Keys from which on their scores are worth working out the other way round; see _turned.
+_MANY_KEYS = 256
 
 
 class Blocks(NamedTuple):
@@ -87,8 +91,9 @@ def attend(
         return in_query_blocks(some, q, seen, max(1, 1 << (blocks.rows // group).bit_length() - 1))
     # A few are bound by reading the keys, and XLA multiplies narrow floats by them slowly on CPU.
     q = q.astype(jnp.float32)
+    keys = _KEYS_FOR_FEW if k.scale is None else _NARROW_KEYS_FOR_FEW
     if batch == 1:
-        return _attend_block(q, k, v, None, seen, slopes, _KEYS_FOR_FEW)
+        return _attend_block(q, k, v, None, seen, slopes, keys)
 
     def one(row: jax.Array) -> Partial:
         # Rows of a batch hold different numbers of tokens: each reads its own only.
@@ -98,7 +103,7 @@ def attend(
         own = seen.queries(take)
         if own.positions is not None and own.positions.ndim > 1:
             own = own._replace(positions=take(own.positions))
-        return _attend_block(take(q), k, v, row, own, slopes, _KEYS_FOR_FEW)
+        return _attend_block(take(q), k, v, row, own, slopes, keys)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
 
@@ -213,11 +218,27 @@ def _attend_block(
 def _scores(rows: jax.Array, k: Store) -> jax.Array:
     """[batch, kv_heads, rows, block] float32."""
     keys, factor = k.widened(rows.dtype)
-    if factor is None:
-        return einsum("bkrd,bksd->bkrs", rows, keys)
-    if rows.shape[2] < rows.shape[3]:  # a factor on what is smaller, the scores or the keys
-        return einsum("bkrd,bksd->bkrs", rows, keys) * factor[:, :, None]
-    return einsum("bkrd,bksd->bkrs", rows, _times(keys, factor))
+    count, size = rows.shape[2], keys.shape[2]
+    if factor is not None and count >= size:  # on what is smaller, the scores or the keys
+        keys, factor = _times(keys, factor), None
+    if 1 < count < size and size >= _MANY_KEYS:
+        scores = _turned(rows, keys)
+    else:
+        scores = einsum("bkrd,bksd->bkrs", rows, keys)
+    return scores if factor is None else scores * factor[:, :, None]
+
+
+def _turned(rows: jax.Array, keys: jax.Array) -> jax.Array:
+    """The same of few rows and many keys, by a product with the keys on the left.
+
+    XLA on CPU repacks what stands on the right, here the rows rather than the keys, and takes
+    less time for eight columns than for seven.
+    """
+    count = rows.shape[2]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -count % 8), (0, 0)))
+    # XLA would have the rows on the left again, but for the barrier.
+    scores = jax.lax.optimization_barrier(einsum("bksd,bkrd->bksr", keys, rows))
+    return scores.swapaxes(2, 3)[:, :, :count]
 
 
 def _weigh(weights: jax.Array, v: Store, dtype: jnp.dtype) -> jax.Array:

@@ -96,7 +96,7 @@ def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, 
     if zigzag.devices > 1 and not decode:
         attention = _ring_attention
     else:
-        attention = functools.partial(_local_attention, decode=decode)
+        attention = functools.partial(_local_attention, decode=decode, platform=platform)
     partial, block = attention(
         attend_to, q, k, v, positions, lengths, cache.recent, stores, begin, zigzag
     )
@@ -134,7 +134,7 @@ def by_token(values: jax.Array) -> jax.Array:
 
 
 def _local_attention(
-    attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag, *, decode
+    attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag, *, decode, platform
 ):
     """Every device attends to what it holds; the partials are merged."""
     end = positions + 1
@@ -142,7 +142,7 @@ def _local_attention(
     if before is not None:
         run_first = positions[:, 0] // before.block * before.block
         if decode:
-            run = block = recent.put(before, k, v, positions[:, 0] - run_first)
+            run = block = recent.put(before, k, v, positions[:, 0] - run_first, platform)
         else:
             run = recent.extend(before, k, v, positions[0, 0] - run_first[0])
             after = end[:, -1] if lengths is None else jnp.minimum(end[:, -1], lengths)

@@ -8,24 +8,22 @@ to their own block there, and to all before it in the quantised store.
 import jax
 import jax.numpy as jnp
 
-from lsjax.cache import Recent
+from lsjax.cache import Recent, Store, write_tokens
 
 
-def put(recent: Recent, k: jax.Array, v: jax.Array, at: jax.Array) -> Recent:
+def put(recent: Recent, k: jax.Array, v: jax.Array, at: jax.Array, platform: str) -> Recent:
     """The block in progress with a few tokens in it.
 
     Args:
       recent: holds each row's tokens before the new ones, as far as they are of the same block.
       k, v: [batch, kv_heads, length, head_dim] of the new tokens.
       at: [batch] slot of each row's first; those past the block's end are left out.
+      platform: as of `write_tokens`.
     """
-    slots = jnp.arange(recent.block)[None, None, :, None]
 
     def one(held: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.astype(held.dtype)
-        for i in range(new.shape[2]):
-            held = jnp.where(slots == at[:, None, None, None] + i, new[:, :, i, None], held)
-        return held
+        stores = Store(held, None), Store(new.astype(held.dtype), None)
+        return write_tokens(*stores, at, at, lambda slots: slots, platform).data
 
     return Recent(k=one(recent.k, k), v=one(recent.v, v))
 

@@ -137,6 +137,12 @@ CASES = [
     Case(49, 64, 7, cache="int8", dtype="bfloat16"),
     Case(70, 128, 70, cache="int4", window=30),
     Case(49, 64, 16, cache="int4", group=4),
+    # A few tokens over many keys, in one block and in several.
+    Case(60, 300, 1, group=7),
+    Case(60, 9300, 5, group=3, cache="bfloat16"),
+    Case(60, 600, 1, group=7, cache="int8", mesh="212"),
+    Case(60, 9300, 2, group=7, cache="int8", dtype="bfloat16"),
+    Case(60, 5000, 6, group=2, cache="int4"),
     # Dealt out: in one chunk and in many, which are not multiples of a block.
     *(Case(50, 64, 64, mesh=mesh) for mesh in ("121", "181")),
     *(Case(49, 64, 16, mesh=mesh) for mesh in MESHES if mesh != "111"),

@@ -25,7 +25,14 @@ def put(recent: Recent, k: jax.Array, v: jax.Array, at: jax.Array, platform: str
         stores = Store(held, None), Store(new.astype(held.dtype), None)
         return write_tokens(*stores, at, at, lambda slots: slots, platform).data
 
-    return Recent(k=one(recent.k, k), v=one(recent.v, v))
+    def both(_: int, held: Recent) -> Recent:
+        return Recent(k=one(held.k, k), v=one(held.v, v))
+
+    if platform != "cpu":
+        return both(0, recent)
+    # XLA on CPU would write one copy of the block for attention and another for the cache, but not
+    # from within a loop; and it unrolls a loop that it can see to be of one round.
+    return jax.lax.fori_loop(0, 1 + jnp.minimum(at[0], 0), both, recent)
 
 
 def extend(recent: Recent, k: jax.Array, v: jax.Array, at: jax.Array) -> Recent:

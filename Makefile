@@ -13,7 +13,7 @@ test: $(VENV)/test-ready
 	$(BIN)/python -m pytest -q
 
 ahead: $(VENV)-ahead/ready
-	$(VENV)-ahead/bin/python -m pytest -q -n 0 tests/ahead  # libtpu serves one process at a time
+	$(VENV)-ahead/bin/python -m pytest -q tests/ahead
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .

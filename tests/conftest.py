@@ -6,6 +6,8 @@ import os
 import pytest
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of a test is LLVM's time. Without its passes XLA's are the same, as are the matrix products.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 def pytest_collection_finish():

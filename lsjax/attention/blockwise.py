@@ -15,11 +15,11 @@ from lsjax.attention.partial import Partial, from_sums
 from lsjax.cache import Store
 from lsjax.precision import einsum
 
-# Tokens of a decode step at most, and the keys that so few attend to at a time: narrow ones as
-# many as a core's cache holds once widened. Floats are copied unless the loop is one block.
+# Tokens of a decode step at most, and the keys that so few attend to at a time: quantised ones as
+# many as a core's cache holds once widened. Floats are copied unless one block holds them all.
 _FEW = 16
 _KEYS_FOR_FEW = 9216
-_NARROW_KEYS_FOR_FEW = 4608
+_QUANTISED_KEYS_FOR_FEW = 4608
 # Keys from which on their scores are worth working out the other way round; see _turned.
 _MANY_KEYS = 256
 
@@ -91,7 +91,7 @@ def attend(
         return in_query_blocks(some, q, seen, max(1, 1 << (blocks.rows // group).bit_length() - 1))
     # A few are bound by reading the keys, and XLA multiplies narrow floats by them slowly on CPU.
     q = q.astype(jnp.float32)
-    keys = _KEYS_FOR_FEW if k.scale is None else _NARROW_KEYS_FOR_FEW
+    keys = _KEYS_FOR_FEW if k.scale is None else _QUANTISED_KEYS_FOR_FEW
     if batch == 1:
         return _attend_block(q, k, v, None, seen, slopes, keys)
 
@@ -229,7 +229,7 @@ def _scores(rows: jax.Array, k: Store) -> jax.Array:
 
 
 def _turned(rows: jax.Array, keys: jax.Array) -> jax.Array:
-    """The same of few rows and many keys, by a product with the keys on the left.
+    """Scores of few rows and many keys, by a product with the keys on the left.
 
     XLA on CPU repacks what stands on the right, here the rows rather than the keys, and takes
     less time for eight columns than for seven.

@@ -6,8 +6,9 @@ import os
 import pytest
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Most of a test is LLVM's time. Without its passes XLA's are the same, as are the matrix products.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Where compiling takes longer than running, programs go without LLVM's passes. XLA's are the same,
+# as are the matrix products.
+_COMPILED_QUICKLY = {"attention", "checkpoint", "generation", "nn", "planning", "training"}
 
 
 def pytest_collection_finish():
@@ -16,10 +17,12 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
+def _programs_of_a_module(request):
     """A compiled program takes hundreds of the 65,530 memory mappings that a process may hold."""
-    yield
     import jax
 
+    quickly = request.path.parent.name in _COMPILED_QUICKLY
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    yield
     jax.clear_caches()
     gc.collect()

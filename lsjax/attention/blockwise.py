@@ -19,7 +19,7 @@ from lsjax.precision import einsum
 # many as a core's cache holds once widened. Floats are copied unless one block holds them all.
 _FEW = 16
 _KEYS_FOR_FEW = 9216
-_QUANTISED_KEYS_FOR_FEW = 4608
+_QUANTISED_KEYS_FOR_FEW = 2304
 # Keys from which on their scores are worth working out the other way round; see _turned.
 _MANY_KEYS = 256
 

@@ -32,13 +32,11 @@ def case(name, kv, mesh, turn):
     return name, kv, mesh, CHUNKS[kv][turn % 2 if mesh != "111" else 0]
 
 
-# Every other mesh for a family, the others for the next: what a mesh splits is the same for all.
 CASES = [
     *(
-        case(name, "float32", mesh, j // 2)
+        case(name, "float32", mesh, i + j)
         for i, name in enumerate(FAMILIES)
         for j, mesh in enumerate(MESHES)
-        if i % 2 == j % 2
     ),
     *(case(("qwen2_window", "glm4")[j % 2], "int8", mesh, j // 2) for j, mesh in enumerate(MESHES)),
     # Three divides the rows of the MLP, but not those of attention.

@@ -39,7 +39,7 @@ def step_by_step(lm, ids):
 def test_whatever_the_chunk(model, name, kv):
     length = LONGER[kv] + LENGTH
     whole = tokens(model(name, kv, chunk=length), [prompt(1, length)])
-    for chunk in (1, 7):
+    for chunk in (1, 7, 64):
         assert tokens(model(name, kv, chunk=chunk), [prompt(1, length)]) == whole, chunk
 
 

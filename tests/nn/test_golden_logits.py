@@ -112,7 +112,7 @@ def test_prefill_in_chunks_and_then_token_by_token(name):
     assert difference(name, "float32", [7] * (length_of(name) // 14)) < LIMIT
 
 
-@pytest.mark.parametrize("chunk", [7, 256])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 256])
 @pytest.mark.parametrize("name", STRETCHED)
 def test_four_times_the_original_length_whatever_the_chunk(name, chunk):
     config, _, data = golden(name)

@@ -15,11 +15,8 @@ from lsjax.attention.partial import Partial, from_sums
 from lsjax.cache import Store
 from lsjax.precision import einsum
 
-# Tokens of a decode step at most, and the keys that so few attend to at a time: quantised ones as
-# many as a core's cache holds once widened. Floats are copied unless one block holds them all.
+# Tokens of a decode step at most.
 _FEW = 16
-_KEYS_FOR_FEW = 9216
-_QUANTISED_KEYS_FOR_FEW = 2304
 # Keys from which on their scores are worth working out the other way round; see _turned.
 _MANY_KEYS = 256
 
@@ -30,14 +27,17 @@ class Blocks(NamedTuple):
     Attributes:
       rows: queries times the query heads of a group, at most.
       keys: at most.
+      keys_for_few: keys at most that the tokens of a decode step attend to.
     """
 
     rows: int
     keys: int
+    keys_for_few: int
 
 
-# A CPU keeps the scores of a block, 1 MiB for each KV head, in a core's cache.
-CPU_BLOCKS = Blocks(rows=1024, keys=256)
+# A CPU keeps the scores of a block, 1 MiB for each KV head, in a core's cache; in decode the keys
+# and values, which are copied or widened.
+CPU_BLOCKS = Blocks(rows=1024, keys=256, keys_for_few=512)
 
 
 class Seen(NamedTuple):
@@ -91,9 +91,8 @@ def attend(
         return in_query_blocks(some, q, seen, max(1, 1 << (blocks.rows // group).bit_length() - 1))
     # A few are bound by reading the keys, and XLA multiplies narrow floats by them slowly on CPU.
     q = q.astype(jnp.float32)
-    keys = _KEYS_FOR_FEW if k.scale is None else _QUANTISED_KEYS_FOR_FEW
     if batch == 1:
-        return _attend_block(q, k, v, None, seen, slopes, keys)
+        return _attend_block(q, k, v, None, seen, slopes, blocks.keys_for_few)
 
     def one(row: jax.Array) -> Partial:
         # Rows of a batch hold different numbers of tokens: each reads its own only.
@@ -103,7 +102,7 @@ def attend(
         own = seen.queries(take)
         if own.positions is not None and own.positions.ndim > 1:
             own = own._replace(positions=take(own.positions))
-        return _attend_block(take(q), k, v, row, own, slopes, keys)
+        return _attend_block(take(q), k, v, row, own, slopes, blocks.keys_for_few)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
 

@@ -25,7 +25,7 @@ _GPU_DECODE_QUERIES = 128
 # the less is left to the blockwise loop, which attends to the keys among the queries themselves.
 _GPU_QUERIES = 1024
 # An accelerator wants few large products; their scores lie in its memory anyway.
-_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512)
+_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512, keys_for_few=9216)
 
 
 def attend(

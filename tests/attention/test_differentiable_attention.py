@@ -161,7 +161,7 @@ def test_as_near_whatever_the_shapes(data):
 def test_as_near_when_keys_travel_in_many_pieces(window, monkeypatch):
     monkeypatch.setattr(ring, "_MOST_SLOTS", 32)
     monkeypatch.setattr(differentiable, "_QUERIES", 24)
-    monkeypatch.setattr(backward, "blocks_of", lambda _: Blocks(rows=40, keys=12))
+    monkeypatch.setattr(backward, "blocks_of", lambda _: Blocks(rows=40, keys=12, keys_for_few=12))
     case = Case("141", 4 * 96, batch=2, window=window)
     begin = np.zeros((2, case.length), np.int32)
     begin[0, 150:], begin[0, 151:] = 150, 151

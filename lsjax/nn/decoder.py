@@ -1,5 +1,6 @@
 """The decoder: token ids and a cache in, hidden states and the cache out."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -77,12 +78,13 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(tokens)
         places = self._places(tables, positions)
+        # Whatever is recorded on the way, as parameters are at first, the modules do themselves.
+        recorded = any(map(self.is_mutable_collection, ("params", "intermediates")))
         entries = []
         for i, layer in enumerate(self.layers):
+            run = layer if recorded else functools.partial(self._run, i)
             entry = None if cache is None else cache[i]
-            if self.gather and cache is not None and not decode:
-                layer, x = self._gathered(layer, f"layers_{i}", x)
-            x, entry = layer(x, positions, places[i], entry, lengths, decode, begin)
+            x, entry = run(x, positions, places[i], entry, lengths, decode, begin)
             entries.append(entry)
         return self.normed(x), None if cache is None else tuple(entries)
 
@@ -93,12 +95,15 @@ class Decoder(nn.Module):
             return [cos_sin(tables, positions)] * c.num_layers
         return layer_slopes(c, self.heads)
 
-    def _gathered(self, layer: Block, name: str, x: jax.Array) -> tuple[Block, jax.Array]:
-        """The layer with its weights brought together, once its input is there: XLA would hold
-        those of many layers at once."""
-        layer, variables = layer.unbind()
-        x, weights = jax.lax.optimization_barrier((x, variables["params"]))
-        return layer.bind({"params": self.gather(name, weights)}), x
+    def _run(self, i: int, x, positions, places, entry, lengths, decode, begin):
+        """Layer i; arguments and result as of Block."""
+        weights = self.layers[i].variables["params"]
+        if self.gather and entry is not None and not decode:
+            # Brought together once the layer's input is there: XLA would hold those of many layers.
+            x, weights = jax.lax.optimization_barrier((x, weights))
+            weights = self.gather(f"layers_{i}", weights)
+        block = Block(self.config, self.mesh, self.config.windows[i], parent=None)
+        return _run_block(block, decode, weights, x, positions, places, entry, lengths, begin)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """[batch, length] ids -> [batch, length, hidden], what the first layer gets."""
@@ -112,3 +117,9 @@ class Decoder(nn.Module):
         """[batch, length, hidden] -> [batch, length, vocab] float32."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return head.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_block(block, decode, weights, x, positions, places, entry, lengths, begin):
+    """Traced and lowered once for all layers that are alike."""
+    return block.apply({"params": weights}, x, positions, places, entry, lengths, decode, begin)

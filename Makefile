@@ -1,6 +1,8 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer with pip, and make.
 PYTHON ?= python3
 VENV ?= .venv
+# Apart, since JAX would look for accelerators there.
+AHEAD ?= $(VENV)-ahead
 BIN = $(VENV)/bin
 
 .PHONY: demo test ahead lint
@@ -12,8 +14,8 @@ demo: $(VENV)/run-ready
 test: $(VENV)/test-ready
 	$(BIN)/python -m pytest -q
 
-ahead: $(VENV)-ahead/ready
-	$(VENV)-ahead/bin/python -m pytest -q tests/ahead
+ahead: $(AHEAD)/ahead-ready
+	$(AHEAD)/bin/python -m pytest -q tests/ahead
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .
@@ -31,7 +33,7 @@ $(VENV)/test-ready: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-$(VENV)-ahead/ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-ahead
-	$(VENV)-ahead/bin/pip install --quiet --editable '.[test,ahead]'
+$(AHEAD)/ahead-ready: pyproject.toml
+	$(PYTHON) -m venv $(AHEAD)
+	$(AHEAD)/bin/pip install --quiet --editable '.[test,ahead]'
 	touch $@

@@ -45,7 +45,7 @@ class _Temporaries:
 _TEMPORARIES = {
     "cpu": _Temporaries(mlp=3, hidden=(2, 2), gathered=(1, 1)),
     "gpu": _Temporaries(mlp=2, hidden=(3, 5), gathered=(0.9, 0.9)),
-    "tpu": _Temporaries(2, (0.5, 6), (0.4, 2.5), layer_bytes=2 * 2**20, elsewhere=100 * 2**20),
+    "tpu": _Temporaries(2, (0.5, 7), (0.4, 2.5), layer_bytes=2 * 2**20, elsewhere=100 * 2**20),
 }
 
 

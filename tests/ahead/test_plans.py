@@ -51,15 +51,13 @@ def test_the_longest_fits_and_five_percent_more_does_not(target):
     config = with_layers(GLM, 2)
     options = {"max_batch_size": 9, "kv_cache_dtype": "bfloat16", "allow_untrained_length": True}
     plan = lsjax.plan(config, target, compile=True, **options)
-    assert plan.limited_by == "memory" and plan.fits
-
-    def compiles(length: int) -> bool:
-        try:
-            return fits(plan.target, compile_for(config, plan.target, plan.layout, length))
-        except TooLargeError:
-            return False
-
-    assert compiles(plan.max_length) and not compiles(int(1.05 * plan.max_length))
+    assert plan.limited_by == "memory" and plan.compiled
+    assert plan.length == plan.max_length and plan.fits  # by the compiler's word on that length
+    try:
+        more = compile_for(config, plan.target, plan.layout, int(1.05 * plan.max_length))
+    except TooLargeError:
+        return
+    assert not fits(plan.target, more)
 
 
 def test_the_program_asks_the_compiler(tmp_path):

@@ -21,9 +21,9 @@ lint: $(VENV)/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/bin/python:
+%/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lsjax needs Python 3.11 or newer; say PYTHON=/path/to/it")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 $(VENV)/run-ready: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable .
@@ -33,7 +33,6 @@ $(VENV)/test-ready: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-$(AHEAD)/ahead-ready: pyproject.toml
-	$(PYTHON) -m venv $(AHEAD)
+$(AHEAD)/ahead-ready: $(AHEAD)/bin/python pyproject.toml
 	$(AHEAD)/bin/pip install --quiet --editable '.[test,ahead]'
 	touch $@

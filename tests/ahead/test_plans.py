@@ -15,7 +15,7 @@ from test_programs import CONFIGS, GLM, QWEN, with_layers
 
 import lsjax
 from lsjax.planning import Layout, find_target
-from lsjax.planning.arithmetic import needs_of
+from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import TooLargeError, compile_for
 from lsjax.planning.planner import fits
 
@@ -52,7 +52,10 @@ def test_the_longest_fits_and_five_percent_more_does_not(target):
     options = {"max_batch_size": 9, "kv_cache_dtype": "bfloat16", "allow_untrained_length": True}
     plan = lsjax.plan(config, target, compile=True, **options)
     assert plan.limited_by == "memory" and plan.compiled
-    assert plan.length == plan.max_length and plan.fits  # by the compiler's word on that length
+    assert plan.length == plan.max_length and plan.fits
+    # That is the compiler's word, and on programs for that very length.
+    cache = cache_bytes(config, plan.target.platform, plan.layout, plan.max_length)
+    assert plan.programs["decode"].cache == pytest.approx(cache, rel=0.01)
     try:
         more = compile_for(config, plan.target, plan.layout, int(1.05 * plan.max_length))
     except TooLargeError:

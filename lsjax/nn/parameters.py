@@ -1,5 +1,8 @@
 """The parameter tree: its shapes, dtypes and shardings, known before any weight is."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,26 @@ from lsjax.nn.decoder import Decoder
 from lsjax.positions.rotary import rotary_tables
 from lsjax.sharding import parameter_spec, sharding
 
+_FIRST_LAYER = "layers_0/"
+
 
 def abstract_parameters(
     config: ModelConfig, mesh: Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Path in the parameter tree ("layers_0/attn/q/weight") -> shape, dtype and sharding."""
+    one = dataclasses.replace(config, num_layers=1, windows=config.windows[:1])
+    first, found = {}, {}
+    for path, leaf in _abstract_parameters(one, mesh, dtype).items():
+        (first if path.startswith(_FIRST_LAYER) else found)[path] = leaf
+    for i in range(config.num_layers):  # all are alike
+        found |= {path.replace(_FIRST_LAYER, f"layers_{i}/"): leaf for path, leaf in first.items()}
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parameters(
+    config: ModelConfig, mesh: Mesh, dtype: str
+) -> dict[str, jax.ShapeDtypeStruct]:
     boxed = jax.eval_shape(lambda: _initialise(config, mesh, dtype, jax.random.key(0)))
     flat = traverse_util.flatten_dict(
         boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x)

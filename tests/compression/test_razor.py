@@ -46,6 +46,7 @@ def keys_read(lm, count):
     return sum(p.answer in c.text for p, c in zip(passages, found, strict=True)) / count
 
 
+@pytest.mark.runs_long
 def test_the_heads_that_retrieve_are_found_and_keep_the_pass_keys(full, small, tmp_path):
     of_all = keys_read(full, 50)
     assert of_all >= 0.98

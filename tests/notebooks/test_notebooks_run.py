@@ -3,6 +3,10 @@
 import json
 import pathlib
 
+import pytest
+
+pytestmark = pytest.mark.runs_long
+
 NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
 
 

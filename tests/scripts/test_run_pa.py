@@ -17,7 +17,8 @@ DOCUMENT = str(ROOT / "examples" / "passkey_2048.txt")
 
 
 def run_pa(*arguments, cache="", cwd=None):
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    as_users_have_it = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment = os.environ | as_users_have_it | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, str(ROOT / "scripts" / "run_pa.py"), *map(str, arguments)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=cwd

@@ -6,6 +6,8 @@ import pytest
 import lsjax
 from lsjax.shipped.evaluation import held_out_passages
 
+pytestmark = pytest.mark.runs_long
+
 
 @pytest.fixture(scope="module", params=[2000, 4000])
 def pair(request):

@@ -21,6 +21,8 @@ from lsjax.shipped.model import (
 )
 from lsjax.shipped.passages import QUESTION, Passage
 
+pytestmark = pytest.mark.runs_long
+
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "passkey_2048.txt"
 
 

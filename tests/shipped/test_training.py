@@ -9,6 +9,8 @@ from lsjax.shipped.export import export
 from lsjax.shipped.model import HF_CONFIGS
 from lsjax.shipped.training import Phase, Settings, Stage, train
 
+pytestmark = pytest.mark.runs_long
+
 
 @pytest.mark.parametrize("positions", HF_CONFIGS)
 def test_a_short_training_learns_and_exports_a_model(positions, tmp_path):

@@ -11,7 +11,8 @@ os.environ["XLA_FLAGS"] = (
 )
 # Compiling takes longer than running, and nearly half of it are LLVM's passes. XLA's are the same
 # without them, as are the matrix products. Programs that tests start inherit both settings, but
-# those of test_run_pa are compiled as users have them.
+# those of tests/hosts have the newer generator, and those of test_run_pa are compiled as users have
+# them.
 _WITHOUT_PASSES = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ[_WITHOUT_PASSES] = "1"
 

@@ -72,13 +72,12 @@ def needs_of(
 def weight_bytes(config: ModelConfig, mesh: tuple[int, int, int], dtype: str) -> tuple[int, int]:
     """Of a layer, and of what is not in layers, a device."""
     devices = Layout(mesh, dtype, dtype, 1, 1, 1).abstract_mesh
-    one = dataclasses.replace(config, num_layers=1, windows=config.windows[:1])
     layer = rest = 0
-    for path, leaf in abstract_parameters(one, devices, dtype).items():
+    for path, leaf in abstract_parameters(config, devices, dtype).items():
         nbytes = _shard_bytes(leaf, leaf.sharding)
-        if path.startswith("layers_"):
+        if path.startswith("layers_0/"):
             layer += nbytes
-        else:
+        elif not path.startswith("layers_"):
             rest += nbytes
     return layer, rest
 

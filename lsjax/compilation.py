@@ -1,11 +1,14 @@
 """Compiled programs, what compiling them cost, and the cache that spares it the next run."""
 
+import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 _disk_hits = 0
 
@@ -18,44 +21,77 @@ def _count_disk_hits(event: str, **_: Any) -> None:
 jax.monitoring.register_event_listener(_count_disk_hits)
 
 
+@dataclasses.dataclass
 class CompileClock:
-    """What compiling has cost so far.
+    """The cost of compiling so far, in this process.
 
     Attributes:
       seconds: spent tracing and compiling, or reading from the persistent cache.
       compilations: programs compiled, those read from the persistent cache not counted.
     """
 
-    def __init__(self):
-        self.seconds = 0.0
-        self.compilations = 0
+    seconds: float = 0.0
+    compilations: int = 0
+
+
+CLOCK = CompileClock()
+
+
+class Owner(Protocol):
+    """What a program is compiled for, beside the shapes of its arguments.
+
+    Attributes:
+      mesh: the devices.
+      compiled: the owner's programs, which live as long as it does.
+    """
+
+    mesh: Mesh
+    compiled: dict[Any, Callable]
 
 
 class Program:
-    """A function compiled once for each set of argument shapes, its compile time accounted.
+    """A function of (owner, params, ...) compiled once for each owner and set of argument shapes.
 
-    The first argument (the parameters) never changes shape and is left out of the look-up.
+    The owner and keyword arguments are static. Parameters have the same shapes for all calls of an
+    owner and are left out of the look-up. Arguments are counted without the owner.
     """
 
-    def __init__(self, function: Callable, clock: CompileClock, **jit_options: Any):
-        self._jitted = jax.jit(function, **jit_options)
-        self._clock = clock
-        self._compiled: dict[Any, Callable] = {}
+    def __init__(
+        self,
+        function: Callable,
+        out_shardings: Callable[[Any], Any] | None = None,
+        donate_argnums: int | tuple[int, ...] = (),
+    ):
+        self._function, self._out_shardings = function, out_shardings
+        self._donate_argnums = donate_argnums
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
+    def lower(self, owner: Owner, *args: Any, **static: Any) -> jax.stages.Lowered:
         """The program for arguments that are shapes with shardings, on devices that may not be
         here, ready to be compiled; nothing is kept."""
-        return self._jitted.lower(*args)
+        function = functools.wraps(self._function)(
+            lambda *args: self._function(owner, *args, **static)
+        )
+        del function.__wrapped__  # whose arguments are others
+        options = {}
+        if self._out_shardings is not None:
+            options["out_shardings"] = self._out_shardings(owner)
+        return jax.jit(
+            function,
+            donate_argnums=self._donate_argnums,
+            compiler_options=compiler_options(owner.mesh.devices.flat[0].platform),
+            **options,
+        ).lower(*args)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, owner: Owner, *args: Any, **static: Any) -> Any:
         leaves, structure = jax.tree.flatten(args[1:])
-        key = structure, tuple((x.shape, x.dtype) for x in leaves)
-        if key not in self._compiled:
+        shapes = tuple((x.shape, x.dtype) for x in leaves)
+        key = self, tuple(static.items()), structure, shapes
+        if key not in owner.compiled:
             start, hits = time.perf_counter(), _disk_hits
-            self._compiled[key] = self.lower(*args).compile()
-            self._clock.seconds += time.perf_counter() - start
-            self._clock.compilations += _disk_hits == hits
-        return self._compiled[key](*args)
+            owner.compiled[key] = self.lower(owner, *args, **static).compile()
+            CLOCK.seconds += time.perf_counter() - start
+            CLOCK.compilations += _disk_hits == hits
+        return owner.compiled[key](*args)
 
 
 def compiler_options(platform: str) -> dict[str, Any]:

@@ -112,3 +112,20 @@ class ModelConfig:
         if scaling.kind in ("linear", "dynamic", "ntk", "yarn"):
             return math.floor(self.trained_length * scaling.factor)
         return self.max_position_embeddings
+
+    @property
+    def traced(self) -> "ModelConfig":
+        """The model as compiled programs see it: without what only the host reads.
+
+        Models that differ in rope_scaling alone share programs, which take its tables as arguments.
+        """
+        return dataclasses.replace(
+            self,
+            architecture="",
+            max_position_embeddings=0,
+            rope_theta=1.0,
+            rope_scaling=RopeScaling(),
+            auto_rope_kind="",
+            eos_token_ids=(),
+            dtype="",
+        )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from lsjax.engine import SEGMENT, Engine
+from lsjax.compilation import CLOCK
+from lsjax.engine import Engine
 from lsjax.hosts import to_host
 from lsjax.progress import prefill_cost
 from lsjax.requests import Request
@@ -58,8 +59,7 @@ def generate(
       The new ids of each row: first one, then up to a segment at a time. A row's last id is an
       end-of-sequence id, or its max_output_length-th.
     """
-    clock, start = engine.clock, time.perf_counter()
-    compile_before = clock.seconds
+    start, compile_before = time.perf_counter(), CLOCK.seconds
     lengths = np.array([len(p) for p in request.prompts], np.int32)
     tables = engine.tables(request.lengths)
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
@@ -73,11 +73,11 @@ def generate(
     new = rows.take(to_host(state.token)[:, None].tolist())
     now = time.perf_counter()
     timing.first_token = now - start
-    timing.prefill = timing.first_token - (clock.seconds - compile_before)
-    timing.compile = clock.seconds - compile_before
+    timing.prefill = timing.first_token - (CLOCK.seconds - compile_before)
+    timing.compile = CLOCK.seconds - compile_before
     yield new
 
-    start, compile_before = time.perf_counter(), clock.seconds
+    start, compile_before = time.perf_counter(), CLOCK.seconds
     if drafted := request.prompt_lookup_num_tokens:
         state = engine.start_lookup(state, *_lookup_rows(request, spec.capacity + 1))
     while not rows.ended:
@@ -88,13 +88,13 @@ def generate(
             state, tokens = engine.decode(params, tables, state, draw)
             decoded = to_host(tokens).tolist()
         new = rows.take(decoded)
-        compiling = clock.seconds - compile_before
+        compiling = CLOCK.seconds - compile_before
         timing.decoded += max(map(len, decoded))
-        timing.steps += SEGMENT
+        timing.steps += engine.segment
         timing.decode += time.perf_counter() - start - compiling
         timing.compile += compiling
         yield new
-        start, compile_before = time.perf_counter(), clock.seconds
+        start, compile_before = time.perf_counter(), CLOCK.seconds
 
 
 def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[jax.Array]:
@@ -107,7 +107,7 @@ def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[ja
       request: its prompts, all of one length, go on after the first `input_room` tokens.
 
     Yields:
-      [batch, up to SEGMENT, vocab] float32 logits of the tokens after those.
+      [batch, up to engine.segment, vocab] float32 logits of the tokens after those.
     """
     room, (end,) = request.input_room, {len(p) for p in request.prompts}
     begun = dataclasses.replace(request, prompts=tuple(p[:room] for p in request.prompts))
@@ -115,8 +115,8 @@ def forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[ja
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
     lengths = np.array([room] * len(request.prompts), np.int32)
     cache, _ = _prefill(engine, params, begun, spec, tables, lengths, None)
-    for at in range(room, end, SEGMENT):
-        tokens = _rows_of(request, at, at + SEGMENT)
+    for at in range(room, end, engine.segment):
+        tokens = _rows_of(request, at, at + engine.segment)
         cache, scores = engine.force(params, tables, cache, tokens, at)
         yield scores[:, : end - at]
 

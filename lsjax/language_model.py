@@ -99,7 +99,7 @@ class LanguageModel:
         self.settings, self.config, self.params = settings, settings.config, params
         s = settings
         self.engine = Engine(
-            s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk, s.compression
+            s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk, s.compression, s.segment
         )
         self._scoring: dict[int, Engine] = {}
 
@@ -189,6 +189,8 @@ class LanguageModel:
             chunk=self.settings.prefill_chunk,
             sampling=Sampling(),
             eos_token_ids=frozenset(),
+            segment=self.settings.segment,
+            cache_block=self.settings.cache_block,
         )
         scores = forced_scores(self.engine, self.params, request)
         return _losses(scores, ids[:, prompt_length + 1 :])
@@ -208,7 +210,9 @@ class LanguageModel:
         s, context = self.settings, self.settings.mesh.shape["context"]
         chunk = whole_stripes(min(chunk_size or s.prefill_chunk, length), context)
         engine = self._scoring_engine(chunk)
-        spec = cache_spec(s.mesh, batch, length, 0, chunk, s.kv_cache_dtype, s.dtype)
+        spec = cache_spec(
+            s.mesh, batch, length, 0, chunk, s.kv_cache_dtype, s.dtype, s.segment, s.cache_block
+        )
         cache = engine.new_cache(spec, length)
         tables = engine.tables([length] * batch)
         for at in range(0, length, chunk):

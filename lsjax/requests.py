@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from lsjax.cache import GRANULE, CacheSpec, stripe_of
+from lsjax.cache import BLOCK, GRANULE, CacheSpec, stripe_of
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.engine import SEGMENT
 from lsjax.errors import UserError
@@ -31,6 +31,7 @@ class Request:
       sampling: how tokens are drawn.
       eos_token_ids: any of these ends a row; empty for none.
       prompt_lookup_num_tokens: tokens drafted for each step of decoding; 0 for none.
+      segment, cache_block: as of Settings.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -41,6 +42,8 @@ class Request:
     sampling: Sampling
     eos_token_ids: frozenset[int]
     prompt_lookup_num_tokens: int = 0
+    segment: int = SEGMENT
+    cache_block: int = BLOCK
 
     @property
     def lengths(self) -> list[int]:
@@ -55,7 +58,8 @@ class Request:
     def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
         """The cache that the batch needs; see CacheSpec for the dtypes."""
         rows, room = len(self.prompts), (self.input_room, self.output_room)
-        return cache_spec(mesh, rows, *room, self.chunk, dtype, compute_dtype)
+        sizes = self.segment, self.cache_block
+        return cache_spec(mesh, rows, *room, self.chunk, dtype, compute_dtype, *sizes)
 
 
 def batches(
@@ -105,6 +109,8 @@ def batches(
             sampling=sampling,
             eos_token_ids=frozenset() if ignore_eos else settings.eos_token_ids,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            segment=settings.segment,
+            cache_block=settings.cache_block,
         )
         for group in groups
     ]
@@ -211,16 +217,20 @@ def cache_spec(
     chunk: int,
     dtype: str,
     compute_dtype: str,
+    segment: int = SEGMENT,
+    block: int = BLOCK,
 ) -> CacheSpec:
     """The cache for rows of a prompt and an answer, filled in chunks; see CacheSpec."""
     context = mesh.shape["context"]
-    capacity = cache_capacity(input_room, output, chunk, context)
-    return CacheSpec(batch, capacity, dtype, compute_dtype, stripe_of(chunk, context))
+    capacity = cache_capacity(input_room, output, chunk, context, segment)
+    return CacheSpec(batch, capacity, dtype, compute_dtype, stripe_of(chunk, context), block)
 
 
-def cache_capacity(input_room: int, output: int, chunk: int, context: int) -> int:
+def cache_capacity(
+    input_room: int, output: int, chunk: int, context: int, segment: int = SEGMENT
+) -> int:
     """Room for the prompt's last, padded chunk and for the answer's last, whole segment."""
-    needed = max(round_up(input_room, chunk), input_room + round_up(output, SEGMENT))
+    needed = max(round_up(input_room, chunk), input_room + round_up(output, segment))
     granule = _LARGE_GRANULE if needed > 8 * _LARGE_GRANULE else GRANULE
     return round_up(needed, granule * context)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from lsjax.compilation import CLOCK
 from lsjax.engine import Engine
 from lsjax.generation import Timing, generate
 from lsjax.memory import peak_memory_bytes
@@ -23,7 +24,7 @@ class Run:
         self._engine, self._params, self._decode = engine, params, decode
         self._request, self._on_prefill = request, on_prefill
         self._timing = Timing()
-        self._compilations = engine.clock.compilations
+        self._compilations = CLOCK.compilations
         self._ids: list[list[int]] = [[] for _ in request.prompts]
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -51,7 +52,7 @@ class Run:
         )
 
     def _stats(self) -> Stats:
-        t, request, engine = self._timing, self._request, self._engine
+        t, request = self._timing, self._request
         prompt_tokens = sum(len(p) for p in request.prompts[: request.count])
         return Stats(
             prompt_tokens=prompt_tokens,
@@ -63,7 +64,7 @@ class Run:
             decode_tokens_per_second=t.decoded / t.decode if t.decode else 0.0,
             decode_steps=t.steps,
             compile_seconds=t.compile,
-            compilations=engine.clock.compilations - self._compilations,
+            compilations=CLOCK.compilations - self._compilations,
             cache_bytes=t.cache_bytes,
             peak_memory_bytes=peak_memory_bytes(),
         )

@@ -8,9 +8,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lsjax.cache import CACHE_DTYPES, whole_stripes
+from lsjax.cache import BLOCK, CACHE_DTYPES, whole_stripes
 from lsjax.compression import Compression, Razor, compression_of, parse_compression
 from lsjax.config import ModelConfig
+from lsjax.engine import SEGMENT
 from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.positions.scaling import override_rope_scaling
@@ -35,6 +36,8 @@ class Settings:
         more, so that every device gets its share.
       eos_token_ids: any of these ends an answer.
       compression: of the KV heads, or None.
+      segment: steps of decoding between two looks at the end-of-sequence.
+      cache_block: positions that a quantised cache keeps in floats, see CacheSpec.
     """
 
     folder: str
@@ -45,6 +48,8 @@ class Settings:
     prefill_chunk: int
     eos_token_ids: frozenset[int]
     compression: Compression | None = None
+    segment: int = SEGMENT
+    cache_block: int = BLOCK
 
 
 def settle(

@@ -10,6 +10,7 @@ from lsjax.cache.compressed import (
     floats_at,
 )
 from lsjax.cache.kv_cache import (
+    BLOCK,
     CACHE_DTYPES,
     CacheSpec,
     KVCache,
@@ -22,6 +23,7 @@ from lsjax.cache.store import Store, empty_store, write, write_tokens
 from lsjax.cache.zigzag import GRANULE, Zigzag, stripe_of, whole_stripes
 
 __all__ = [
+    "BLOCK",
     "CACHE_DTYPES",
     "GRANULE",
     "CacheSpec",

@@ -19,8 +19,8 @@ from lsjax.config import ModelConfig
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _QUANTISED = ("int8", "int4")
-# Positions whose keys are attended to as floats by the queries among them. With half as many, an
-# int8 cache changed twice as many of a small model's predictions over 2,048 tokens.
+# With half as many positions in a block, an int8 cache changed twice as many of a small model's
+# predictions over 2,048 tokens.
 BLOCK = 1024
 
 
@@ -70,6 +70,8 @@ class CacheSpec:
       dtype: one of CACHE_DTYPES.
       compute_dtype: of the keys and values that come, and of recent ones.
       stripe: how positions lie along the mesh's context axis, see Zigzag.
+      block: positions of a quantised cache whose keys are attended to as floats by the queries
+        among them.
     """
 
     batch: int
@@ -77,6 +79,7 @@ class CacheSpec:
     dtype: str
     compute_dtype: str
     stripe: int = 0
+    block: int = BLOCK
 
     def nbytes(self, config: ModelConfig) -> int:
         """Bytes of the whole cache, over all devices but counted once."""
@@ -90,7 +93,7 @@ def empty_layer(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
     shape = (*rows, spec.capacity, config.head_dim)
     recent = None
     if spec.dtype in _QUANTISED:
-        zeros = jnp.zeros((*rows, BLOCK, config.head_dim), spec.compute_dtype)
+        zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
         recent = Recent(k=zeros, v=zeros)
     store = empty_store(shape, spec.dtype, platform)
     return LayerCache(k=store, v=store, recent=recent, stripe=spec.stripe)

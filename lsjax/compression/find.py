@@ -13,7 +13,6 @@ import numpy as np
 from lsjax.attention.blockwise import Seen
 from lsjax.attention.by_platform import attend
 from lsjax.cache import GRANULE, Store, empty_layer
-from lsjax.compilation import Program
 from lsjax.compression.razor import check_compresses
 from lsjax.compression.scores import HeadScores
 from lsjax.engine import Engine
@@ -87,7 +86,7 @@ def find_heads(
         (q,), (k,) = (seen["intermediates"]["attn"][name] for name in ("queries", "keys"))
         return x, scores_of(q, k)
 
-    run = Program(step, engine.clock)
+    run = jax.jit(step)
     x = engine.embed(params, tokens)
     rows = []
     for i in range(config.num_layers):

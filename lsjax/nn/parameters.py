@@ -21,7 +21,7 @@ def abstract_parameters(
     config: ModelConfig, mesh: Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Path in the parameter tree ("layers_0/attn/q/weight") -> shape, dtype and sharding."""
-    one = dataclasses.replace(config, num_layers=1, windows=config.windows[:1])
+    one = dataclasses.replace(config.traced, num_layers=1, windows=config.windows[:1])
     first, found = {}, {}
     for path, leaf in _abstract_parameters(one, mesh, dtype).items():
         (first if path.startswith(_FIRST_LAYER) else found)[path] = leaf

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from blocks import BLOCK
+from helpers.golden_models import BLOCK
 
 FAMILIES = (
     "qwen2_window",

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from blocks import BLOCK
+from helpers.golden_models import BLOCK
 
-from lsjax import LanguageModel, UserError
+from lsjax import UserError
 from lsjax.sharding import check_fits_mesh, make_mesh
 
 FAMILIES = ("qwen2_window", "qwen3", "llama_tied_llama3", "glm4", "chatglm", "qwen3_dynamic")
@@ -62,14 +62,11 @@ def test_generation_is_the_argmax_of_the_logits(model, name, kv):
 
 
 @pytest.mark.parametrize("kv", ["float32", "int8"])
-def test_whatever_the_segment(model, kv, monkeypatch):
+def test_whatever_the_segment(model, kv):
     ids = prompt(13, max(LENGTH, LONGER[kv] - 3))
     usual = tokens(model("glm4", kv), [ids])
     for segment in (1, OUTPUT):
-        for module in ("engine", "generation", "requests"):
-            monkeypatch.setattr(f"lsjax.{module}.SEGMENT", segment)
-        lm = model("glm4", kv)
-        assert tokens(LanguageModel(lm.settings, lm.params), [ids]) == usual
+        assert tokens(model("glm4", kv, segment=segment), [ids]) == usual
 
 
 def test_whatever_was_asked_before(model):

@@ -1,0 +1,169 @@
+"""The compiled steps of inference, each a pure function of a model and its parameters.
+
+Prefill runs a chunk, the first token is chosen from its hidden state, and decode runs a segment.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax import lookup
+from lsjax.cache import KVCache
+from lsjax.compilation import Program
+from lsjax.layer_by_layer import last_hidden
+from lsjax.sampling import next_token
+from lsjax.sharded_model import ShardedModel
+from lsjax.sharding import CHUNK, sharding
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What one decode step hands to the next.
+
+    Attributes:
+      cache: holds every token before `token`.
+      token: [batch] the tokens chosen last, not yet in the cache.
+      position: [batch] where they stand.
+      step: how many tokens have been chosen for each row.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    position: jax.Array
+    step: jax.Array
+
+
+@flax.struct.dataclass
+class LookupState:
+    """What one decode step with prompt lookup hands to the next.
+
+    Attributes:
+      cache: holds every token before each row's position.
+      tokens: [batch, room] ids of each row; those after its position mean nothing.
+      position: [batch] of the tokens chosen last.
+      last: [batch] the positions at which rows end.
+    """
+
+    cache: KVCache
+    tokens: jax.Array
+    position: jax.Array
+    last: jax.Array
+
+
+def _run(model, params, tokens, positions, tables, cache, lengths=None, decode=False):
+    return model.decoder.apply(
+        {"params": params}, tokens, positions, tables, cache, lengths, decode
+    )
+
+
+def _logits(model, params, hidden):
+    return model.decoder.apply({"params": params}, hidden, method="logits")
+
+
+def _deal_out(
+    model: ShardedModel, tokens: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A chunk's tokens and their positions, each device's part of the sequence on it."""
+    zigzag = model.zigzag
+    positions = zigzag.chunk_positions(start, *tokens.shape)
+    if zigzag.devices == 1:
+        return tokens, positions
+    tokens = tokens[:, zigzag.order(tokens.shape[1])]
+    parts = sharding(model.mesh, CHUNK)
+    return tuple(jax.lax.with_sharding_constraint(x, parts) for x in (tokens, positions))
+
+
+def _prefill(model, params, tables, cache, tokens, start, lengths, last):
+    tokens, positions = _deal_out(model, tokens, start)
+    hidden, cache = _run(model, params, tokens, positions, tables, cache, lengths)
+    return cache, last_hidden(hidden, positions, lengths, last)
+
+
+def _score(model, params, tables, cache, tokens, start):
+    tokens, positions = _deal_out(model, tokens, start)
+    hidden, cache = _run(model, params, tokens, positions, tables, cache)
+    if model.zigzag.devices > 1:
+        hidden = hidden[:, np.argsort(model.zigzag.order(hidden.shape[1]))]
+    return cache, _logits(model, params, hidden)
+
+
+def _embed(model, params, tokens):
+    tokens, _ = _deal_out(model, tokens, 0)
+    return model.decoder.apply({"params": params}, tokens, method="embed_tokens")
+
+
+def _first(model, params, last, draw):
+    return next_token(_logits(model, params, last[:, None])[:, 0], draw, jnp.int32(0))
+
+
+def _decode(model, params, tables, state, draw, *, steps):
+    def step(state: DecodeState, _) -> tuple[DecodeState, jax.Array]:
+        tokens, positions = state.token[:, None], state.position[:, None]
+        hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
+        token = next_token(_logits(model, params, hidden)[:, 0], draw, state.step)
+        state = DecodeState(
+            cache=cache, token=token, position=state.position + 1, step=state.step + 1
+        )
+        return state, token
+
+    state, tokens = jax.lax.scan(step, state, length=steps)
+    return state, tokens.T
+
+
+def _force(model, params, tables, cache, tokens, position):
+    def step(carry, token):
+        cache, at = carry
+        positions = jnp.broadcast_to(at, token.shape)[:, None]
+        hidden, cache = _run(model, params, token[:, None], positions, tables, cache, decode=True)
+        return (cache, at + 1), _logits(model, params, hidden)[:, 0]
+
+    (cache, _), scores = jax.lax.scan(step, (cache, position), tokens.T)
+    return cache, scores.swapaxes(0, 1)
+
+
+def _lookup(model, params, tables, state, *, steps, drafted):
+    def step(state: LookupState, _) -> tuple[LookupState, tuple[jax.Array, jax.Array]]:
+        at = state.position[:, None]
+        draft = lookup.draft(state.tokens, state.position, drafted)
+        tokens = jnp.take_along_axis(state.tokens, at, axis=1)
+        tokens = jnp.concatenate([tokens, draft], axis=1)
+        positions = at + jnp.arange(drafted + 1)
+        hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
+        chosen = jnp.argmax(_logits(model, params, hidden), axis=-1).astype(jnp.int32)
+        new = jnp.minimum(lookup.agreed(draft, chosen), state.last - state.position)
+        if recent := cache[0].recent:  # answers beyond the block mean nothing
+            new = jnp.minimum(new, recent.block - state.position % recent.block)
+        put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
+        state = state.replace(
+            cache=cache,
+            tokens=put(state.tokens, chosen, state.position + 1, 0),
+            position=state.position + new,
+        )
+        return state, (chosen, new)
+
+    state, (tokens, counts) = jax.lax.scan(step, state, length=steps)
+    return state, (tokens.swapaxes(0, 1), counts.T)
+
+
+def _decode_state_shardings(model: ShardedModel) -> tuple[DecodeState, jax.sharding.NamedSharding]:
+    rows = model.rows
+    state = DecodeState(
+        cache=model.cache_after_step, token=rows, position=rows, step=model.replicated
+    )
+    return state, rows
+
+
+def _lookup_state_shardings(model: ShardedModel) -> tuple[LookupState, tuple]:
+    rows = model.rows
+    return LookupState(cache=model.cache, tokens=rows, position=rows, last=rows), (rows, rows)
+
+
+# See the methods of Engine for arguments and results; here `model` comes first.
+prefill = Program(_prefill, lambda m: (m.cache_after_step, m.rows), donate_argnums=2)
+score = Program(_score, lambda m: (m.cache, m.rows), donate_argnums=2)
+embed = Program(_embed, lambda m: sharding(m.mesh, CHUNK))
+first = Program(_first, lambda m: m.rows)
+decode = Program(_decode, _decode_state_shardings, donate_argnums=2)
+force = Program(_force, lambda m: (m.cache_after_step, m.rows), donate_argnums=2)
+decode_with_lookup = Program(_lookup, _lookup_state_shardings, donate_argnums=2)

@@ -1,0 +1,68 @@
+"""Small models to generate with: the golden ones, whose weights follow from their names."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+from golden.models.parameters import golden_parameters
+
+from lsjax.cache import whole_stripes
+from lsjax.families import parse_config
+from lsjax.language_model import LanguageModel
+from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.positions.scaling import override_rope_scaling
+from lsjax.settings import SEGMENT, Settings
+from lsjax.sharding import make_mesh, parse_mesh, place
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+CONFIGS = {file.parent.name: file for file in GOLDEN.glob("models/*/config.json")}
+CONFIGS |= {file.stem: file for file in GOLDEN.glob("baichuan/*.json")}
+
+BLOCK = 256  # that a quantized cache keeps in floats: shorter than a user's, as prompts are
+
+
+def build(
+    name,
+    kv="float32",
+    chunk=64,
+    mesh="",
+    rope_scaling=None,
+    eos=(),
+    layers=0,
+    segment=SEGMENT,
+    block=BLOCK,
+    **changes,
+):
+    """A golden model: its last layers alone if a number is given, its config with changes."""
+    config = override_rope_scaling(changed_config(name, layers, **changes), rope_scaling)
+    devices = make_mesh(parse_mesh(mesh))
+    settings = Settings(
+        folder=str(CONFIGS[name].parent),
+        config=config,
+        mesh=devices,
+        dtype="float32",
+        kv_cache_dtype=kv,
+        prefill_chunk=whole_stripes(chunk, devices.shape["context"]),
+        eos_token_ids=frozenset(eos),
+        segment=segment,
+        cache_block=block,
+    )
+    return LanguageModel(settings, parameters(name, layers, mesh, **changes))
+
+
+@functools.cache
+def changed_config(name, layers, **changes):
+    config = parse_config(json.loads(CONFIGS[name].read_text()))
+    config = dataclasses.replace(config, **changes)
+    windows = config.windows[-layers:]
+    return dataclasses.replace(config, num_layers=len(windows), windows=windows)
+
+
+@functools.lru_cache(maxsize=32)
+def parameters(name, layers, mesh, **changes):
+    config, devices = changed_config(name, layers, **changes), make_mesh(parse_mesh(mesh))
+    wanted = unflatten(abstract_parameters(config, devices, "float32"))
+    found = golden_parameters(config)
+    return jax.tree.map(lambda x, leaf: place(x, leaf.sharding), found, wanted)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from lsjax.attention import ring
 from lsjax.attention.blockwise import Blocks, Seen
-from lsjax.attention.by_platform import blocks_of
 from lsjax.attention.rows import even, over_queries, seen_of
 from lsjax.cache import Zigzag
 from lsjax.precision import einsum
@@ -49,12 +48,13 @@ KeyGradients = tuple[jax.Array, jax.Array]
 
 def gradients(
     zigzag: Zigzag,
-    platform: str,
     queries: Queries,
     k: jax.Array,
     v: jax.Array,
     seen: Seen,
     slopes: jax.Array | None,
+    size: int,
+    blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of this device's queries, keys and values; to be called under shard_map.
 
@@ -63,22 +63,21 @@ def gradients(
 
     Args:
       zigzag: where the tokens of a row lie.
-      platform: cpu, gpu (or cuda) or tpu.
       queries: this device's.
       k, v: [batch, kv_heads, length, head_dim], this device's.
       seen: indices in the row that its queries see.
       slopes: [kv_heads, group] of ALiBi, or None.
+      size: slots that travel at once, a divisor of length.
+      blocks: how much is worked on at a time.
 
     Returns:
       float32, shaped as q, k and v.
     """
-    blocks = blocks_of(platform)
     d_q = jnp.zeros(queries.q.shape, jnp.float32)
     if zigzag.devices == 1:
         d_q, (d_k, d_v) = meet(d_q, queries, k, v, seen, slopes, blocks)
         return d_q, d_k, d_v
     device, length = jax.lax.axis_index("context"), k.shape[2]
-    size = ring.block_size(length)
 
     def visit(i: jax.Array, state):
         d_q, whole = state

@@ -5,6 +5,7 @@ what attention computes only its output and each query's lse are kept; scores ar
 for the gradients. Source: FlashAttention (arXiv 2205.14135), Ring Attention (arXiv 2310.01889).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,15 +13,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention import backward, ring
-from lsjax.attention.blockwise import Seen
-from lsjax.attention.by_platform import attend
+from lsjax.attention.blockwise import Blocks, Seen
+from lsjax.attention.by_platform import attend, blocks_of
 from lsjax.attention.cached import by_head, by_token
 from lsjax.attention.partial import Partial, merge
 from lsjax.attention.rows import even, over_queries, seen_of
 from lsjax.cache import Store, Zigzag
 from lsjax.sharding import CHUNK, CHUNK_QUERIES, HEADS
 
-_QUERIES = 8192  # that meet a block of keys at once, of a device
+
+@dataclasses.dataclass(frozen=True)
+class RingSizes:
+    """How much of a row is worked on at once.
+
+    Attributes:
+      queries: of a device, at most, that meet a block of keys from the ring.
+      slots: of a device, at most, whose keys and values travel together.
+      blocks: of the gradients; None for those of the platform.
+    """
+
+    queries: int = 8192
+    slots: int = ring.MOST_SLOTS
+    blocks: Blocks | None = None
 
 
 def self_attention(
@@ -31,6 +45,7 @@ def self_attention(
     begin: jax.Array | None = None,
     window: int | None = None,
     slopes: jax.Array | None = None,
+    sizes: RingSizes = RingSizes(),
 ) -> jax.Array:
     """softmax(q k^T / sqrt(head_dim)) v over the tokens that each sees: begin .. itself.
 
@@ -42,6 +57,7 @@ def self_attention(
       begin: [batch, length] indices in the row, not decreasing along it; None for its first token.
       window: a token sees itself and the window - 1 tokens before it; None: all.
       slopes: [heads] of ALiBi, whose distances are those in the row; or None.
+      sizes: how much is worked on at once.
 
     Returns:
       Like q. Gradients flow to q, k and v.
@@ -58,6 +74,7 @@ def self_attention(
             window=window,
             zigzag=Zigzag(context, length),
             platform=platform,
+            sizes=sizes,
         ),
         mesh=mesh,
         in_specs=(CHUNK_QUERIES, CHUNK_QUERIES, CHUNK_QUERIES, CHUNK, HEADS),
@@ -67,7 +84,7 @@ def self_attention(
     return sharded(q, k, v, begin, slopes)
 
 
-def _on_device(q, k, v, begin, slopes, *, window, zigzag, platform):
+def _on_device(q, k, v, begin, slopes, *, window, zigzag, platform, sizes):
     """`self_attention` on one device of the mesh, with its parts of the arrays."""
     q, k, v = by_head(q, k, v, Store(k, None))
     if slopes is not None:
@@ -76,13 +93,15 @@ def _on_device(q, k, v, begin, slopes, *, window, zigzag, platform):
     at = jnp.broadcast_to(at, begin.shape)
     if window is not None:
         begin = jnp.maximum(begin, at + 1 - window)
-    return by_token(_attention(zigzag, platform, q, k, v, Seen(begin, at + 1, at), slopes))
+    seen = Seen(begin, at + 1, at)
+    return by_token(_attention(zigzag, platform, sizes, q, k, v, seen, slopes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attention(
     zigzag: Zigzag,
     platform: str,
+    sizes: RingSizes,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -93,15 +112,15 @@ def _attention(
 
     `seen` are indices in the row.
     """
-    return _forward(zigzag, platform, q, k, v, seen, slopes).values.astype(v.dtype)
+    return _forward(zigzag, platform, sizes, q, k, v, seen, slopes).values.astype(v.dtype)
 
 
-def _forward(zigzag, platform, q, k, v, seen, slopes) -> Partial:
+def _forward(zigzag, platform, sizes, q, k, v, seen, slopes) -> Partial:
     if zigzag.devices == 1:
         return attend(platform, q, Store(k, None), Store(v, None), seen, slopes)
     device, length = jax.lax.axis_index("context"), k.shape[2]
-    size = ring.block_size(length)
-    queries = even(q.shape[3], _QUERIES)
+    size = ring.block_size(length, sizes.slots)
+    queries = even(q.shape[3], sizes.queries)
 
     def meet(partial: Partial, block: tuple[Store, Store], seen: Seen) -> Partial:
         # Some queries at a time: of all of them a second Partial would be half as large again as
@@ -132,17 +151,19 @@ def _forward(zigzag, platform, q, k, v, seen, slopes) -> Partial:
     return jax.lax.fori_loop(0, length // size, of_all_devices, nothing)
 
 
-def _keep(zigzag, platform, q, k, v, seen, slopes):
-    partial = _forward(zigzag, platform, q, k, v, seen, slopes)
+def _keep(zigzag, platform, sizes, q, k, v, seen, slopes):
+    partial = _forward(zigzag, platform, sizes, q, k, v, seen, slopes)
     out = partial.values.astype(v.dtype)
     return out, (q, k, v, out, partial.lse, seen, slopes)
 
 
-def _gradients(zigzag, platform, kept, d_out):
+def _gradients(zigzag, platform, sizes, kept, d_out):
     q, k, v, out, lse, seen, slopes = kept
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     queries = backward.Queries(q, d_out, lse, delta)
-    d_q, d_k, d_v = backward.gradients(zigzag, platform, queries, k, v, seen, slopes)
+    slots = ring.block_size(k.shape[2], sizes.slots)
+    blocks = sizes.blocks or blocks_of(platform)
+    d_q, d_k, d_v = backward.gradients(zigzag, queries, k, v, seen, slopes, slots, blocks)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 

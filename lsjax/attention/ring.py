@@ -16,15 +16,15 @@ from lsjax.cache import Store, Zigzag
 
 # Slots of each device that travel at once: enough to be worth the way, little enough that the two
 # blocks on the way are small beside a layer's cache.
-_MOST_SLOTS = 4096
+MOST_SLOTS = 4096
 
 # (keys, values, begin, end, positions of the slots) -> attention to those that each query sees
 AttendTo = Callable[[Store, Store, jax.Array | None, jax.Array, jax.Array], Partial]
 
 
-def block_size(capacity: int) -> int:
+def block_size(capacity: int, most: int = MOST_SLOTS) -> int:
     """Slots that travel at once, of a device that has `capacity`."""
-    return capacity if capacity <= _MOST_SLOTS else math.gcd(capacity, _MOST_SLOTS)
+    return capacity if capacity <= most else math.gcd(capacity, most)
 
 
 def attend(

@@ -14,16 +14,18 @@ from lsjax.precision import einsum
 from lsjax.sharding import CHUNK
 from lsjax.training.chunks import TOKEN_AXES, join, split
 
-_TOKENS = 1024  # of a chunk, on a device
 _VOCAB = PartitionSpec("model")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def cross_entropy(mesh: Mesh, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def cross_entropy(
+    mesh: Mesh, tokens: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> jax.Array:
     """-log softmax(hidden head^T)[target] of each token, in nats.
 
     Args:
       mesh: the devices.
+      tokens: of a chunk, on a device.
       hidden: [batch, length, features], dealt out.
       head: [vocab, features] in hidden's dtype.
       targets: [batch, length] ids, dealt out.
@@ -31,10 +33,10 @@ def cross_entropy(mesh: Mesh, hidden: jax.Array, head: jax.Array, targets: jax.A
     Returns:
       [batch, length] float32.
     """
-    return _forward(mesh, hidden, head, targets)[0]
+    return _forward(mesh, tokens, hidden, head, targets)[0]
 
 
-def _forward(mesh, hidden, head, targets):
+def _forward(mesh, tokens, hidden, head, targets):
     def local(hidden, head, targets):
         def chunk(of_chunk):
             hidden, targets = of_chunk
@@ -45,18 +47,18 @@ def _forward(mesh, hidden, head, targets):
             own = jnp.sum(jnp.where(_is_target(head, targets), logits, 0), axis=-1)
             return lse - jax.lax.psum(own, "model"), lse
 
-        chunks = split(hidden, _TOKENS), split(targets, _TOKENS)
+        chunks = split(hidden, tokens), split(targets, tokens)
         return tuple(join(x, hidden.shape[1]) for x in jax.lax.map(chunk, chunks))
 
     return _mapped(mesh, local, (CHUNK, _VOCAB, CHUNK), (CHUNK, CHUNK))(hidden, head, targets)
 
 
-def _keep(mesh, hidden, head, targets):
-    losses, lse = _forward(mesh, hidden, head, targets)
+def _keep(mesh, tokens, hidden, head, targets):
+    losses, lse = _forward(mesh, tokens, hidden, head, targets)
     return losses, (hidden, head, targets, lse)
 
 
-def _gradients(mesh, kept, d_losses):
+def _gradients(mesh, tokens, kept, d_losses):
     def local(hidden, head, targets, lse, d_losses):
         def chunk(d_head, of_chunk):
             hidden, targets, lse, d_losses = of_chunk
@@ -67,7 +69,7 @@ def _gradients(mesh, kept, d_losses):
             d_head += einsum("btv,btd->vd", d_logits, hidden)
             return d_head, d_hidden.astype(hidden.dtype)
 
-        chunks = tuple(split(x, _TOKENS) for x in (hidden, targets, lse, d_losses))
+        chunks = tuple(split(x, tokens) for x in (hidden, targets, lse, d_losses))
         d_head, d_hidden = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), chunks)
         d_head = jax.lax.psum(d_head, TOKEN_AXES).astype(head.dtype)
         return join(d_hidden, hidden.shape[1]), d_head

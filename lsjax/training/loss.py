@@ -1,5 +1,6 @@
 """The loss of each target, in memory that a long row's training has."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,7 +20,18 @@ from lsjax.training.chunks import in_chunks
 from lsjax.training.cross_entropy import cross_entropy
 from lsjax.training.embedding import embed
 
-_MLP_TOKENS = 4096  # run through an MLP at once, on a device
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSizes:
+    """Tokens that are worked on at once, on a device.
+
+    Attributes:
+      mlp: run through an MLP.
+      logits: whose logits are there.
+    """
+
+    mlp: int = 4096
+    logits: int = 1024
 
 
 class Loss:
@@ -34,8 +46,9 @@ class Loss:
     time, in the dtype that is computed in; their gradients go back to where they lie.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, chunks: ChunkSizes):
         self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
+        self._chunks = chunks
         self._decoder = Decoder(config, mesh, self._dtype)
         abstract = abstract_parameters(config, mesh, dtype)
         self._lie = unflatten({path: x.sharding for path, x in abstract.items()})
@@ -54,7 +67,7 @@ class Loss:
             if c.normalised_head:
                 head = head / jnp.linalg.norm(head, axis=-1, keepdims=True)
             head = _whole(self._lie["lm_head"]["weight"], head.astype(self._dtype))
-        return cross_entropy(self._mesh, hidden, head, batch.targets)
+        return cross_entropy(self._mesh, self._chunks.logits, hidden, head, batch.targets)
 
     def _layers(
         self, params: dict, hidden: jax.Array, batch: Batch, tables: RotaryTables
@@ -80,7 +93,7 @@ class Loss:
             )  # fmt: skip
             x = self._placed(x)
             mlp = {name: w for name, w in weights.items() if "mlp" in name}
-            return self._placed(in_chunks(feed_forward, self._mesh, _MLP_TOKENS, mlp, x)), None
+            return self._placed(in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)), None
 
         layers = [params[f"layers_{i}"] for i in range(c.num_layers)]
         stacked = jax.tree.map(lambda lies, *of: _stacked(lies, of), lie, *layers)

@@ -21,7 +21,7 @@ from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.sharding import CHUNK, TOKENS, place, sharding
 from lsjax.training.batch import Batch, length_unit
-from lsjax.training.loss import Loss
+from lsjax.training.loss import ChunkSizes, Loss
 
 
 @flax.struct.dataclass
@@ -70,10 +70,11 @@ class Trainer:
         mesh: Mesh,
         optimiser: optax.GradientTransformation,
         dtype: str = "bfloat16",
+        chunks: ChunkSizes = ChunkSizes(),  # noqa: B008 (frozen)
     ):
         self.config, self.mesh, self.dtype = config, mesh, dtype
         self._optimiser = optimiser
-        self._loss = Loss(config, mesh, dtype)
+        self._loss = Loss(config, mesh, dtype, chunks)
         self._whole = sharding(mesh, PartitionSpec())
         shapes = self.shapes()
         where = jax.tree.map(lambda x: x.sharding, shapes)

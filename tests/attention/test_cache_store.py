@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dequantised
+from helpers.oracle import dequantised
 
 from lsjax.cache import (
     CACHE_DTYPES,

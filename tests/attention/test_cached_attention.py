@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import attention, dequantised
-from plain import causal_attention
+from helpers.oracle import attention, dequantised
+from helpers.plain_attention import causal_attention
 
 from lsjax.attention.blockwise import Seen, attend
 from lsjax.attention.cached import write_and_attend

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import dequantised
+from helpers.oracle import dequantised
 
 from lsjax.cache import empty_store
 from lsjax.cache.hadamard import spread, spreading_matrix

@@ -11,7 +11,7 @@ from lsjax.errors import UserError
 
 def whole_matrix(lm, text):
     """[2, layers, heads] echo and induction from the definition, and from queries and keys."""
-    _, seen = lm.engine._decoder.apply(
+    _, seen = lm.engine.decoder.apply(
         {"params": lm.params},
         jnp.asarray(text)[None],
         jnp.arange(len(text))[None],

@@ -41,7 +41,7 @@ def whole():
 def seen(whole):
     """[layers] of queries and keys, [length, heads, head_dim] float64 each, of a text."""
     ids = whole.tokenizer.encode(PROMPTS[0])[:600]
-    _, found = whole.engine._decoder.apply(
+    _, found = whole.engine.decoder.apply(
         {"params": whole.params},
         np.asarray(ids)[None],
         np.arange(len(ids))[None],

@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
+from helpers import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

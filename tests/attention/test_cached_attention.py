@@ -118,42 +118,51 @@ def in_order(case, cache):
     return cache.replace(**dict(zip(("k", "v"), stores, strict=True)))
 
 
+# Each format of the cache meets chunks, single tokens, a window, a mesh and a narrow dtype.
 CASES = [
     Case(1, 1, 1, group=1),
-    Case(5, 37, 5),
-    Case(64, 64, 64, group=4),
     Case(49, 64, 7, group=8),
-    Case(50, 64, 1),
-    Case(80, 8192, 79, group=1),
     # More than one block of queries, padded, and more than one of keys.
-    Case(700, 1024, 700, group=1),
     Case(700, 1024, 300, window=100),
-    Case(600, 4608, 600, window=512, group=1),
-    Case(49, 64, 7, window=1),
     Case(49, 64, 7, window=8, cache="bfloat16", dtype="bfloat16", group=4),
-    Case(700, 1024, 350, cache="bfloat16", dtype="bfloat16"),
-    Case(49, 64, 7, cache="int8"),
-    Case(200, 1024, 100, cache="int8", window=90),
     Case(49, 64, 7, cache="int8", dtype="bfloat16"),
-    Case(70, 128, 70, cache="int4", window=30),
+    Case(200, 1024, 100, cache="int8", window=90),
     Case(49, 64, 16, cache="int4", group=4),
     # A few tokens over many keys, in one block and in several.
     Case(60, 300, 1, group=7),
-    Case(60, 9300, 5, group=3, cache="bfloat16"),
-    Case(60, 600, 1, group=7, cache="int8", mesh="212"),
     Case(60, 9300, 2, group=7, cache="int8", dtype="bfloat16"),
-    Case(60, 5000, 6, group=2, cache="int4"),
     # Dealt out: in one chunk and in many, which are not multiples of a block.
-    *(Case(50, 64, 64, mesh=mesh) for mesh in ("121", "181")),
-    *(Case(49, 64, 16, mesh=mesh) for mesh in MESHES if mesh != "111"),
-    *(Case(61, 64, 1, mesh=mesh) for mesh in ("121", "181")),
-    *(Case(49, 96, 24, window=12, cache="int8", mesh=mesh) for mesh in ("141", "212")),
-    *(Case(61, 64, 32, cache=cache, mesh="181") for cache in ("int8", "int4")),
-    Case(49, 64, 8, group=4, cache="bfloat16", dtype="bfloat16", mesh="142"),
+    Case(50, 64, 64, mesh="181"),
+    Case(49, 64, 16, mesh="142"),
+    Case(61, 64, 1, mesh="121"),
+    Case(49, 96, 24, window=12, cache="int8", mesh="212"),
+    Case(61, 64, 32, cache="int4", mesh="181"),
     # More than one block on its way.
     Case(700, 2 * 4352, 256, window=300, group=1, mesh="121"),
+]
+MORE = [
+    Case(5, 37, 5),
+    Case(64, 64, 64, group=4),
+    Case(50, 64, 1),
+    Case(80, 8192, 79, group=1),
+    Case(700, 1024, 700, group=1),
+    Case(600, 4608, 600, window=512, group=1),
+    Case(49, 64, 7, window=1),
+    Case(700, 1024, 350, cache="bfloat16", dtype="bfloat16"),
+    Case(49, 64, 7, cache="int8"),
+    Case(70, 128, 70, cache="int4", window=30),
+    Case(60, 9300, 5, group=3, cache="bfloat16"),
+    Case(60, 600, 1, group=7, cache="int8", mesh="212"),
+    Case(60, 5000, 6, group=2, cache="int4"),
+    *(Case(49, 64, 16, mesh=mesh) for mesh in ("141", "212", "222")),
+    Case(61, 64, 1, mesh="181"),
+    Case(49, 96, 24, window=12, cache="int8", mesh="141"),
+    Case(61, 64, 32, cache="int8", mesh="181"),
+    Case(49, 64, 8, group=4, cache="bfloat16", dtype="bfloat16", mesh="142"),
     Case(120, 2 * 4352, 64, cache="int8", group=1, mesh="121"),
 ]
+slow = pytest.mark.slow("the quick cases have each format, chunk, window and axis, in pairs")
+MORE = [pytest.param(case, marks=slow) for case in MORE]
 
 
 def truth_and_plain(case, q, k, v, cache):
@@ -192,7 +201,7 @@ def truth_and_plain(case, q, k, v, cache):
     return np.concatenate(truths, axis=1), np.concatenate(plains, axis=1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
 def test_as_near_the_truth_as_plain_attention(case):
     q, k, v = queries_keys_values(case)
     got, cache = in_chunks(case, q, k, v)
@@ -201,7 +210,9 @@ def test_as_near_the_truth_as_plain_attention(case):
     assert error <= 2 * plain_error + 1e-7
 
 
-@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "cache", ["float32", "int8", *(pytest.param(c, marks=slow) for c in ("bfloat16", "int4"))]
+)
 def test_the_cache_holds_the_same_bits_however_the_text_is_cut(cache):
     base = Case(50, 64, 50, cache=cache)
     inputs = queries_keys_values(base)
@@ -223,14 +234,25 @@ def test_the_cache_holds_the_same_bits_however_the_text_is_cut(cache):
                 np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+FEW = [
+    ("111", None, 1, "float32"),
+    ("111", None, 7, "int8"),
+    ("141", None, 7, "int4"),
+    ("212", 5, 2, "float32"),
+    ("141", 40, 1, "int8"),
+]
+MORE_FEW = [
+    ("111", None, 7, "float32"),
+    ("111", None, 1, "int8"),
+    *(("111", None, few, "int4") for few in (1, 7)),
+    *(("141", None, 7, cache) for cache in ("float32", "int8")),
+    *((mesh, 5, 2, "float32") for mesh in ("111", "141")),
+    ("212", 40, 1, "int8"),
+]
+
+
 @pytest.mark.parametrize(
-    "mesh, window, few, cache",
-    [
-        *(("111", None, few, cache) for few in (1, 7) for cache in ("float32", "int8", "int4")),
-        *(("141", None, 7, cache) for cache in ("float32", "int8", "int4")),
-        *((mesh, 5, 2, "float32") for mesh in ("111", "141", "212")),
-        *((mesh, 40, 1, "int8") for mesh in ("141", "212")),
-    ],
+    "mesh, window, few, cache", [*FEW, *(pytest.param(*case, marks=slow) for case in MORE_FEW)]
 )
 def test_a_few_tokens_at_different_positions_in_each_row(mesh, window, few, cache):
     """Prompts of different lengths, run together in chunks; then some tokens more of each, a few

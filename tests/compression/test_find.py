@@ -1,8 +1,8 @@
 """Head scores against the whole attention matrix in float64."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.intermediates import queries_and_keys
 
 import lsjax
 from lsjax.compression.find import REPEATS, find_heads, repeated_text
@@ -11,19 +11,9 @@ from lsjax.errors import UserError
 
 def whole_matrix(lm, text):
     """[2, layers, heads] echo and induction from the definition, and from queries and keys."""
-    _, seen = lm.engine.decoder.apply(
-        {"params": lm.params},
-        jnp.asarray(text)[None],
-        jnp.arange(len(text))[None],
-        lm.engine.tables([len(text)]),
-        None,
-        mutable=["intermediates"],
-    )
     n, group = (len(text) - 1) // REPEATS, lm.config.num_heads // lm.config.num_kv_heads
     rows = []
-    for layer in range(lm.config.num_layers):
-        found = seen["intermediates"][f"layers_{layer}"]["attn"]
-        q, k = (np.asarray(found[x][0], np.float64)[0] for x in ("queries", "keys"))
+    for q, k in queries_and_keys(lm, text):
         scores = np.einsum("thd,shd->hts", q, np.repeat(k, group, axis=1)) / np.sqrt(q.shape[-1])
         scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))

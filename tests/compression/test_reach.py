@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from helpers.intermediates import queries_and_keys
 
 import lsjax
 from lsjax.compression import HEAD_FILE, Razor, assumed, write_bounds
@@ -41,16 +42,7 @@ def whole():
 def seen(whole):
     """[layers] of queries and keys, [length, heads, head_dim] float64 each, of a text."""
     ids = whole.tokenizer.encode(PROMPTS[0])[:600]
-    _, found = whole.engine.decoder.apply(
-        {"params": whole.params},
-        np.asarray(ids)[None],
-        np.arange(len(ids))[None],
-        whole.engine.tables([len(ids)]),
-        None,
-        mutable=["intermediates"],
-    )
-    layers = [found["intermediates"][f"layers_{i}"]["attn"] for i in range(2)]
-    return [[np.asarray(at[n][0][0], np.float64) for n in ("queries", "keys")] for at in layers]
+    return queries_and_keys(whole, ids)
 
 
 def test_no_score_is_beyond_its_bound(whole, seen):

@@ -5,8 +5,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import oracle
 import pytest
+from helpers import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

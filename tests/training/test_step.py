@@ -7,28 +7,25 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers.plain_attention import causal_attention
 from models import documents, in_parts, parameters, tiny
-from plain import causal_attention
 
 from lsjax.errors import UserError
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import flatten
 from lsjax.sharding import make_mesh
-from lsjax.training import cross_entropy, loss
+from lsjax.training.loss import ChunkSizes
 from lsjax.training.step import Trainer
 
 LENGTH = 32
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-    """So that a device has several, and the last of them is filled up."""
-    monkeypatch.setattr(loss, "_MLP_TOKENS", 6)
-    monkeypatch.setattr(cross_entropy, "_TOKENS", 5)
+# So that a device has several chunks, and the last of them is filled up.
+SMALL = ChunkSizes(mlp=6, logits=5)
 
 
-def trainer(kind, mesh="", dtype="float32"):
-    return Trainer(tiny(kind), make_mesh(mesh), optax.sgd(1.0), dtype)
+def trainer(kind, mesh="", dtype="float32", chunks=SMALL):
+    return Trainer(tiny(kind), make_mesh(mesh), optax.sgd(1.0), dtype, chunks)
 
 
 def gradients(t, mesh, batch):
@@ -142,11 +139,12 @@ def test_refuses_what_cannot_be_dealt_out(rows, length, said):
         t.losses({}, documents(rows, length), None)
 
 
-def test_temporaries_of_a_device_halve_as_devices_double(monkeypatch):
-    monkeypatch.undo()  # chunks as they are
+def test_temporaries_of_a_device_halve_as_devices_double():
     sizes = []
     for context in (1, 2, 4, 8):
-        program = trainer("rotary", f"context={context}").lower(1, 2**18).compile()
+        program = (
+            trainer("rotary", f"context={context}", chunks=ChunkSizes()).lower(1, 2**18).compile()
+        )
         sizes.append(program.memory_analysis().temp_size_in_bytes)
     for more, fewer in itertools.pairwise(sizes):
         assert 0.43 < fewer / more < 0.57, sizes

@@ -1,0 +1,317 @@
+"""Faults seeded by hand, each with a quick test that must fail: what the quick tests protect.
+
+python tests/faults.py                 all of them, on a copy of the checkout: a table
+python tests/faults.py --only=merge    those whose names hold the word
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLAGS = flags.FLAGS
+flags.DEFINE_string("only", "", "Runs only the faults whose names hold this.")
+flags.DEFINE_integer("jobs", 2, "Faults tried at once.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A change of one place in the library that a test must notice.
+
+    Attributes:
+      name: what goes wrong.
+      file: of the library.
+      right: what stands there, once.
+      wrong: what is put in its place.
+      test: pytest's words for the test that must fail: a node id, or a file and -k.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+FAULTS = (
+    Fault(
+        "a wrong slot in the zigzag",
+        "lsjax/cache/zigzag.py",
+        "high = jnp.clip(rest - (2 * self.devices - 1 - device)",
+        "high = jnp.clip(rest - (2 * self.devices - 2 - device)",
+        "tests/attention/test_zigzag.py",
+    ),
+    Fault(
+        "a merge weight swapped",
+        "lsjax/attention/partial.py",
+        "weight_a[..., None] * a.values + weight_b[..., None] * b.values",
+        "weight_b[..., None] * a.values + weight_a[..., None] * b.values",
+        "tests/attention/test_merge.py",
+    ),
+    Fault(
+        "devices merged by the local running max",
+        "lsjax/attention/partial.py",
+        "highest = _finite(jax.lax.pmax(partial.lse, axis_name))",
+        "highest = _finite(partial.lse)",
+        "tests/attention/test_cached_attention.py -k mesh",
+    ),
+    Fault(
+        "an int8 value's scale dropped",
+        "lsjax/attention/blockwise.py",
+        "            weights = weights * factor[:, :, None]",
+        "            pass",
+        "tests/attention/test_cached_attention.py -k int8",
+    ),
+    Fault(
+        "an int8 block rounded twice",
+        "lsjax/attention/cached.py",
+        "            run = recent.extend(before, k, v, positions[0, 0] - run_first[0])",
+        "            held = (s.encode(x).floats() for s, x in zip(stores, (k, v)))\n"
+        "            run = recent.extend(before, *held, positions[0, 0] - run_first[0])",
+        "tests/attention/test_cached_attention.py -k int8",
+    ),
+    Fault(
+        "queries not transformed over a quantized cache",
+        "lsjax/attention/cached.py",
+        "q, k = spread(q), spread(k)",
+        "q, k = q, spread(k)",
+        "tests/attention/test_cached_attention.py -k int8",
+    ),
+    Fault(
+        "a window off by one",
+        "lsjax/attention/cached.py",
+        "positions + 1 - window",
+        "positions - window",
+        "tests/attention/test_cached_attention.py -k window",
+    ),
+    Fault(
+        "a ring step too few",
+        "lsjax/attention/ring.py",
+        "jax.lax.fori_loop(0, devices - 1, step, (partial, block))",
+        "jax.lax.fori_loop(0, devices - 2, step, (partial, block))",
+        "tests/attention/test_cached_attention.py -k mesh",
+    ),
+    Fault(
+        "gradients of keys added one device too late",
+        "lsjax/attention/backward.py",
+        "        added = ring.from_the_device_before(added, zigzag.devices)  # and home\n",
+        "",
+        "tests/attention/test_differentiable_attention.py",
+    ),
+    Fault(
+        "packed documents see each other",
+        "lsjax/training/loss.py",
+        "begin = jnp.maximum(batch.begin, at + 1 - window)",
+        "begin = jnp.maximum(0 * batch.begin, at + 1 - window)",
+        "tests/training/test_step.py",
+    ),
+    Fault(
+        "rotary tables of the wrong row",
+        "lsjax/positions/rotary.py",
+        "return jax.vmap(lambda row, i: row[i])(table, index)",
+        "return jax.vmap(lambda row, i: row[i])(table[::-1], index)",
+        "tests/generation/test_request_decides.py",
+    ),
+    Fault(
+        "YaRN without its attention factor",
+        "lsjax/positions/frequencies.py",
+        "return _yarn(inv, scaling, theta), _yarn_attention_factor(scaling)",
+        "return _yarn(inv, scaling, theta), 1.0",
+        "tests/nn/test_golden_logits.py -k yarn",
+    ),
+    Fault(
+        "ALiBi slopes in the wrong order of layers' heads",
+        "lsjax/nn/decoder.py",
+        "return layer_slopes(c, self.heads)",
+        "return [slopes[::-1] for slopes in layer_slopes(c, self.heads)]",
+        "tests/nn/test_baichuan_logits.py",
+    ),
+    Fault(
+        "a chunk's tail read as tokens",
+        "lsjax/layer_by_layer.py",
+        "is_last = (positions == lengths[:, None] - 1)[..., None]",
+        "is_last = (positions == positions.max())[..., None]",
+        "tests/generation/test_same_tokens.py -k chunk",
+    ),
+    Fault(
+        "a prompt's tail kept in the float block",
+        "lsjax/attention/cached.py",
+        "after = end[:, -1] if lengths is None else jnp.minimum(end[:, -1], lengths)",
+        "after = end[:, -1]",
+        "tests/generation/test_same_tokens.py -k batch",
+    ),
+    Fault(
+        "end-of-sequence ignored in a batch",
+        "lsjax/generation.py",
+        "                self._left[row] = 0\n",
+        "                self._left[row] = 0 if row == 0 else self._left[row]\n",
+        "tests/generation/test_ending.py",
+    ),
+    Fault(
+        "a draft's token accepted unseen",
+        "lsjax/lookup.py",
+        "return 1 + jnp.sum(same, axis=1)",
+        "return jnp.minimum(2 + jnp.sum(same, axis=1), chosen.shape[1])",
+        "tests/generation/test_lookup.py",
+    ),
+    Fault(
+        "top_p keeps the token before the threshold only",
+        "lsjax/sampling.py",
+        "jnp.where(before < draw.top_p, scores, -jnp.inf)",
+        "jnp.where(before + probabilities < draw.top_p, scores, -jnp.inf)",
+        "tests/generation/test_sampling.py",
+    ),
+    Fault(
+        "the compensation token counted once",
+        "lsjax/attention/compensation.py",
+        "lse = scores + jnp.log(dropped.count.astype(jnp.float32))[:, None, None, None]",
+        "lse = scores + jnp.log(jnp.minimum(dropped.count, 1).astype(jnp.float32))"
+        "[:, None, None, None]",
+        "tests/compression/test_window.py",
+    ),
+    Fault(
+        "the GPU's decode kernel reads past a row's end",
+        "lsjax/attention/gpu.py",
+        "visible = (slots >= begin[:, None]) & (slots < end[:, None])",
+        "visible = (slots >= begin[:, None]) & (slots <= end[:, None])",
+        "tests/attention/test_gpu_kernels.py -k decode",
+    ),
+    Fault(
+        "the TPU kernel forgets what it had at an edge",
+        "lsjax/attention/tpu.py",
+        "weighted[h] = keep * weighted[h] + added",
+        "weighted[h] = weighted[h] + added",
+        "tests/attention/test_tpu_kernel.py",
+    ),
+    Fault(
+        "an embedding found by two devices",
+        "lsjax/nn/linear.py",
+        "here = (at >= 0) & (at < part.shape[0])",
+        "here = (at >= 0) & (at <= part.shape[0])",
+        "tests/generation/test_meshes.py",
+    ),
+    Fault(
+        "gate and up swapped where they are fused",
+        "lsjax/families/glm.py",
+        'gate_up = (f"{block}/mlp/gate", f"{block}/mlp/up")',
+        'gate_up = (f"{block}/mlp/up", f"{block}/mlp/gate")',
+        "tests/nn/test_golden_logits.py -k chatglm",
+    ),
+    Fault(
+        "a truncated tensor accepted",
+        "lsjax/checkpoint/safetensors_header.py",
+        "        if end > data_bytes:",
+        "        if end > 2 * data_bytes:",
+        "tests/checkpoint/test_faults.py",
+    ),
+    Fault(
+        "a resumed step counted twice",
+        "lsjax/training/loop.py",
+        "checkpoints.save(step, state, begins)",
+        "checkpoints.save(step - 1, state, begins)",
+        "tests/training/test_resume.py",
+    ),
+    Fault(
+        "half a character shown",
+        "lsjax/tokenizer/detokenizer.py",
+        'return self._utf8.decode(b"".join(self._bytes(ids)))',
+        'return self._utf8.decode(b"".join(self._bytes(ids)), final=True)',
+        "tests/tokenizer/test_tokenizer_streaming.py",
+    ),
+    Fault(
+        "scales left out of a plan's cache",
+        "lsjax/cache/kv_cache.py",
+        "return config.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))",
+        "return config.num_layers * sum(\n"
+        "            x.size * x.dtype.itemsize for x in jax.tree.leaves(layer) if x.ndim > 3\n"
+        "        )",
+        "tests/planning",
+    ),
+)
+
+
+def main(_: list[str]) -> int:
+    chosen = [fault for fault in FAULTS if FLAGS.only in fault.name]
+    with tempfile.TemporaryDirectory() as folder:
+        right = _copy(pathlib.Path(folder) / "right")
+        tests = sorted({fault.test.split()[0] for fault in chosen})
+        done, seconds = _quick_tests(right, " ".join(tests))
+        print(f"as it is: {_last_line(done)}", flush=True)
+        if done.returncode:
+            print(done.stdout[-4000:])
+            return 1
+        with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
+            missed = 0
+            tried = pool.map(_tried_in(folder), chosen)
+            for fault, (done, seconds) in zip(chosen, tried, strict=True):
+                caught = done.returncode == 1 and " failed" in _last_line(done)
+                missed += not caught
+                verdict = "caught" if caught else "MISSED"
+                print(f"{verdict}  {seconds:4.0f} s  {fault.name}: {fault.test}", flush=True)
+                if not caught:
+                    print(done.stdout[-2000:], done.stderr[-2000:])
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    return int(missed > 0)
+
+
+def _tried_in(folder: str):
+    def tried(fault: Fault):
+        root = _copy(pathlib.Path(folder) / str(FAULTS.index(fault)))
+        file = root / fault.file
+        text = file.read_text()
+        assert text.count(fault.right) == 1, f"{fault.name}: not once in {fault.file}"
+        file.write_text(text.replace(fault.right, fault.wrong))
+        try:
+            return _quick_tests(root, fault.test + " -x")
+        finally:
+            shutil.rmtree(root)
+
+    return tried
+
+
+def _copy(to: pathlib.Path) -> pathlib.Path:
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(ROOT, to, ignore=ignored)
+    return to
+
+
+def _quick_tests(root: pathlib.Path, words: str):
+    """Runs tests that are not slow on the library in `root`: the process, and its seconds."""
+    # -k takes what it is to match as one word.
+    words = words.split()
+    start = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow",
+            *words,
+        ],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    return done, time.monotonic() - start
+
+
+def _last_line(done: subprocess.CompletedProcess) -> str:
+    return (done.stdout.strip().splitlines() or ["nothing said"])[-1]
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,9 +1,10 @@
-"""Eight CPU devices, so that every mesh can be tested; set before JAX is imported."""
+"""How tests run: eight CPU devices, so that every mesh can be tested, and quick compiling."""
 
 import gc
 import importlib.metadata
 import os
 import pathlib
+import time
 
 import pytest
 
@@ -11,10 +12,61 @@ _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older code generator, gone since 0.11, takes half as long and its code runs as fast.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+# Before JAX is imported. Programs that tests start inherit what is set here, but those of
+# tests/hosts have the newer generator, and those of test_run_pa are compiled as users have them.
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 # Compiling takes longer than running, and nearly half of it are LLVM's passes. XLA's are the same
-# without them, as are the matrix products. Programs that tests start inherit both settings, but
-# those of tests/hosts have the newer generator, and those of test_run_pa are compiled as users have
-# them.
+# without them, as are the matrix products.
 _WITHOUT_PASSES = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ[_WITHOUT_PASSES] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+_WEEK = 7 * 24 * 3600
+
+
+def pytest_configure(config):
+    """All workers share one cache of compiled programs, which the next run finds as well."""
+    if hasattr(config, "workerinput"):
+        return  # it has the environment of the process that started it
+    folder = config.rootpath / ".pytest_cache" / "compiled"
+    for file in folder.glob("*"):
+        if file.stat().st_mtime < time.time() - _WEEK:
+            file.unlink(missing_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one file run on one worker, where they share fixtures and programs in memory."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(pathlib.Path(item.path).name)))
+        slow = item.get_closest_marker("slow")
+        if slow and not slow.args:
+            raise pytest.UsageError(f"{item.nodeid} is slow, and does not say why that is no loss")
+
+
+def pytest_collection_finish():
+    """What has been imported stays: looking through it takes longer than all other garbage."""
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Tests marked runs_long have LLVM's passes, as do the fixtures that are made for them."""
+    import jax
+
+    without = _WITHOUT_PASSES in os.environ and not item.get_closest_marker("runs_long")
+    jax.config.update(_WITHOUT_PASSES.lower(), without)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module():
+    """A compiled program takes hundreds of the 65,530 memory mappings that a process may hold."""
+    import jax
+
+    from lsjax.sharded_model import forget_compiled_programs
+
+    yield
+    forget_compiled_programs()
+    jax.clear_caches()
+    gc.collect()

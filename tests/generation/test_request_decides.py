@@ -37,6 +37,12 @@ def test_auto_leaves_short_requests_alone_and_scales_long_ones_by_what_they_need
     assert tokens(auto, short, long) == [*tokens(auto, short), *tokens(auto, long)]
 
 
+def test_auto_settles_each_row_where_rows_lie_on_different_devices(model):
+    alone, auto = (model("qwen3", mesh=mesh, rope_scaling="auto") for mesh in ("", "data=2"))
+    prompts = prompt(2 * alone.config.trained_length), prompt(50)
+    assert tokens(auto, *prompts) == tokens(alone, *prompts)
+
+
 def test_auto_is_ntk_for_llama(model):
     lm = scaled(model, "llama", "auto")
     trained = lm.config.trained_length

@@ -39,13 +39,20 @@ def with_scores(tmp_path, config, induction):
     return SMALL | {"heads": path}
 
 
-def keys_read(lm, count):
+def keys_read(lm, count, length=LENGTH):
     """The share of pass keys that is read right."""
-    passages = held_out_passages(LENGTH, count)
+    passages = held_out_passages(length, count)
     found = lm.generate([p.prompt for p in passages], 8, max_batch_size=count)
     return sum(p.answer in c.text for p, c in zip(passages, found, strict=True)) / count
 
 
+def test_a_pass_key_is_read_by_the_heads_that_retrieve_and_by_no_others(small, tmp_path):
+    assert keys_read(small, 4, 1000) == 1
+    worse = with_scores(tmp_path, small.config, [[1, 1, 1, 1], [0, 0, 0, 0]])
+    assert keys_read(lsjax.load(rope_scaling="auto", kv_compression=worse), 4, 1000) < 0.5
+
+
+@pytest.mark.slow("140 pass keys, of which eight are read in the quick test above")
 @pytest.mark.runs_long
 def test_the_heads_that_retrieve_are_found_and_keep_the_pass_keys(full, small, tmp_path):
     of_all = keys_read(full, 50)
@@ -59,6 +66,7 @@ def test_the_heads_that_retrieve_are_found_and_keep_the_pass_keys(full, small, t
         assert keys_read(worse, 20) < 0.5 * of_all
 
 
+@pytest.mark.slow("600 steps of decoding; the attention of each is tested against float64")
 def test_perplexity_stays_within_a_hundredth(full, small):
     text = " ".join(sentences(random.Random(1), 3 * LENGTH))
     ids = full.tokenizer.encode(text)
@@ -85,21 +93,29 @@ def tokens(kv="float32", compression=SMALL, **options):
     return [c.token_ids for c in found]
 
 
-CHUNKS = ({"prefill_chunk": 100}, {"prefill_chunk": 4096})
-MESHES = (
-    {"mesh": "context=8"},
-    {"mesh": "model=2"},
-    {"mesh": "data=2,context=2,model=2", "prefill_chunk": 96},
-)
+ALL_AXES = {"mesh": "data=2,context=2,model=2", "prefill_chunk": 96}
+slow = pytest.mark.slow("all axes and a chunk that no block divides are quick together")
 
 
 @pytest.mark.parametrize(
-    "kv, others", [("float32", (*CHUNKS, *MESHES)), ("int8", (CHUNKS[0], MESHES[2]))]
+    "kv, options",
+    [
+        ("int8", ALL_AXES),
+        pytest.param("int8", {"prefill_chunk": 100}, marks=slow),
+        *(
+            pytest.param("float32", options, marks=slow)
+            for options in (
+                {"prefill_chunk": 100},
+                {"prefill_chunk": 4096},
+                {"mesh": "context=8"},
+                {"mesh": "model=2"},
+                ALL_AXES,
+            )
+        ),
+    ],
 )
-def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, others):
-    expected = tokens(kv)
-    for options in others:
-        assert tokens(kv, **options) == expected, options
+def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, options):
+    assert tokens(kv, **options) == tokens(kv)
 
 
 def test_windows_that_take_everything_change_nothing():

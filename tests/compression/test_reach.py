@@ -88,6 +88,7 @@ def test_tokens_are_those_of_the_whole_cache(whole):
     assert tokens(twin(), PROMPTS[1:]) == expected[1:]
 
 
+@pytest.mark.slow("ALiBi on meshes and compressed caches on meshes are quick, each by itself")
 @pytest.mark.parametrize(
     "kv, options",
     [

@@ -40,7 +40,14 @@ def in_float64(q, k, v, start, position):
 
 @pytest.mark.parametrize(
     "mesh, chunk",
-    [((1, 1, 1), 50), ((1, 1, 1), 256), ((1, 4, 1), 32), ((1, 2, 2), 128), ((2, 2, 2), 64)],
+    [
+        ((1, 1, 1), 50),
+        ((2, 2, 2), 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow("all axes together are quick"))
+            for case in (((1, 1, 1), 256), ((1, 4, 1), 32), ((1, 2, 2), 128))
+        ),
+    ],
 )
 def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mesh, chunk):
     rng = np.random.default_rng(0)
@@ -105,9 +112,15 @@ def passkeys(count, length, compression, **options):
 
 
 def test_pass_keys_are_read():
+    assert passkeys(4, 1300, SMALL, prefill_chunk=128)[0] == 4
+
+
+@pytest.mark.slow("twenty where four are quick")
+def test_many_pass_keys_are_read():
     assert passkeys(20, 2000, SMALL, prefill_chunk=128)[0] >= 19
 
 
+@pytest.mark.slow("what each layer computes on a mesh is tested quickly against float64")
 @pytest.mark.parametrize(
     "kv, mesh", [("float32", "context=8"), ("int8", "data=2,context=2,model=2")]
 )

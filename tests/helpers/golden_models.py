@@ -20,7 +20,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {file.parent.name: file for file in GOLDEN.glob("models/*/config.json")}
 CONFIGS |= {file.stem: file for file in GOLDEN.glob("baichuan/*.json")}
 
-BLOCK = 256  # that a quantized cache keeps in floats: shorter than a user's, as prompts are
+BLOCK = 64  # that a quantized cache keeps in floats: shorter than a user's, as prompts are
 
 
 def build(

@@ -5,14 +5,20 @@ VENV ?= .venv
 AHEAD ?= $(VENV)-ahead
 BIN = $(VENV)/bin
 
-.PHONY: demo test ahead lint
+.PHONY: demo test test-all faults ahead lint
 
 demo: $(VENV)/run-ready
 	$(BIN)/python scripts/run_pa.py --input_texts examples/passkey_2048.txt --max_output_length 16 \
 	  --rope_scaling '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
 
 test: $(VENV)/test-ready
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/test-ready
 	$(BIN)/python -m pytest -q
+
+faults: $(VENV)/test-ready
+	$(BIN)/python tests/faults.py
 
 ahead: $(AHEAD)/ahead-ready
 	$(AHEAD)/bin/python -m pytest -q tests/ahead

@@ -6,3 +6,4 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would ask a cloud's metadata server what it is on
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no TPU for two workers to quarrel over
 del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]  # these compilers are asked as users ask them
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is asked for is what compilers say

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from test_programs import CONFIGS, GLM, QWEN, with_layers
+from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 import lsjax
 from lsjax.planning import Layout, find_target

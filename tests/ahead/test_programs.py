@@ -5,25 +5,14 @@ are those of the whole model, or larger.
 """
 
 import dataclasses
-import pathlib
 
 import pytest
+from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 from lsjax.compression import Razor, assumed
-from lsjax.config import ModelConfig
-from lsjax.families import read_config
 from lsjax.planning import Layout, find_target
 from lsjax.planning.arithmetic import cache_bytes, hidden_bytes
 from lsjax.planning.compiled import compile_for
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "golden" / "configs"
-QWEN = pathlib.Path(__file__).parents[2] / "examples" / "qwen2.5-0.5b.json"
-GLM = CONFIGS / "glm-4-9b-chat-1m.json"
-
-
-def with_layers(path: pathlib.Path, count: int) -> ModelConfig:
-    config = read_config(path)
-    return dataclasses.replace(config, num_layers=count, windows=config.windows[:count])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from test_programs import GLM
+from helpers.published import GLM
 
 from lsjax.cache import CacheSpec
 from lsjax.engine import Engine

@@ -1,7 +1,7 @@
 """A training step on a million tokens, compiled for TPUs. Layers are few, so that it is quick."""
 
 import optax
-from test_programs import CONFIGS, with_layers
+from helpers.published import CONFIGS, with_layers
 
 from lsjax.planning import find_target, target_mesh
 from lsjax.training.step import Trainer

@@ -9,7 +9,10 @@ from lsjax.shipped.evaluation import held_out_passages
 pytestmark = pytest.mark.runs_long
 
 
-@pytest.fixture(scope="module", params=[2000, 4000])
+LENGTHS = [1200, pytest.param(4000, marks=pytest.mark.slow("a quarter of it is quick"))]
+
+
+@pytest.fixture(scope="module", params=LENGTHS)
 def pair(request):
     """The model over a float and over an int8 cache, and a length."""
     models = [lsjax.load(rope_scaling="auto", kv_cache_dtype=d) for d in ("float32", "int8")]

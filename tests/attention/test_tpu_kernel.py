@@ -55,7 +55,8 @@ def any_case(seed):
 
 
 CASES = [
-    *map(any_case, range(8)),
+    *map(any_case, (0, 1, 2, 3, 5, 6, 7)),
+    pytest.param(any_case(4), marks=pytest.mark.slow("ten seconds for the widest heads")),
     # Several blocks of queries and of keys, the last of queries padded.
     Case(2, 1, 8, 150, 128, 1536, "int8", "bfloat16", None),
     Case(1, 1, 3, 400, 64, 2048, "float32", "float32", 600),

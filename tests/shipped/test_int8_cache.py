@@ -9,7 +9,7 @@ from lsjax.shipped.evaluation import held_out_passages
 pytestmark = pytest.mark.runs_long
 
 
-LENGTHS = [1200, pytest.param(4000, marks=pytest.mark.slow("a quarter of it is quick"))]
+LENGTHS = [1600, pytest.param(4000, marks=pytest.mark.slow("less than half of it is quick"))]
 
 
 @pytest.fixture(scope="module", params=LENGTHS)

@@ -12,6 +12,7 @@ from lsjax.shipped.training import Phase, Settings, Stage, train
 pytestmark = pytest.mark.runs_long
 
 
+@pytest.mark.slow("that losses fall, resume and export is quick in tests/training")
 @pytest.mark.parametrize("positions", HF_CONFIGS)
 def test_a_short_training_learns_and_exports_a_model(positions, tmp_path):
     hf_config = HF_CONFIGS[positions]

@@ -1,11 +1,13 @@
 """What the programs share: the flags that say which model, and reporting errors."""
 
+import contextlib
 import importlib
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from lsjax import hosts
@@ -50,6 +52,12 @@ def define_mesh_flags() -> None:
     flags.DEFINE_integer(
         "coordinator_timeout", 300, "Seconds to wait for the others.", lower_bound=1
     )
+
+
+def make_cpu_devices(count: int) -> None:
+    """Makes so many devices of a CPU; a process that uses its devices already keeps those."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def connect() -> None:

@@ -63,6 +63,12 @@ flags.DEFINE_integer("kv_heads", 2, "Of keys and values.", lower_bound=1)
 flags.DEFINE_integer("head_dim", 64, "Channels of a head.", lower_bound=1)
 flags.DEFINE_integer("devices", 1, "That our KV heads are divided over.", lower_bound=1)
 flags.DEFINE_list("cache_dtypes", ["float32", "int8"], f"Of our cache: {', '.join(CACHE_DTYPES)}.")
+flags.DEFINE_integer(
+    "product_size", 2048, "Rows of the square matrices whose product is a limit.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "array_size", 2**26, "Numbers in the array that is read and copied for a limit.", lower_bound=1
+)
 flags.DEFINE_integer("rounds", 5, "Measurements of each formulation.", lower_bound=1)
 flags.DEFINE_string("torch_python", None, "A Python that has torch, to measure as well.")
 flags.DEFINE_string("output_json", None, "Write the figures here.")
@@ -92,8 +98,8 @@ class Case:
     heads: int
     kv_heads: int
     head_dim: int
-    product_size: int = 2048
-    array_size: int = 2**26
+    product_size: int
+    array_size: int
 
     @property
     def flops(self) -> float:
@@ -370,7 +376,7 @@ def _cases() -> Iterator[Case]:
         raise UserError(f"--devices={FLAGS.devices} does not divide --kv_heads={FLAGS.kv_heads}.")
     if not (FLAGS.decode_lengths or FLAGS.prefill_lengths):
         raise UserError("--decode_lengths and --prefill_lengths are both empty.")
-    shape = (FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim)
+    shape = (FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim, FLAGS.product_size, FLAGS.array_size)
     yield Case("limits", 0, *shape)
     for kind, flag in (
         ("decode", "decode_lengths"),

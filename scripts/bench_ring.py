@@ -106,7 +106,7 @@ def main(_) -> None:
     for file in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(file)
     # More devices than a CPU has are made of it; anything else has what it has.
-    jax.config.update("jax_num_cpu_devices", max(counts))
+    cli.make_cpu_devices(max(counts))
     figures = []
     print(
         "layout      devices     length   seconds   tokens/s  busiest   sent      cache  "

@@ -67,7 +67,7 @@ def main(_) -> None:
         return
     if FLAGS.against_plain and devices > 1:
         raise UserError("--against_plain goes with one device; leave --mesh out.")
-    jax.config.update("jax_num_cpu_devices", devices)
+    cli.make_cpu_devices(devices)
     print("step          seconds   tokens/s  temporaries a device")
     ours, temporaries = _ours(config, sizes)
     if not FLAGS.against_plain:

@@ -62,7 +62,7 @@ def main(_) -> None:
         jax.config.update("jax_platforms", "cpu")  # the devices that are here are not asked
     kind, _, count = FLAGS.target.partition(":")
     if FLAGS.compile and kind == "cpu" and count.isdecimal():
-        jax.config.update("jax_num_cpu_devices", int(count))
+        cli.make_cpu_devices(int(count))
     for file in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(file)
     options = (

@@ -6,7 +6,7 @@ import logging
 import jax
 import numpy as np
 import pytest
-from made_checkpoints import CONFIGS, make_folder, make_tensors, mesh, write_folder
+from helpers.checkpoints import CONFIGS, make_folder, make_tensors, mesh, write_folder
 from safetensors.numpy import load_file
 
 from lsjax.checkpoint import (

@@ -6,7 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from made_checkpoints import make_folder, make_tensors, mesh, write_folder
+from helpers.checkpoints import make_folder, make_tensors, mesh, write_folder
 from safetensors.numpy import save_file
 
 from lsjax.checkpoint import checkpoint_bytes, convert_hf_to_orbax, load_parameters

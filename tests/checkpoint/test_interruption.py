@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_checkpoints import make_folder, mesh
+from helpers.checkpoints import make_folder, mesh
 
 from lsjax.checkpoint import (
     convert_hf_to_orbax,

@@ -5,7 +5,7 @@ import logging
 import jax
 import numpy as np
 import pytest
-from made_checkpoints import CONFIGS, make_tensors, mesh, write_folder, write_index
+from helpers.checkpoints import CONFIGS, make_tensors, mesh, write_folder, write_index
 from safetensors.numpy import save_file
 
 from lsjax.checkpoint import checkpoint_bytes, load_parameters

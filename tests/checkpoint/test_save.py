@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from made_checkpoints import CONFIGS, make_folder, mesh
+from helpers.checkpoints import CONFIGS, make_folder, mesh
 
 from lsjax import UserError
 from lsjax.checkpoint import load_parameters, save_parameters

@@ -2,32 +2,38 @@
 
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 
-import processes
 import pytest
+from helpers.processes import finish, free_port, start
+from helpers.programs import ROOT, path_of, run
 
-RUN_PA = processes.ROOT / "scripts" / "run_pa.py"
-PASSKEY = processes.ROOT / "examples" / "passkey_2048.txt"
-YARN = '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
+from lsjax.errors import UserError
+from lsjax.roll_call import roll_call
 
-
-def start(devices, *flags):
-    return processes.start(devices, RUN_PA, "--rope_scaling", YARN, *flags)
+PASSKEY = (ROOT / "examples" / "passkey_2048.txt").read_text()
+# With the key at 66, and no more than fill some chunks of each device.
+SHORT = PASSKEY[700:900] + PASSKEY[-100:]
+SCALING = '--rope_scaling={"rope_type": "yarn", "factor": 4.5, ' + (
+    '"original_max_position_embeddings": 512}'
+)
 
 
 def joined(count, *, missing=(), timeout=60, flags=()):
     """Processes of four devices each that belong together."""
-    address = f"localhost:{processes.free_port()}"
+    address = f"localhost:{free_port()}"
     return [
         start(
-            4,
+            path_of("run_pa.py"),
+            SCALING,
             f"--coordinator_address={address}",
             f"--num_processes={count}",
             f"--process_id={i}",
             f"--coordinator_timeout={timeout}",
             *flags,
+            devices=4,
         )
         for i in range(count)
         if i not in missing
@@ -39,52 +45,78 @@ def token_ids(file):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("mesh", "alone", "flags"),
     [
-        ("--mesh=context=8", "--kv_cache_dtype=int8"),
-        ("--mesh=data=2,context=2,model=2", "--prompt_lookup_num_tokens=3"),
+        ("--mesh=context=8", "--mesh=", "--kv_cache_dtype=int8"),
+        pytest.param(
+            *2 * ["--mesh=data=2,context=2,model=2"],
+            "--prompt_lookup_num_tokens=3",
+            marks=pytest.mark.slow("meshes are tested in one process, two processes with context"),
+        ),
     ],
-    ids=str,
 )
-def test_two_processes_of_four_devices_say_what_one_of_eight_says(flags, tmp_path):
-    prompts = (PASSKEY.read_text(), "The door was open. The key of the house is")
-    flags = (*flags, "--max_output_length=12", *(f"--input_texts={p}" for p in prompts))
-    alone = start(8, *flags, f"--output_json={tmp_path / 'alone.json'}")
-    assert "65415" in alone.communicate(timeout=300)[0]
-    both = joined(2, flags=(*flags, f"--output_json={tmp_path / 'both.json'}"))
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+def test_two_processes_of_four_devices_say_what_one_process_says(mesh, alone, flags, tmp_path):
+    prompts = (SHORT, "The door was open. The key of the house is")
+    flags = (flags, "--max_output_length=8", *(f"--input_texts={p}" for p in prompts))
+    both = joined(2, flags=(mesh, *flags, f"--output_json={tmp_path / 'both.json'}"))
+    said = [finish(process) for process in both]
+    assert [one.returncode for one in said] == [0, 0], said
+    done = run("run_pa.py", SCALING, alone, *flags, f"--output_json={tmp_path / 'alone.json'}")
+    assert "65415" in done.stdout
     assert token_ids(tmp_path / "both.json") == token_ids(tmp_path / "alone.json")
-    assert "65415" in said[0][0] and "prompt" in said[0][0]  # one of them talks
-    assert "65415" not in said[1][0] and "prompt" not in said[1][0]
+    assert "65415" in said[0].stdout and "prompt" in said[0].stdout  # one of them talks
+    assert "65415" not in said[1].stdout and "prompt" not in said[1].stdout
 
 
-def test_who_has_not_come_is_said_to_all(tmp_path):
-    flags = ("--mesh=context=8", f"--input_texts={PASSKEY}")
+def test_who_has_not_come_is_said_to_all():
+    address, said = f"localhost:{free_port()}", []
+
+    def call(number):
+        with pytest.raises(UserError) as caught:
+            roll_call(address, 3, number, timeout=2)
+        said.append(str(caught.value))
+
+    threads = [threading.Thread(target=call, args=[number]) for number in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 2
+    assert all("of 3 processes these have not come: 1;" in words for words in said)
+
+
+@pytest.mark.slow("who calls and who answers are tested without the program")
+def test_the_program_of_each_says_who_has_not_come():
+    flags = ("--mesh=context=8", f"--input_texts={SHORT}")
     for process in joined(3, missing=(1,), timeout=6, flags=flags):
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 2
-        assert "of 3 processes these have not come: 1" in said and len(said.splitlines()) == 1
+        said = finish(process, 60)
+        assert said.returncode == 2
+        assert "of 3 processes these have not come: 1" in said.stderr
+        assert len(said.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow("a mesh that is wrong for one process is refused by the same check")
 def test_a_mesh_that_leaves_a_process_without_work_is_refused():
-    for process in joined(2, flags=("--mesh=context=4", f"--input_texts={PASSKEY}")):
-        assert "4 of the 8 devices that 2 processes bring" in process.communicate(timeout=60)[1]
-        assert process.returncode == 2
+    for process in joined(2, flags=("--mesh=context=4", f"--input_texts={SHORT}")):
+        said = finish(process, 60)
+        assert "4 of the 8 devices that 2 processes bring" in said.stderr
+        assert said.returncode == 2
 
 
 def test_without_process_0_nobody_waits_for_ever():
-    (process,) = joined(2, missing=(0,), timeout=2, flags=(f"--input_texts={PASSKEY}",))
-    assert "process 0 is not at localhost" in process.communicate(timeout=60)[1]
-    assert process.returncode == 2
+    who = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", "--process_id=1"]
+    done = run("run_pa.py", *who, "--coordinator_timeout=2", f"--input_texts={SHORT}")
+    assert "process 0 is not at localhost" in done.stderr
+    assert done.returncode == 2
 
 
+@pytest.mark.slow("that dead processes are noticed is JAX's; what is ours is one number")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_dies_the_other_ends_with_an_error(victim):
     flags = (
         "--mesh=context=8",
-        f"--input_texts={PASSKEY}",
-        "--max_output_length=1000000",
+        f"--input_texts={SHORT}",
+        "--max_output_length=100000",
         "--ignore_eos",
         "--allow_untrained_length",
     )
@@ -95,9 +127,7 @@ def test_when_one_dies_the_other_ends_with_an_error(victim):
         said += both[0].stdout.read(1)
     both[victim].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    other = both[1 - victim]
-    other.communicate(timeout=90)
-    assert other.returncode not in (0, None)
+    assert finish(both[1 - victim], 90).returncode not in (0, None)
     assert time.monotonic() - began < 90
 
 
@@ -112,6 +142,5 @@ def test_when_one_dies_the_other_ends_with_an_error(victim):
     ],
 )
 def test_flags_that_do_not_go_together(flags, words):
-    process = start(1, f"--input_texts={PASSKEY}", *flags)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and words in said and len(said.splitlines()) == 1
+    done = run("run_pa.py", f"--input_texts={SHORT}", *flags)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import processes
+import pytest
+from helpers.processes import finish, free_port, start
 
 from lsjax.checkpoint import convert_hf_to_orbax, load_parameters
 from lsjax.checkpoint.random import write_random_checkpoint
@@ -29,20 +30,20 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow("what one process reads and saves on meshes of its own is tested there")
 def test_each_of_two_processes_reads_half_and_what_they_save_is_whole(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     folder, converted, saved = (tmp_path / name for name in ("model", "converted", "saved"))
     folder.mkdir()
     write_random_checkpoint(tmp_path / "config.json", folder)
     convert_hf_to_orbax(folder, converted)
-    address = f"localhost:{processes.free_port()}"
+    address = f"localhost:{free_port()}"
     program = Path(__file__).with_name("load_and_save.py")
-    folders = [str(f) for f in (folder, converted, saved)]
-    both = [processes.start(4, program, address, str(i), *folders) for i in (0, 1)]
-    for process in both:
-        said, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
-        shares = json.loads(said.splitlines()[-1])
+    folders = (folder, converted, saved)
+    both = [start(program, address, i, *folders, devices=4) for i in (0, 1)]
+    for said in [finish(process) for process in both]:
+        assert said.returncode == 0, said.stderr
+        shares = json.loads(said.stdout.splitlines()[-1])
         assert all(0.49 < share < 0.56 for share in shares), shares
     config = read_config(folder)
     one = make_mesh(parse_mesh(""))

@@ -1,20 +1,23 @@
 """Plans by arithmetic: what fits, how long a text would, what is best, and what is refused."""
 
+import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.processes import finish, start
+from helpers.programs import ROOT, run
 
 import lsjax
 from lsjax import UserError
+from lsjax.families import read_config
+from lsjax.planning import find_target
 from lsjax.planning.arithmetic import cache_bytes, needs_of
+from lsjax.planning.compiled import compile_for
 from lsjax.planning.layout import Layout
 from lsjax.planning.planner import fits
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "golden" / "configs"
 GLM = CONFIGS / "glm-4-9b-chat-1m.json"
 QWEN = CONFIGS / "Qwen2-72B-Instruct.json"
@@ -59,7 +62,14 @@ def test_fewer_bits_and_more_devices_take_longer_texts():
     assert longest("h100-80gb:8", "bfloat16") > 2 * lengths[0]
 
 
-@pytest.mark.parametrize("mesh", ["", "context=2", "model=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("", marks=pytest.mark.slow("as with context=2, with nothing twice")),
+        "context=2",
+        pytest.param("model=2", marks=pytest.mark.slow("bytes of halves, as with context=2")),
+    ],
+)
 def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     """By the arrays of a real run, on all devices together."""
     settings = {"kv_cache_dtype": "int8", "mesh": mesh, "prefill_chunk": 512}
@@ -125,11 +135,6 @@ def test_what_is_impossible_is_refused_with_what_is_possible(target, options, wo
     assert words in str(caught.value)
 
 
-def run(program, *flags):
-    command = [sys.executable, ROOT / "scripts" / program, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_the_program_tells_and_writes_its_figures(tmp_path):
     files = [f"--output_json={tmp_path / 'plan.json'}", f"--plot={tmp_path / 'plan.png'}"]
     done = run("plan.py", f"--config={GLM}", "--target=v5e:2x4", *files)
@@ -171,14 +176,27 @@ def test_run_pa_makes_room_for_what_the_model_serves():
     assert done.returncode == 2 and "max_input_length is 2000" in done.stderr
 
 
+def test_arithmetic_is_near_what_the_compiler_says():
+    config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")
+    config = dataclasses.replace(config, num_layers=1, windows=(None,))
+    layout, length = Layout((1, 1, 1), "float32", "int8", 512, 1, 64), 262_144
+    compiled = compile_for(config, find_target("cpu:1"), layout, length)
+    arithmetic = needs_of(config, "cpu", layout, length)
+    assert compiled.keys() == arithmetic.keys()
+    for program, needs in compiled.items():
+        assert arithmetic[program].total == pytest.approx(needs.total, rel=0.1), program
+
+
+@pytest.mark.slow("that the compiler and arithmetic agree is tested without a run")
 @pytest.mark.parametrize(
     ("layers", "length", "kv", "chunk"), [(2, 262_144, "float32", 512), (1, 524_288, "int8", 2048)]
 )
 def test_a_real_run_on_a_cpu_takes_what_was_said(layers, length, kv, chunk):
     program = Path(__file__).with_name("resident.py")
     config = ROOT / "examples" / "qwen2.5-0.5b.json"
-    words = [sys.executable, program, config, *map(str, (layers, length, kv, chunk))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = finish(
+        start(program, config, layers, length, kv, chunk, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    )
     assert done.returncode == 0, done.stderr
     grown, compiled, arithmetic = json.loads(done.stdout)
     assert compiled == pytest.approx(grown, rel=0.1)

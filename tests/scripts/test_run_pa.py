@@ -4,10 +4,10 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
+from helpers.processes import finish, start
+from helpers.programs import path_of, run
 
 from lsjax import shipped_model_path
 
@@ -16,25 +16,25 @@ YARN = '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings":
 DOCUMENT = str(ROOT / "examples" / "passkey_2048.txt")
 
 
-def run_pa(*arguments, cache="", cwd=None):
-    as_users_have_it = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    environment = os.environ | as_users_have_it | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(ROOT / "scripts" / "run_pa.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, cwd=cwd
-    )
+def run_pa(*arguments, cwd="."):
+    return run("run_pa.py", *arguments, cwd=cwd)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A folder for compiled programs that the runs here share."""
-    return tmp_path_factory.mktemp("compiled")
+def as_users_have_it(*arguments, **environment):
+    """run_pa as a process, whose one device is the CPU and whose programs are optimized."""
+    plain = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} | environment
+    return finish(start(path_of("run_pa.py"), *arguments, **plain))
 
 
-def test_the_pass_key_in_four_times_the_trained_length(tmp_path, compiled):
-    arguments = ["--input_texts", DOCUMENT, "--rope_scaling", YARN, "--max_output_length", 16]
-    arguments += ["--output_json", tmp_path / "out.json"]
-    first = run_pa(*arguments, cache=compiled)
+def test_the_pass_key_in_four_times_the_trained_length(tmp_path):
+    def answer():
+        return as_users_have_it(
+            "--input_texts", DOCUMENT, "--rope_scaling", YARN, "--max_output_length", 16,
+            "--output_json", tmp_path / "out.json",
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"),
+        )  # fmt: skip
+
+    first = answer()
     assert first.returncode == 0, first.stderr
     written = json.loads((tmp_path / "out.json").read_text())
     (result,) = written["results"]
@@ -56,7 +56,7 @@ def test_the_pass_key_in_four_times_the_trained_length(tmp_path, compiled):
     ):
         assert line in first.stdout
 
-    again = run_pa(*arguments, cache=compiled)
+    again = answer()
     second = json.loads((tmp_path / "out.json").read_text())
     assert again.returncode == 0 and second["results"] == written["results"]
     assert second["stats"]["compilations"] == 0
@@ -76,28 +76,27 @@ def test_the_pass_key_in_four_times_the_trained_length(tmp_path, compiled):
         ),
     ],
 )
-def test_auto_prints_what_it_chose(text, words, compiled):
+def test_auto_prints_what_it_chose(text, words):
     arguments = ["--input_texts", text, "--rope_scaling", "auto", "--max_output_length", 64]
-    done = run_pa(*arguments, cache=compiled)
+    done = run_pa(*arguments)
     assert done.returncode == 0, done.stderr
     assert all(line in done.stdout for line in words)
 
 
-def test_a_compressed_cache_reads_the_pass_key(compiled):
+def test_a_compressed_cache_reads_the_pass_key():
     small = '{"induction": 0.5, "window": 256, "window_share": 0.1}'
     arguments = ["--input_texts", DOCUMENT, "--rope_scaling", "auto", "--max_output_length", 8]
-    done = run_pa(*arguments, "--kv_compression", small, cache=compiled)
+    done = run_pa(*arguments, "--kv_compression", small)
     assert done.returncode == 0, done.stderr
     assert " 65415\n" in done.stdout and "2 KV heads keep everything" in done.stdout
 
 
-def test_several_texts_and_flags_after_them(tmp_path, compiled):
+def test_several_texts_and_flags_after_them(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("The pass key is 12345. What is the pass key? The pass key is")
     done = run_pa(
         "--input_texts", file, "Some words.", "Other words.", "--max_output_length", 8,
         "--max_batch_size", 2, "--ignore_eos", "--output_json", tmp_path / "out.json",
-        cache=compiled,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())["results"]
@@ -105,17 +104,17 @@ def test_several_texts_and_flags_after_them(tmp_path, compiled):
     assert [r["prompt_tokens"] for r in results] == [len(file.read_text()), 11, 12]
 
 
-def test_ids_and_chats(tmp_path, compiled):
+def test_ids_and_chats(tmp_path):
     out = tmp_path / "out.json"
     short = ["--max_output_length", 4, "--output_json", out]
-    assert run_pa("--input_ids", "5,6,7", "8,9", *short, cache=compiled).returncode == 0
+    assert run_pa("--input_ids", "5,6,7", "8,9", *short).returncode == 0
     results = json.loads(out.read_text())["results"]
     assert [r["prompt_tokens"] for r in results] == [3, 2]
     chats = tmp_path / "chats.jsonl"
     chats.write_text('[{"role": "user", "content": "Hello"}]\n')
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     flags = ["--input_file", chats, "--is_chat_model", "--chat_template", template]
-    done = run_pa(*flags, *short, cache=compiled)
+    done = run_pa(*flags, *short)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["results"][0]["prompt_tokens"] == len("<user>Hello")
 
@@ -161,10 +160,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, arguments, words
         (tmp_path / name / damaged).write_text((shipped / damaged).read_text()[:-40])
     before = sorted(os.listdir(tmp_path))
     done = run_pa("--output_json", "out.json", *arguments, cwd=tmp_path)
-    assert done.returncode != 0
+    assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
         assert word in lines[0]
     assert done.stdout == ""
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_as_a_process_it_ends_with_the_same_sentence():
+    done = as_users_have_it("--input_texts", "no/such/book.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "no/such/book.txt" in done.stderr and "no such file" in done.stderr

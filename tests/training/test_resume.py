@@ -2,16 +2,18 @@
 
 import json
 import signal
-import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
-from runs import command, environment, log, losses, run
+from helpers.processes import finish, start
+from helpers.programs import path_of
+from helpers.training_runs import arguments, log, losses, train
 from safetensors.numpy import load_file
 
 import lsjax
+from lsjax.training.packing import Packer
 
 STEPS = 30
 
@@ -29,51 +31,86 @@ def flags(folder, name):
 def whole(folder):
     """A run that nobody stops, with what it is to be compared to."""
     held_out = ["--eval_data", folder / "data.jsonl", "--eval_lengths", "16,32"]
-    done = run(folder, *flags(folder, "whole"), *held_out)
+    done = train(folder, *flags(folder, "whole"), *held_out)
     assert done.returncode == 0, done.stderr
     return folder / "whole"
 
 
 def interrupted(folder, name, number):
-    """A run that gets a signal once it has written a checkpoint and gone on."""
-    process = subprocess.Popen(
-        command(folder, *flags(folder, name)),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """A process that gets a signal once it has written a checkpoint and gone on."""
+    process = start(path_of("train.py"), *arguments(folder, *flags(folder, name)))
     saved = folder / name / "checkpoints" / "4"
     while not saved.exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(number)
-    out, errors = process.communicate(timeout=300)
-    return process.returncode, out, errors
+    return finish(process)
+
+
+def assert_same_run(found, expected):
+    assert losses(found) == losses(expected)
+    assert list(losses(expected)) == list(range(1, STEPS + 1))
+    wanted, tensors = weights(expected), weights(found)
+    assert wanted.keys() == tensors.keys()
+    assert all(np.array_equal(wanted[k], tensors[k]) for k in wanted)
 
 
 def weights(run_folder):
     return load_file(run_folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow("this process gets it below")),
+        signal.SIGKILL,
+    ],
+)
 def test_a_run_that_goes_on_is_the_same_bit_for_bit(folder, whole, number):
     name = number.name
-    status, out, errors = interrupted(folder, name, number)
+    ended = interrupted(folder, name, number)
     if number == signal.SIGTERM:
-        assert status == 128 + number, errors
-        assert "SIGTERM: everything is saved" in out
+        assert ended.returncode == 128 + number, ended.stderr
+        assert "SIGTERM: everything is saved" in ended.stdout
         reached = max(losses(folder / name))
         assert (folder / name / "checkpoints" / str(reached)).exists() and reached < STEPS
     else:
-        assert status == -number
+        assert ended.returncode == -number
     assert not (folder / name / "model").exists()
-    done = run(folder, *flags(folder, name))
+    done = train(folder, *flags(folder, name))
     assert done.returncode == 0, done.stderr
-    assert losses(folder / name) == losses(whole)
-    assert list(losses(whole)) == list(range(1, STEPS + 1))
-    expected, found = weights(whole), weights(folder / name)
-    assert expected.keys() == found.keys()
-    assert all(np.array_equal(expected[k], found[k]) for k in expected)
+    assert_same_run(folder / name, whole)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow("one handler is for both")),
+    ],
+)
+def test_a_signal_lets_the_step_end_and_everything_be_saved(folder, whole, monkeypatch, number):
+    run_folder = folder / f"asked-{number.name}"
+    take, calls = Packer.take, []
+
+    def take_and_ask(*given):
+        calls.append(given)
+        if len(calls) == 6:  # during step 5: the first batch is taken before a step
+            signal.raise_signal(number)
+        return take(*given)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Packer, "take", take_and_ask)
+        ended = train(folder, *flags(folder, run_folder.name))
+    assert ended.returncode == 128 + number, ended.stderr
+    assert f"{number.name}: everything is saved" in ended.stdout
+    assert signal.getsignal(number) == before
+    assert list(losses(run_folder)) == [1, 2, 3, 4, 5]
+    assert (run_folder / "checkpoints" / "5").exists()
+    assert not (run_folder / "model").exists()
+    done = train(folder, *flags(folder, run_folder.name))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_folder, whole)
 
 
 def test_the_folder_holds_what_a_user_looks_for(whole):
@@ -100,15 +137,15 @@ def test_a_run_made_longer_has_the_model_of_all_its_steps(folder):
     given = ["--schedule", "constant", "--output_dir", folder / "longer"]
     found = []
     for steps in (2, 3):
-        done = run(folder, "--steps", steps, *given)
+        done = train(folder, "--steps", steps, *given)
         assert done.returncode == 0, done.stderr
         found.append(weights(folder / "longer")["model.norm.weight"])
     assert not np.array_equal(*found)
 
 
 def test_settings_that_weights_depend_on_must_stay(folder, whole):
-    done = run(folder, *flags(folder, "whole"), "--seed", 1, "--weight_decay", 0.5)
+    done = train(folder, *flags(folder, "whole"), "--seed", 1, "--weight_decay", 0.5)
     assert done.returncode == 2
     assert "other settings (seed was 0; weight_decay was 0.1)" in done.stderr
-    done = run(folder, *flags(folder, "whole"), "--save_every", 5)
+    done = train(folder, *flags(folder, "whole"), "--save_every", 5)
     assert done.returncode == 0 and "done: the model is in" in done.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.plain_attention import causal_attention
-from models import documents, in_parts, parameters, tiny
+from helpers.tiny_models import documents, in_parts, parameters, tiny
 
 from lsjax.errors import UserError
 from lsjax.nn.decoder import Decoder

@@ -5,7 +5,9 @@ import sys
 import jax.numpy as jnp
 import optax
 import pytest
-from runs import CONFIG, run
+from helpers.processes import finish, start
+from helpers.programs import path_of
+from helpers.training_runs import CONFIG, train
 
 from lsjax import cli
 from lsjax.errors import UserError
@@ -33,12 +35,18 @@ def settled(rope_scaling=None, watch=WATCH, mesh="", steps=10, warmup=0, **rows)
 
 
 def test_a_program_without_what_it_needs_says_so_in_a_sentence(tmp_path):
-    done = run(tmp_path, "--output_dir", tmp_path / "out")
+    done = train(tmp_path, "--output_dir", tmp_path / "out")
     assert (done.returncode, done.stderr) == (2, "error: give the number of --steps.\n")
-    done = run(tmp_path, "--output_dir", tmp_path, "--steps", 2)
+    done = train(tmp_path, "--output_dir", tmp_path, "--steps", 2)
     assert done.returncode == 2 and "holds other files" in done.stderr
-    done = run(tmp_path, "--recipe", "passkey", "--output_dir", tmp_path / "out")
+    done = train(tmp_path, "--recipe", "passkey", "--output_dir", tmp_path / "out")
     assert done.returncode == 2 and "leave out --config, --data, --learning_rate" in done.stderr
+
+
+def test_as_a_process_it_ends_with_the_same_sentence(tmp_path):
+    ended = finish(start(path_of("train.py"), "--output_dir", tmp_path / "out"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: give the number of --steps.\n"
 
 
 def test_a_length_beyond_what_the_model_serves_is_refused_with_both_numbers():

@@ -1,12 +1,9 @@
-"""A tiny model and a corpus, and scripts/train.py run on them as a user runs it."""
+"""A tiny model and a corpus, and train.py run on them."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
-ROOT = pathlib.Path(__file__).parents[2]
+from helpers import programs
+
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -24,25 +21,18 @@ CONFIG = {
 }
 
 
-def command(folder, *flags):
-    """The program on a corpus of its own, which it makes in the folder if it is not there."""
+def arguments(folder, *flags):
+    """What train.py is given; the corpus is made in the folder if it is not there."""
     config, data = folder / "config.json", folder / "data.jsonl"
     if not config.exists():
         config.write_text(json.dumps(CONFIG))
         ids = [[(7 * i + i * j) % 264 for j in range(20 + i)] for i in range(30)]
         data.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
-    given = ["--config", config, "--data", data, "--length", 32, "--learning_rate", 1e-3]
-    return [sys.executable, ROOT / "scripts" / "train.py", *map(str, [*given, *flags])]
+    return ["--config", config, "--data", data, "--length", 32, "--learning_rate", 1e-3, *flags]
 
 
-def environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu"}
-
-
-def run(folder, *flags):
-    return subprocess.run(
-        command(folder, *flags), capture_output=True, text=True, env=environment(), timeout=600
-    )
+def train(folder, *flags):
+    return programs.run("train.py", *arguments(folder, *flags))
 
 
 def log(folder):

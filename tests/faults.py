@@ -243,7 +243,7 @@ def main(_: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         right = _copy(pathlib.Path(folder) / "right")
         tests = sorted({fault.test.split()[0] for fault in chosen})
-        done, seconds = _quick_tests(right, " ".join(tests))
+        done, _ = _quick_tests(right, " ".join(tests), workers=FLAGS.jobs)
         print(f"as it is: {_last_line(done)}", flush=True)
         if done.returncode:
             print(done.stdout[-4000:])

@@ -1,0 +1,242 @@
+"""Every way that this device attends, against float64.
+
+The measure is plain attention in the same dtype on the same device: a kernel may be twice as far
+from the truth, and a little more where plain attention happens to be exact.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax.attention.blockwise import Seen
+from lsjax.attention.by_platform import attend
+from lsjax.attention.partial import Partial
+from lsjax.cache import Store, empty_store
+from lsjax.device_check.record import Recorder
+from lsjax.device_check.sizes import Sizes
+
+Attend = Callable[[jax.Array, Store, Store, Seen], Partial]
+
+_ALIGNED = 256  # no kernel reads a longer block of keys, where no higher power of two divides them
+_COMPILED_AT_ONCE = 8
+_SAMPLED_QUERIES = 64  # of a prefill: float64 takes long
+
+
+class Case(NamedTuple):
+    """One attention to check.
+
+    Attributes:
+      head_dim: channels.
+      cache: float32, bfloat16, int8 or int4.
+      queries: tokens; few are a decode step, many a prefill.
+      keys: slots of the cache.
+      window: tokens that a query sees, or None.
+    """
+
+    head_dim: int
+    cache: str
+    queries: int
+    keys: int
+    window: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of queries, and of the plain attention beside."""
+        return "float32" if self.cache == "float32" else "bfloat16"
+
+
+class Way(NamedTuple):
+    """Code that attends.
+
+    Attributes:
+      name: of the code.
+      attend: (q, k, v, seen) -> Partial.
+      takes: whether it takes a case.
+      exact: whether it reads no block of keys that no query sees.
+    """
+
+    name: str
+    attend: Attend
+    takes: Callable[[Case], bool]
+    exact: Callable[[Case], bool]
+
+
+def kernels(sizes: Sizes, record: Recorder) -> None:
+    """Checks all cases with all that attends on this device; a row each."""
+    platform = jax.default_backend()
+    work = [(way, case) for way in _ways(platform) for case in _cases(sizes) if way.takes(case)]
+
+    def checked(what: tuple[Way, Case]) -> dict[str, Any]:
+        way, case = what
+        row = {"check": way.name, "case": case._asdict()}
+        try:
+            return row | check(case, way, platform)
+        except Exception as error:  # one that does not compile must not hide the others
+            return row | {"ok": False, "why": repr(error)[:500]}
+
+    with ThreadPoolExecutor(1 if platform == "cpu" else _COMPILED_AT_ONCE) as pool:
+        for row in pool.map(checked, work):
+            record(**row)
+
+
+def _cases(sizes: Sizes) -> Iterator[Case]:
+    many, slots = sizes.check_prefill
+    for head_dim in sizes.head_dims:
+        for cache in ("int8", "bfloat16", "float32", "int4"):
+            yield Case(head_dim, cache, 1, sizes.check_keys)
+            yield Case(head_dim, cache, 5, sizes.check_keys, window=sizes.check_keys // 3)
+            if cache in ("int8", "bfloat16"):
+                yield Case(head_dim, cache, many, slots)
+        yield Case(head_dim, "bfloat16", many, slots, window=slots // 3)
+    yield Case(sizes.head_dims[0], "float32", many, sizes.check_keys)
+    yield Case(sizes.head_dims[0], "int4", many, sizes.check_keys)
+
+
+def _ways(platform: str) -> Iterator[Way]:
+    def dispatched(q: jax.Array, k: Store, v: Store, seen: Seen) -> Partial:
+        return attend(platform, q, k, v, seen, None)
+
+    in_place = {"gpu": _gpu_decode_takes, "tpu": _tpu_takes}.get(platform, lambda case: False)
+    yield Way(f"attention on {platform}", dispatched, lambda case: True, in_place)
+    if platform == "cpu":
+        decode = "the GPU's decode kernel, interpreted"
+        yield Way(decode, _gpu_decode, _gpu_decode_takes, _gpu_decode_takes)
+        yield Way("the TPU's kernel, interpreted", _tpu_kernel, _tpu_takes, _tpu_takes)
+
+
+def _gpu_decode_takes(case: Case) -> bool:
+    return case.cache != "int4" and case.queries <= 16
+
+
+def _tpu_takes(case: Case) -> bool:
+    return case.cache != "int4"
+
+
+def _gpu_decode(q: jax.Array, k: Store, v: Store, seen: Seen) -> Partial:
+    from lsjax.attention import gpu
+
+    k, v = _as_on_accelerators(k), _as_on_accelerators(v)
+    return gpu.decode(q, k.data, v.data, k.scale, v.scale, seen.begin, seen.end, interpret=True)
+
+
+def _tpu_kernel(q: jax.Array, k: Store, v: Store, seen: Seen) -> Partial:
+    from lsjax.attention import tpu
+
+    k, v = _as_on_accelerators(k), _as_on_accelerators(v)
+    return tpu.attend(q, k.data, v.data, k.scale, v.scale, seen.begin, seen.end, interpret=True)
+
+
+def _as_on_accelerators(store: Store) -> Store:
+    """bfloat16 in its own dtype, of which a CPU's stores hold the bits."""
+
+    def held(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+    return jax.tree.map(held, store)
+
+
+def check(case: Case, way: Way, platform: str) -> dict[str, Any]:
+    """Runs a case, and says whether it is as near the truth as plain attention.
+
+    Returns:
+      ok, the errors of values and lse, and those of plain attention.
+    """
+    q, k, v, begin, end = _inputs(case, platform)
+    stores = _spoiled(k, v, begin, end) if way.exact(case) else (k, v)
+    got = jax.jit(way.attend)(q, *stores, Seen(begin, end, end - 1))
+    sample = np.unique(np.linspace(0, case.queries - 1, _SAMPLED_QUERIES, dtype=int))
+    q, begin, end = q[:, :, :, sample], begin[:, sample], end[:, sample]
+    values, lse = (np.asarray(x, np.float64)[:, :, :, sample] for x in (got.values, got.lse))
+    keys, entries = k.floats(), v.floats()
+    truth = _attention(*(np.asarray(x, np.float64) for x in (q, keys, entries)), begin, end)
+    plain = _plain(q, keys, entries, begin, end)
+    seen = np.isfinite(truth[1])
+    errors = [_errors(truth, of, seen) for of in ((values, lse), plain)]
+    spare = (2e-5, 2e-5) if case.dtype == "float32" else (1e-3, 1e-4)
+    near = all(a <= 2 * b + c for a, b, c in zip(*errors, spare, strict=True))
+    blind = np.array_equal(seen, np.isfinite(lse)) and not values[~seen].any()
+    row = dict(zip(("error", "lse_error"), errors[0], strict=True))
+    row |= dict(zip(("plain_error", "plain_lse_error"), errors[1], strict=True))
+    return row | {"ok": bool(near and blind and np.isfinite(values).all())}
+
+
+def _inputs(case: Case, platform: str) -> tuple[jax.Array, Store, Store, jax.Array, jax.Array]:
+    """Peaked attention. Of the rows of a decode step one sees nothing, and one all."""
+    batch, kv_heads, group = (3, 2, 7) if case.queries <= 16 else (1, 2, 4)
+    rng = np.random.default_rng(case.head_dim + case.queries)
+    shape = batch, kv_heads, group, case.queries, case.head_dim
+    q = jnp.asarray(2 * rng.standard_normal(shape) * case.head_dim**-0.5, jnp.float32)
+    slots = batch, kv_heads, case.keys, case.head_dim
+
+    @jax.jit
+    def encoded(x: jax.Array) -> Store:
+        return empty_store(slots, case.cache, platform).encode(x)
+
+    k, v = (encoded(jnp.asarray(rng.standard_normal(slots), jnp.float32)) for _ in range(2))
+    if batch == 1:
+        end = case.keys - case.queries + np.arange(1, case.queries + 1)[None]
+    else:
+        end = np.array([[-case.queries], [case.keys], [case.keys * 2 // 3]])
+        end = end + np.arange(case.queries)
+    begin = np.zeros_like(end) if case.window is None else end - case.window
+    bounds = (jnp.asarray(x, jnp.int32) for x in (begin, end))
+    return q.astype(case.dtype), k, v, *bounds
+
+
+def _spoiled(k: Store, v: Store, begin: jax.Array, end: jax.Array) -> tuple[Store, Store]:
+    """The stores with nan where no block that is needed can reach: nobody may read it."""
+    first, last = jnp.min(begin, axis=1) // _ALIGNED, -(-jnp.max(end, axis=1) // _ALIGNED)
+    block = jnp.arange(k.capacity) // _ALIGNED
+    needed = (block >= first[:, None]) & (block < last[:, None])
+
+    def spoil(store: Store) -> Store:
+        # Scales are nan where there are any, else the entries. A CPU holds their bits.
+        x = store.data if store.scale is None else store.scale
+        nan = jnp.array(jnp.nan, jnp.bfloat16)
+        nan = jax.lax.bitcast_convert_type(nan, jnp.uint16) if x.dtype == jnp.uint16 else nan
+        here = needed.reshape(needed.shape[0], 1, -1, *[1] * (x.ndim - 3))
+        x = jnp.where(here, x, nan.astype(x.dtype))
+        return store.replace(data=x) if store.scale is None else store.replace(scale=x)
+
+    return spoil(k), spoil(v)
+
+
+def _attention(q, k, v, begin, end) -> tuple[np.ndarray, np.ndarray]:
+    """Values and lse in float64; 0 and -inf where nothing is seen."""
+    slots = np.arange(k.shape[2])
+    begin, end = np.asarray(begin)[..., None], np.asarray(end)[..., None]
+    visible = ((slots >= begin) & (slots < end))[:, None, None]
+    scores = np.where(visible, np.einsum("bkgld,bksd->bkgls", q, k, optimize=True), -np.inf)
+    highest = scores.max(axis=-1, keepdims=True)
+    highest = np.where(np.isfinite(highest), highest, 0)
+    weights = np.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    values = np.einsum("bkgls,bksd->bkgld", weights, v, optimize=True)
+    with np.errstate(divide="ignore"):
+        return values / np.where(total > 0, total, 1), (highest + np.log(total))[..., 0]
+
+
+@jax.jit
+def _plain(q, k, v, begin, end) -> tuple[jax.Array, jax.Array]:
+    """All scores at once, in q's dtype where a model would; nan where nothing is seen."""
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
+    slots = jnp.arange(k.shape[2])
+    visible = (slots >= begin[..., None]) & (slots < end[..., None])
+    scores = dot("bkgld,bksd->bkgls", q, k.astype(q.dtype))
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    values = dot("bkgls,bksd->bkgld", weights, v.astype(q.dtype))
+    return values.astype(q.dtype), jax.nn.logsumexp(scores, axis=-1)
+
+
+def _errors(truth, got, seen: np.ndarray) -> tuple[float, float]:
+    """The longest error of a query's values, and the largest of an lse, of those that see."""
+    values, lse = (np.asarray(x, np.float64) for x in got)
+    far = np.linalg.norm(values - truth[0], axis=-1)[seen]
+    lse_far = np.abs(lse[seen] - truth[1][seen])
+    return float(np.max(far, initial=0)), float(np.max(lse_far, initial=0))

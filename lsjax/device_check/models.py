@@ -1,0 +1,115 @@
+"""Whole models with random weights: time to the first token, decode, and memory at the peak."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from lsjax.compilation import CLOCK, enable_persistent_cache
+from lsjax.config import ModelConfig
+from lsjax.device_check.record import Recorder
+from lsjax.device_check.sizes import Sizes
+from lsjax.engine import Engine
+from lsjax.families import read_config
+from lsjax.memory import peak_memory_bytes
+from lsjax.nn.parameters import random_parameters
+from lsjax.requests import cache_spec, round_up
+from lsjax.sharding import make_mesh
+
+ROOT = pathlib.Path(__file__).parents[2]
+_YARN = '{"rope_type": "yarn", "factor": 4.5, "original_max_position_embeddings": 512}'
+_MILLION = 1_048_576
+
+
+def demo(sizes: Sizes, record: Recorder) -> None:
+    """Has the shipped model read a pass key, over an int8 cache and in bfloat16."""
+    flags = {
+        "input_texts": ROOT / "examples" / "passkey_2048.txt",
+        "rope_scaling": _YARN,
+        "max_output_length": 16,
+        "kv_cache_dtype": "int8",
+        "dtype": "bfloat16",
+    }
+    program = [sys.executable, str(ROOT / "scripts" / "run_pa.py")]
+    command = program + [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ok = done.returncode == 0 and " 65415\n" in done.stdout
+    record(check="the shipped model reads its pass key", ok=ok, said=done.stdout[-700:],
+           errors="" if ok else done.stderr[-700:])  # fmt: skip
+
+
+def model_7b(sizes: Sizes, record: Recorder) -> None:
+    """Times Qwen2.5-7B."""
+    _whole_prompt("qwen2.5-7b.json", sizes, record)
+
+
+def model_05b(sizes: Sizes, record: Recorder) -> None:
+    """Times Qwen2.5-0.5B; on a CPU, a model of its kind with one narrow layer."""
+    _whole_prompt("qwen2.5-0.5b.json", sizes, record)
+
+
+def glm_1m(sizes: Sizes, record: Recorder) -> None:
+    """Times GLM-4-9B at the end of 1,048,576 tokens: four of its layers, then all of them."""
+    config = read_config(ROOT / "examples" / "glm-4-9b-chat-1m.json")
+    few = dataclasses.replace(config, num_layers=4, windows=config.windows[:4])
+    sizes = dataclasses.replace(sizes, prompt=_MILLION, output=32)
+    for model in (few, config):
+        record(**_timed(model, "GLM-4-9B-Chat-1M", sizes, first_chunk=_MILLION - sizes.chunk))
+
+
+def _whole_prompt(name: str, sizes: Sizes, record: Recorder) -> None:
+    config = read_config(ROOT / "examples" / name)
+    if jax.default_backend() == "cpu":
+        narrow = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512}
+        config = dataclasses.replace(config, num_layers=1, windows=(None,), **narrow)
+    record(**_timed(config, name.removesuffix(".json"), sizes))
+
+
+def _timed(config: ModelConfig, name: str, sizes: Sizes, first_chunk: int = 0) -> dict:
+    """Runs a prompt, or its end alone from a chunk on, and an answer after it."""
+    enable_persistent_cache()
+    mesh, prompt, chunk = make_mesh(""), round_up(sizes.prompt, sizes.chunk), sizes.chunk
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    engine = Engine(config, mesh, dtype, "int8", chunk)
+    params = jax.block_until_ready(random_parameters(config, mesh, dtype))
+    spec = cache_spec(mesh, 1, prompt, sizes.output + engine.segment, chunk, "int8", dtype)
+    cache, tables = engine.new_cache(spec, prompt), engine.tables([spec.capacity])
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt)).astype(np.int32)
+    lengths, last = np.array([prompt], np.int32), None
+
+    def run(at: int) -> float:
+        nonlocal cache, last
+        start = time.perf_counter()
+        tokens = ids[:, at : at + chunk]
+        cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
+        jax.block_until_ready(last)
+        return time.perf_counter() - start
+
+    first = run(first_chunk)
+    # Of the end alone, the same chunk is run again: it costs what it did.
+    chunks = [first_chunk] * 3 if first_chunk else range(chunk, prompt, chunk)
+    seconds = [run(at) for at in chunks]
+    state = engine.first(params, cache, last, lengths, None)
+    del cache
+    state, tokens = engine.decode(params, tables, state, None)
+    np.asarray(tokens)
+    start, decoded = time.perf_counter(), 0
+    while decoded < sizes.output:
+        state, tokens = engine.decode(params, tables, state, None)
+        decoded += np.asarray(tokens).size
+    return {
+        "what": "model",
+        "model": name,
+        "layers": config.num_layers,
+        "prompt": prompt,
+        "first_chunk_seconds": round(first, 2),
+        "last_chunk_seconds": round(seconds[-1], 3),
+        "prefill_tokens_per_second": round(len(seconds) * chunk / sum(seconds), 1),
+        "decode_tokens_per_second": round(decoded / (time.perf_counter() - start), 2),
+        "peak_bytes": peak_memory_bytes(),
+        "compile_seconds": round(CLOCK.seconds, 1),
+    }

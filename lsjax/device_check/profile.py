@@ -1,0 +1,44 @@
+"""The GPU's decode kernel under Nsight Compute."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.device_check.record import Recorder
+from lsjax.device_check.sizes import HEADS, Sizes
+from lsjax.device_check.timing import random_array, random_store
+
+_SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "SchedulerStats")
+_KEYS = 1_048_576
+
+
+def ncu(sizes: Sizes, record: Recorder) -> None:
+    """Has ncu look at one of the kernel's launches in a process of its own."""
+    command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:decode_attention"]
+    command += ["--launch-skip", "2", "--launch-count", "1"]
+    command += [word for section in _SECTIONS for word in ("--section", section)]
+    done = subprocess.run(
+        [*command, sys.executable, "-m", __name__], capture_output=True, text=True
+    )
+    record(
+        what="ncu", returncode=done.returncode, said=done.stdout[-6000:], errors=done.stderr[-500:]
+    )
+
+
+def launch_decode_kernel() -> None:
+    """Runs the kernel four times over a million int8 keys."""
+    from lsjax.attention import gpu
+
+    heads = HEADS["GLM-4-9B"]
+    shape = 1, heads.kv_heads, _KEYS, heads.head_dim
+    k, v = random_store(shape, "int8", 0), random_store(shape, "int8", 1)
+    q = random_array((1, heads.kv_heads, heads.group, 1, heads.head_dim), "bfloat16", 2)
+    end = jnp.full((1, 1), _KEYS, jnp.int32)
+    for _ in range(4):
+        jax.block_until_ready(gpu.decode(q, k.data, v.data, k.scale, v.scale, 0 * end, end))
+
+
+if __name__ == "__main__":
+    launch_decode_kernel()

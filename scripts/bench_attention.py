@@ -61,6 +61,9 @@ flags.DEFINE_list("prefill_lengths", ["8192", "32768"], "Tokens; may be empty.")
 flags.DEFINE_integer("heads", 14, "Of queries.", lower_bound=1)
 flags.DEFINE_integer("kv_heads", 2, "Of keys and values.", lower_bound=1)
 flags.DEFINE_integer("head_dim", 64, "Channels of a head.", lower_bound=1)
+flags.DEFINE_integer(
+    "layers", 10, "With a compressed cache; of all their heads some keep everything.", lower_bound=1
+)
 flags.DEFINE_integer("devices", 1, "That our KV heads are divided over.", lower_bound=1)
 flags.DEFINE_list("cache_dtypes", ["float32", "int8"], f"Of our cache: {', '.join(CACHE_DTYPES)}.")
 flags.DEFINE_integer(
@@ -80,8 +83,6 @@ _SDPA = ("PyTorch", "sdpa float32")
 _MEASUREMENT_SECONDS = 0.02
 # OpenMP's threads spin for as long as 200 ms after their last work.
 _SECONDS_TO_IDLE = 0.25
-# Over which heads that keep everything are counted.
-_LAYERS = 10
 # jax.nn.dot_product_attention holds all scores at once, some of them several times.
 _LARGEST_SCORES_BYTES = 2**31
 
@@ -110,7 +111,7 @@ class Case:
         if self.kind == "limits":
             return "the machine's limits"
         if self.kind == "compressed":
-            return f"decode in {_LAYERS} layers, {self.length:,} keys"
+            return f"decode in {FLAGS.layers} layers, {self.length:,} keys"
         if self.kind == "decode":
             return f"decode, one token over {self.length:,} keys"
         return f"prefill of {self.length:,} tokens"
@@ -168,9 +169,9 @@ def _mesh() -> Mesh:
 def _ours_compressed(case: Case, dtype: str) -> Formulations:
     """One token in some layers, over whole caches and over compressed ones of default settings."""
     platform = jax.devices()[0].platform
-    heads = _LAYERS * case.kv_heads
+    heads = FLAGS.layers * case.kv_heads
     kept = math.ceil(Razor.induction * heads) + math.ceil(Razor.echo * heads)
-    each = [kept // _LAYERS + (i < kept % _LAYERS) for i in range(_LAYERS)]
+    each = [kept // FLAGS.layers + (i < kept % FLAGS.layers) for i in range(FLAGS.layers)]
     window = WindowSpec(Razor.sinks, max(Razor.window, math.ceil(Razor.window_share * case.length)))
     q, end = _our_queries(case, 1, dtype), jnp.full((1, 1), case.length)
     whole = LayerCache(*_our_cache(case, dtype), recent=None)
@@ -201,7 +202,7 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
 
     found = {}
     caches = {
-        "": [jax.tree.map(jnp.copy, whole) for _ in range(_LAYERS)],
+        "": [jax.tree.map(jnp.copy, whole) for _ in range(FLAGS.layers)],
         " compressed": [small(whole, heads) for heads in each],
     }
     for name, layers in caches.items():

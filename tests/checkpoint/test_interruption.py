@@ -63,6 +63,11 @@ def test_an_exception_leaves_nothing(tmp_path, conversion, out):
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "conversion",
+    ["hf_to_orbax", pytest.param("orbax_to_hf", marks=pytest.mark.slow("both make folders alike"))],
+    indirect=True,
+)
 def test_a_kill_leaves_only_a_folder_that_is_refused(tmp_path, conversion, out):
     convert, source = conversion
     code = (

@@ -5,7 +5,7 @@ import logging
 import jax
 import numpy as np
 import pytest
-from helpers.checkpoints import CONFIGS, make_tensors, mesh, write_folder, write_index
+from helpers.checkpoints import CONFIGS, make_tensors, mesh, on_each_mesh, write_folder, write_index
 from safetensors.numpy import save_file
 
 from lsjax.checkpoint import checkpoint_bytes, load_parameters
@@ -26,8 +26,12 @@ def assert_holds(params, config, tensors):
     assert not params
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("mesh_text", ["", "context=2,model=2", "context=3", "context=3,model=2"])
+@pytest.mark.parametrize(
+    ("architecture", "mesh_text"),
+    on_each_mesh(
+        CONFIGS, [[m] for m in ("", "context=2,model=2", "context=3", "context=3,model=2")]
+    ),
+)
 def test_parameters_are_the_tensors_in_their_shardings(tmp_path, architecture, mesh_text):
     tensors = make_tensors(architecture)
     folder = write_folder(tmp_path / "hf", architecture, tensors, files=3)

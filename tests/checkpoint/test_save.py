@@ -4,18 +4,19 @@ import os
 
 import numpy as np
 import pytest
-from helpers.checkpoints import CONFIGS, make_folder, mesh
+from helpers.checkpoints import CONFIGS, make_folder, mesh, on_each_mesh
 
 from lsjax import UserError
 from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.families import read_config
 from lsjax.nn.parameters import abstract_parameters, flatten
 
+MESHES = (("context=4,model=2", "context=8"), ("", "data=2,context=3"), ("context=3", ""))
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+
 @pytest.mark.parametrize(
-    ("saved_on", "restored_on"),
-    [("context=4,model=2", "context=8"), ("", "data=2,context=3"), ("context=3", "")],
+    ("architecture", "saved_on", "restored_on"),
+    on_each_mesh(CONFIGS, MESHES),
 )
 def test_saved_on_one_mesh_restored_on_another(tmp_path, architecture, saved_on, restored_on):
     folder = make_folder(tmp_path / "hf", architecture)

@@ -1,10 +1,12 @@
 """Small random checkpoints of every family, written by the safetensors library itself."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from lsjax.families import family_of, parse_config
@@ -47,6 +49,16 @@ CONFIGS = {
     "ChatGLMModel": _CHATGLM,
 }
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def on_each_mesh(architectures: Iterable[str], meshes: Sequence[Sequence[str]]) -> list:
+    """Parameters (architecture, *meshes): all of them, of which the quick ones have each once."""
+    slow = pytest.mark.slow("architecture and mesh are each met in another pair")
+    return [
+        pytest.param(name, *given, marks=() if j == i % len(meshes) else slow)
+        for i, name in enumerate(architectures)
+        for j, given in enumerate(meshes)
+    ]
 
 
 def mesh(text: str = ""):

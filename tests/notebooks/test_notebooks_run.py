@@ -1,5 +1,6 @@
 """Notebooks run from top to bottom, and what their last words claim is so."""
 
+import ast
 import json
 import pathlib
 
@@ -10,12 +11,17 @@ pytestmark = pytest.mark.runs_long
 NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
 
 
+def code(path):
+    """The code cells, parsed one by one."""
+    cells = json.loads(path.read_text())["cells"]
+    return [ast.parse("".join(c["source"]), str(path)) for c in cells if c["cell_type"] == "code"]
+
+
 def run(path):
     """Executes the code cells in one namespace, and returns it."""
     namespace = {}
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
+    for cell in code(path):
+        exec(compile(cell, str(path), "exec"), namespace)
     return namespace
 
 
@@ -23,6 +29,15 @@ def test_every_notebook_has_a_test():
     assert [path.name for path in NOTEBOOKS.glob("*.ipynb")] == ["extend_context.ipynb"]
 
 
+def test_what_notebooks_import_is_there():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        nodes = [node for cell in code(path) for node in ast.walk(cell)]
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert imports
+        exec(compile(ast.Module(imports, []), str(path), "exec"), {})
+
+
+@pytest.mark.slow("what it shows is tested with run_pa and the shipped model")
 def test_extend_context_finds_what_it_says(capsys):
     names = run(NOTEBOOKS / "extend_context.ipynb")
     assert names["answer"].text.strip() == names["short"].answer

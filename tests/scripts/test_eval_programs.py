@@ -14,14 +14,14 @@ PNG = b"\x89PNG"
 
 def test_needles_by_length_and_depth(tmp_path):
     files = ["--output_json", tmp_path / "map.json", "--plot", tmp_path / "map.png"]
-    asked = ["--lengths", "400,1024", "--depths", 3, "--keys", 2, "--max_batch_size", 4]
+    asked = ["--lengths", "200,600", "--depths", 3, "--keys", 2, "--max_batch_size", 3]
     done = run("eval_needle.py", *asked, "--rope_scaling", "auto", *files)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "map.json").read_text())
-    assert found["lengths"] == [400, 1024] and found["depths"] == [0, 0.5, 1]
+    assert found["lengths"] == [200, 600] and found["depths"] == [0, 0.5, 1]
     assert found["shares"][0] == [1, 1, 1]
     assert [len(row) for row in found["shares"]] == [3, 3]
-    assert "400 tokens  100.0%" in done.stdout
+    assert "200 tokens  100.0%" in done.stdout
     assert (tmp_path / "map.png").read_bytes().startswith(PNG)
 
 
@@ -51,15 +51,24 @@ def test_loss_by_position_for_several_settings(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
-def test_the_table_of_scalings(tmp_path):
+@pytest.mark.parametrize(
+    ("lengths", "settings"),
+    [
+        ((512,), ("none", "alibi")),
+        pytest.param(
+            *((512, 1024), ("none", "yarn", "alibi")),
+            marks=pytest.mark.slow("two models and a row are quick"),
+        ),
+    ],
+)
+def test_the_table_of_scalings(tmp_path, lengths, settings):
     files = ["--output_json", tmp_path / "table.json", "--plot", tmp_path / "table.png"]
-    settings = [f"--setting={name}" for name in ("none", "yarn", "alibi")]
-    asked = ["--lengths", "512,1024", *settings, "--keys", 2]
-    done = run("eval_shipped.py", *asked, *files)
+    asked = ["--lengths", ",".join(map(str, lengths)), *(f"--setting={name}" for name in settings)]
+    done = run("eval_shipped.py", *asked, "--keys", 2, *files)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "table.json").read_text())
     assert [(c["setting"], c["length"]) for c in cells] == [
-        (setting, length) for length in (512, 1024) for setting in ("none", "yarn", "alibi")
+        (setting, length) for length in lengths for setting in settings
     ]
     assert cells[0]["share"] == 1 and 1 < cells[0]["perplexity"] < 2
     assert "| 512 | 1.00, " in done.stdout
@@ -69,7 +78,7 @@ def test_the_table_of_scalings(tmp_path):
 def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     files = ["--output_json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
     asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--rounds", 2]
-    asked += ["--heads", 4, "--head_dim", 16, "--devices", 2]
+    asked += ["--heads", 4, "--head_dim", 16, "--devices", 2, "--layers", 3]
     asked += ["--product_size", 256, "--array_size", 10_000]
     done = run("bench_attention.py", *asked, *files)
     assert done.returncode == 0, done.stderr

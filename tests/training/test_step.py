@@ -76,8 +76,14 @@ def assert_close(got, wanted):
     ("kind", "mesh", "parts"),
     [
         ("rotary", "data=2,context=2,model=2", 2),
-        ("rotary", "context=8", 1),
-        ("alibi", "context=4,model=2", 2),
+        pytest.param(
+            *("rotary", "context=8", 1),
+            marks=pytest.mark.slow("gradients of longer rings are those of attention's tests"),
+        ),
+        pytest.param(
+            *("alibi", "context=4,model=2", 2),
+            marks=pytest.mark.slow("gradients with slopes are those of attention's tests"),
+        ),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_plain_model(kind, mesh, parts):
@@ -88,9 +94,13 @@ def test_loss_and_gradients_are_those_of_the_plain_model(kind, mesh, parts):
     np.testing.assert_allclose(losses, expected(kind)[2], rtol=2e-5, atol=2e-5)
 
 
-def test_bfloat16_is_near_float32():
-    t = trainer("rotary", "context=2,model=2", "bfloat16")
-    mean, grads = gradients(t, "context=2,model=2", in_parts(documents(4, LENGTH), 1))
+@pytest.mark.parametrize(
+    "mesh",
+    ["", pytest.param("context=2,model=2", marks=pytest.mark.slow("meshes run in float32"))],
+)
+def test_bfloat16_is_near_float32(mesh):
+    t = trainer("rotary", mesh, "bfloat16")
+    mean, grads = gradients(t, mesh, in_parts(documents(4, LENGTH), 1))
     wanted, wanted_grads, _ = expected("rotary")
     assert mean == pytest.approx(wanted, rel=0.01)
     for name, grad in wanted_grads.items():
@@ -139,6 +149,7 @@ def test_refuses_what_cannot_be_dealt_out(rows, length, said):
         t.losses({}, documents(rows, length), None)
 
 
+@pytest.mark.slow("what it would miss is memory; results are as they were")
 def test_temporaries_of_a_device_halve_as_devices_double():
     sizes = []
     for context in (1, 2, 4, 8):

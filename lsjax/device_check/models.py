@@ -1,13 +1,16 @@
 """Whole models with random weights: time to the first token, decode, and memory at the peak."""
 
 import dataclasses
+import functools
 import pathlib
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lsjax.compilation import CLOCK, enable_persistent_cache
 from lsjax.config import ModelConfig
@@ -16,7 +19,7 @@ from lsjax.device_check.sizes import Sizes
 from lsjax.engine import Engine
 from lsjax.families import read_config
 from lsjax.memory import peak_memory_bytes
-from lsjax.nn.parameters import random_parameters
+from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.requests import cache_spec, round_up
 from lsjax.sharding import make_mesh
 
@@ -58,7 +61,7 @@ def glm_1m(sizes: Sizes, record: Recorder) -> None:
     few = dataclasses.replace(config, num_layers=4, windows=config.windows[:4])
     sizes = dataclasses.replace(sizes, prompt=_MILLION, output=32)
     for model in (few, config):
-        record(**_timed(model, "GLM-4-9B-Chat-1M", sizes, first_chunk=_MILLION - sizes.chunk))
+        _time_model(model, "glm-4-9b-chat-1m", sizes, record, first_chunk=_MILLION - sizes.chunk)
 
 
 def _whole_prompt(name: str, sizes: Sizes, record: Recorder) -> None:
@@ -66,16 +69,23 @@ def _whole_prompt(name: str, sizes: Sizes, record: Recorder) -> None:
     if jax.default_backend() == "cpu":
         narrow = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512}
         config = dataclasses.replace(config, num_layers=1, windows=(None,), **narrow)
-    record(**_timed(config, name.removesuffix(".json"), sizes))
+    _time_model(config, name.removesuffix(".json"), sizes, record)
 
 
-def _timed(config: ModelConfig, name: str, sizes: Sizes, first_chunk: int = 0) -> dict:
-    """Runs a prompt, or its end alone from a chunk on, and an answer after it."""
+def _time_model(
+    config: ModelConfig, name: str, sizes: Sizes, record: Recorder, first_chunk: int = 0
+) -> None:
+    """Runs a prompt, or its end alone from a chunk on, and an answer after it.
+
+    Each part is recorded once it is done: what is stopped while it decodes has told of prefill.
+    """
     enable_persistent_cache()
     mesh, prompt, chunk = make_mesh(""), round_up(sizes.prompt, sizes.chunk), sizes.chunk
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     engine = Engine(config, mesh, dtype, "int8", chunk)
-    params = jax.block_until_ready(random_parameters(config, mesh, dtype))
+    start = time.perf_counter()
+    params = jax.block_until_ready(_random_weights(config, mesh, dtype))
+    made = time.perf_counter() - start
     spec = cache_spec(mesh, 1, prompt, sizes.output + engine.segment, chunk, "int8", dtype)
     cache, tables = engine.new_cache(spec, prompt), engine.tables([spec.capacity])
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt)).astype(np.int32)
@@ -93,6 +103,17 @@ def _timed(config: ModelConfig, name: str, sizes: Sizes, first_chunk: int = 0) -
     # Of the end alone, the same chunk is run again: it costs what it did.
     chunks = [first_chunk] * 3 if first_chunk else range(chunk, prompt, chunk)
     seconds = [run(at) for at in chunks]
+    row = {"model": name, "layers": config.num_layers, "prompt": prompt}
+    record(
+        what="prefill of a model",
+        **row,
+        weights_seconds=round(made, 1),
+        first_chunk_seconds=round(first, 2),
+        last_chunk_seconds=round(seconds[-1], 3),
+        prefill_tokens_per_second=round(len(seconds) * chunk / sum(seconds), 1),
+        peak_bytes=peak_memory_bytes(),
+        compile_seconds=round(CLOCK.seconds, 1),
+    )
     state = engine.first(params, cache, last, lengths, None)
     del cache
     state, tokens = engine.decode(params, tables, state, None)
@@ -101,15 +122,35 @@ def _timed(config: ModelConfig, name: str, sizes: Sizes, first_chunk: int = 0) -
     while decoded < sizes.output:
         state, tokens = engine.decode(params, tables, state, None)
         decoded += np.asarray(tokens).size
-    return {
-        "what": "model",
-        "model": name,
-        "layers": config.num_layers,
-        "prompt": prompt,
-        "first_chunk_seconds": round(first, 2),
-        "last_chunk_seconds": round(seconds[-1], 3),
-        "prefill_tokens_per_second": round(len(seconds) * chunk / sum(seconds), 1),
-        "decode_tokens_per_second": round(decoded / (time.perf_counter() - start), 2),
-        "peak_bytes": peak_memory_bytes(),
-        "compile_seconds": round(CLOCK.seconds, 1),
-    }
+    record(
+        what="decode of a model",
+        **row,
+        decode_tokens_per_second=round(decoded / (time.perf_counter() - start), 2),
+        peak_bytes=peak_memory_bytes(),
+        compile_seconds=round(CLOCK.seconds, 1),
+    )
+
+
+def _random_weights(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
+    """Normal weights, norms of 1 and biases of 0, by one small program for each shape.
+
+    `random_parameters` is one program for all of them, which XLA takes minutes to compile for a
+    GPU where layers are many.
+    """
+    key, weights = jax.random.key(0), {}
+    for i, (path, leaf) in enumerate(abstract_parameters(config, mesh, dtype).items()):
+        if len(leaf.shape) > 1:
+            own = jax.random.fold_in(key, i)
+            weights[path] = _normal(own, leaf.shape, leaf.dtype, leaf.sharding)
+        else:
+            value = 0 if path.endswith("bias") else 1
+            weights[path] = jnp.full(leaf.shape, value, leaf.dtype, device=leaf.sharding)
+    return unflatten(weights)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
+) -> jax.Array:
+    values = 0.02 * jax.random.normal(key, shape, dtype)
+    return jax.lax.with_sharding_constraint(values, sharding)

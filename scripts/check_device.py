@@ -1,7 +1,7 @@
 """Checks and times lsjax on the device that is here, in ten minutes at most.
 
     python scripts/check_device.py --output_dir check
-    python scripts/check_device.py --output_dir more --phases glm_1m,graph_loops,ncu
+    python scripts/check_device.py --output_dir more --phases ceilings,glm_1m,graph_loops,ncu
 
 Each phase is a process with a time limit of its own: what aborts or hangs takes nothing else down.
 Rows are written to results.jsonl in the folder as they come; a table is printed at the end. On a
@@ -9,8 +9,12 @@ CPU everything is small and the kernels are interpreted, to try the program itse
 """
 
 import os
+import pathlib
+import signal
 import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # lsjax, if not installed
 
 from absl import flags
 
@@ -38,6 +42,8 @@ _LEAST_SECONDS = 10  # that a phase must have left to be worth starting
 def main(_: list[str]) -> int:
     if unknown := [name for name in FLAGS.phases if name not in ALL]:
         raise UserError(f"--phases: {unknown[0]!r} is not known; use {', '.join(ALL)}.")
+    # Phases are groups of their own: whoever ends this process means them too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = _new_results(FLAGS.output_dir)
     start, ended, platform = time.monotonic(), {}, ""
     for name in dict.fromkeys(["versions", *FLAGS.phases]):
@@ -60,7 +66,7 @@ def _run(name: str, folder: str, platform: str, left: float) -> Ended:
         return Ended("left out", missing)
     if left < _LEAST_SECONDS:
         return Ended("left out", "no time is left; raise --budget_seconds, or name fewer --phases")
-    return run_phase(name, folder, left)
+    return run_phase(name, folder, platform, left)
 
 
 def _new_results(folder: str) -> str:

@@ -25,8 +25,12 @@ def decode(sizes: Sizes, record: Recorder) -> None:
     for keys in sizes.decode_keys:
         for name in sizes.heads:
             for cache in ("int8", "bfloat16"):
-                record(heads=name, keys=keys, cache=cache, **_decode(platform, sizes, HEADS[name],
-                                                                     keys, cache))  # fmt: skip
+                row = {"what": "decode attention", "heads": name, "keys": keys, "cache": cache}
+                try:
+                    row |= _decode(platform, sizes, HEADS[name], keys, cache)
+                except Exception as error:  # out of memory, say: the others can still be timed
+                    row["why"] = repr(error)[:300]
+                record(**row)
 
 
 def _decode(platform: str, sizes: Sizes, heads: Heads, keys: int, cache: str) -> dict:
@@ -48,7 +52,6 @@ def _decode(platform: str, sizes: Sizes, heads: Heads, keys: int, cache: str) ->
     seconds /= layers
     nbytes = store_bytes(*stores[0])
     return {
-        "what": "decode attention",
         "microseconds": seconds * 1e6,
         "bytes_per_second": nbytes / seconds,
         "compile_seconds": round(first, 1),

@@ -122,7 +122,7 @@ def _torch_rate(
         with sdpa_kernel([backends[backend]]):
             seconds = _torch_seconds(torch, call, sizes.rounds)
     except RuntimeError as error:  # no kernel of this backend takes the case
-        return {"why": str(error).partition("\n")[0][:200]}
+        return {"left_out": str(error).partition("\n")[0][:200]}
     return {"microseconds": seconds * 1e6, unit: work / seconds}
 
 

@@ -37,8 +37,15 @@ def versions(sizes: Sizes, record: Recorder) -> None:
     )
     found = {name: _version(name) for name in _PACKAGES}
     record(packages={name: version for name, version in found.items() if version})
+    if gpus := _nvidia_smi():
+        record(nvidia_smi=gpus)
+        if device.platform == "cpu":
+            record(warning="a GPU is here, but JAX runs on the CPU: pip install 'jax[cuda13]'")
     if device.platform == "gpu":
-        _describe_gpu(record)
+        version = _cudnn()
+        record(cudnn=version)
+        if jax.__version_info__ >= (0, 11) and version and version < _CUDNN_AT_LEAST:
+            record(warning="JAX 0.11 goes without cuDNN unless it is 9.12 or newer")
     ones = jnp.ones((256, 256), jnp.bfloat16)
     product = float(jnp.sum((ones @ ones).astype(jnp.float32)))
     record(check="a product of ones", ok=product == 256**3, got=product)
@@ -51,17 +58,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _describe_gpu(record: Recorder) -> None:
-    if shutil.which("nvidia-smi"):
-        asked = "name,memory.total,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        record(nvidia_smi=done.stdout.strip() or done.stderr.strip())
+def _nvidia_smi() -> str:
+    """The GPUs that the driver sees, their memory and clocks; empty where there are none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    asked = "name,memory.total,memory.used,driver_version,clocks.sm,clocks.max.sm,clocks.max.mem"
+    command = ["nvidia-smi", f"--query-gpu={asked},power.limit", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cudnn() -> int | None:
+    """The version of cuDNN that JAX has loaded, as 91200 for 9.12.0."""
     try:
         from jax._src.lib import cuda_versions
 
-        cudnn = cuda_versions.cudnn_get_version()
-    except Exception as error:  # a private module: its absence is no fault of the device
-        record(cudnn=None, why=repr(error)[:200])
-        return
-    record(check="cuDNN is 9.12 or newer", ok=cudnn >= _CUDNN_AT_LEAST, got=cudnn)
+        return cuda_versions.cudnn_get_version()
+    except Exception:  # a private module: its absence is no fault of the device
+        return None

@@ -23,8 +23,14 @@ def _needs_accelerator(platform: str) -> str | None:
 
 
 def _needs_torch(platform: str) -> str | None:
-    found = importlib.util.find_spec("torch")
-    return None if found else "PyTorch is not installed: pip install torch"
+    if not importlib.util.find_spec("torch"):
+        return "PyTorch is not installed: pip install torch"
+    if platform != "gpu":
+        return None
+    # A process of its own, since it opens the GPU to find out.
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    return None if done.returncode == 0 else "PyTorch is installed without CUDA, or finds no GPU"
 
 
 def _needs_ncu(platform: str) -> str | None:
@@ -58,10 +64,10 @@ DEFAULT: Mapping[str, Phase] = {
     "decode": Phase("attention:decode", 110),
     "prefill": Phase("attention:prefill", 110),
     "cudnn": Phase("attention:cudnn_ceilings", 60, _needs_gpu),
-    "torch": Phase("ceilings:torch_ceilings", 90, _needs_torch),
     "demo": Phase("models:demo", 90),
-    "model_7b": Phase("models:model_7b", 180, _needs_accelerator),
+    "model_7b": Phase("models:model_7b", 240, _needs_accelerator),
     "model_05b": Phase("models:model_05b", 120),
+    "torch": Phase("ceilings:torch_ceilings", 90, _needs_torch),  # last: it says least of lsjax
 }
 MORE: Mapping[str, Phase] = {
     "glm_1m": Phase("models:glm_1m", 300, _needs_accelerator),
@@ -84,16 +90,17 @@ class Ended:
     why: str = ""
 
 
-def run_phase(name: str, folder: str, seconds: float) -> Ended:
+def run_phase(name: str, folder: str, platform: str, seconds: float) -> Ended:
     """Runs a phase as a process, whatever becomes of it.
 
     Args:
       name: of ALL.
       folder: for its rows and its log.
+      platform: cpu, gpu or tpu; empty before the first phase has said it.
       seconds: at most; the phase's own limit counts where it is less.
     """
     phase = ALL[name]
-    command = [sys.executable, "-m", "lsjax.device_check", name, folder]
+    command = [sys.executable, "-m", "lsjax.device_check", name, folder, platform]
     log = os.path.join(folder, f"{name}.log")
     return run_logged(command, log, min(seconds, phase.seconds), _environment(phase))
 

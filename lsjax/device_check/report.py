@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsjax.device_check.phases import Ended
+from lsjax.report import human_bytes
 
 Row = Mapping[str, Any]
 
@@ -17,9 +18,10 @@ def report(rows: Sequence[Row], ended: Mapping[str, Ended], seconds: float) -> s
       seconds: that all took together.
     """
     checks = [row for row in rows if "check" in row]
-    wrong = [row for row in checks if not row["ok"]]
-    lines = [f"{len(checks)} checks, {len(wrong)} FAILED"]
+    wrong = [row for row in rows if _is_wrong(row)]
+    lines = [f"{len(checks)} checks, {sum('check' in row for row in wrong)} FAILED"]
     lines += [f"  FAILED  {_told(row, 'ok', 'phase')}" for row in wrong]
+    lines += [f"  WARNING {row['warning']}" for row in rows if "warning" in row]
     for name, end in ended.items():
         lines.append(f"{name:12} {end.state}{': ' if end.why else ''}{end.why}")
     lines += ["", *(_told(row, "phase", "seconds") for row in rows if row["phase"] == "versions")]
@@ -27,7 +29,7 @@ def report(rows: Sequence[Row], ended: Mapping[str, Ended], seconds: float) -> s
     ceilings = {row["what"]: row for row in rows if row["phase"] == "ceilings"}
     lines += [_timed(row, ceilings) for row in rows if _rate(row)]
     lines += [f"{row['what']}: {_told(row, 'what', 'phase', 'seconds')}" for row in rows
-              if "what" in row and not _rate(row)]  # fmt: skip
+              if "what" in row and not _rate(row) and not _is_wrong(row)]  # fmt: skip
     lines.append(f"{seconds:.0f} s in all")
     return "\n".join(lines)
 
@@ -35,7 +37,12 @@ def report(rows: Sequence[Row], ended: Mapping[str, Ended], seconds: float) -> s
 def failed(rows: Sequence[Row], ended: Mapping[str, Ended]) -> bool:
     """Whether a number is wrong or a phase did not end as it should."""
     broken = any(end.state in ("failed", "stopped") for end in ended.values())
-    return broken or any(not row["ok"] for row in rows if "check" in row)
+    return broken or any(map(_is_wrong, rows))
+
+
+def _is_wrong(row: Row) -> bool:
+    """Whether a check failed, or what was to be timed did not run."""
+    return not row.get("ok", True) or "why" in row
 
 
 def _rate(row: Row) -> tuple[str, float] | None:
@@ -61,7 +68,11 @@ def _timed(row: Row, ceilings: Mapping[str, Row]) -> str:
 
 
 def _told(row: Row, *without: str) -> str:
-    def text(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    def text(name: str, value: Any) -> str:
+        if name.startswith(("peak_bytes", "bytes_limit")) and value:
+            return human_bytes(value)
+        if isinstance(value, float):
+            return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
+        return str(value)
 
-    return ", ".join(f"{k} {text(v)}" for k, v in row.items() if k not in without)
+    return ", ".join(f"{k} {text(k, v)}" for k, v in row.items() if k not in without)

@@ -1,5 +1,6 @@
 """Timing calls, and keys and values to time them over."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,18 +11,27 @@ import jax.numpy as jnp
 
 from lsjax.cache import Store
 
+# Of calls that are timed together: waiting for a device takes tens of microseconds, which must not
+# count.
+_ROUND_SECONDS = 0.02
+
 
 def first_and_median(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Seconds of the first call, which compiles, and the median of `rounds` after one more."""
+    """Seconds of the first call, which compiles, and of one call in the median of `rounds`.
 
-    def seconds() -> float:
+    A round is as many calls, one right after the other, as make waiting for the last one cheap.
+    """
+
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - start
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
 
-    first = seconds()
-    seconds()
-    return first, statistics.median(seconds() for _ in range(rounds))
+    first = seconds(1)
+    calls = math.ceil(_ROUND_SECONDS / seconds(1))
+    return first, statistics.median(seconds(calls) for _ in range(rounds))
 
 
 def random_array(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:

@@ -61,6 +61,8 @@ def test_a_failed_check_comes_first_and_rates_are_shares_of_the_ceilings(tmp_pat
         "  FAILED  check a kernel, error 0.5",
     ]
     assert failed(rows, ended)
+    untimed = [{"phase": "decode", "what": "decode attention", "why": "out of memory"}]
+    assert failed(untimed, ended) and "  FAILED  what decode" in report(untimed, ended, 1.0)
 
 
 def test_phases_and_folders_that_cannot_be_are_refused(tmp_path):

@@ -42,9 +42,9 @@ _LEAST_SECONDS = 10  # that a phase must have left to be worth starting
 def main(_: list[str]) -> int:
     if unknown := [name for name in FLAGS.phases if name not in ALL]:
         raise UserError(f"--phases: {unknown[0]!r} is not known; use {', '.join(ALL)}.")
+    folder = _new_results(FLAGS.output_dir)
     # Phases are groups of their own: whoever ends this process means them too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    folder = _new_results(FLAGS.output_dir)
     start, ended, platform = time.monotonic(), {}, ""
     for name in dict.fromkeys(["versions", *FLAGS.phases]):
         left = FLAGS.budget_seconds - (time.monotonic() - start)

@@ -118,6 +118,7 @@ def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, options):
     assert tokens(kv, **options) == tokens(kv)
 
 
+@pytest.mark.slow("what such a layer computes is quick in test_window")
 def test_windows_that_take_everything_change_nothing():
     everything = {"window": 5000, "induction": 0.25}
     assert tokens(compression=everything) == tokens(compression=None)

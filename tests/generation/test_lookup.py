@@ -36,7 +36,7 @@ def of_tokens(most):
     return st.lists(st.integers(0, 3), min_size=1, max_size=most)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(of_tokens(30), st.integers(1, 15))
 def test_a_draft_holds_only_what_the_text_does(text, count):
     assert set(drafted(text, count)) <= set(text) or len(text) == 1

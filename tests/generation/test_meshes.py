@@ -32,7 +32,7 @@ CASES = [
     # Three divides the rows of the MLP, but not those of attention.
     ("glm4", "float32", "131"),
 ]
-QUICK = [(WINDOW, "int8", "212"), (ROWS, "float32", "241"), (ALIBI, "int8", "222")]
+QUICK = [(WINDOW, "int8", "212"), (ROWS, "float32", "241")]
 # Rows of odd lengths that end in different chunks. A quantized cache is read from the second block
 # of positions on.
 LONG, SHORT, OUTPUT = 61, 37, 5
@@ -61,7 +61,7 @@ def on_one_device(name, kv):
 
 
 def slow_or_quick(case):
-    reason = "eight seconds of compiling each; QUICK has each model, cache and axis once"
+    reason = "five seconds of compiling each; QUICK has each axis"
     marks = [] if case in QUICK else [pytest.mark.slow(reason)]
     return pytest.param(*case, marks=[*marks, pytest.mark.xdist_group(case[0])])
 

@@ -70,7 +70,8 @@ def test_whatever_the_batch_beside_it(model, name, kv):
 
 
 @pytest.mark.parametrize(
-    ("name", "kv"), [("llama_tied_llama3", "float32"), ("qwen2_window", "int8"), ("glm4", "int4")]
+    ("name", "kv"),
+    [("llama_tied_llama3", "float32"), ("qwen2_window", "int8"), slow("glm4", "int4")],
 )
 def test_generation_is_the_argmax_of_the_logits(model, name, kv):
     """Where a quantised cache's block ends in the midst of the answer."""

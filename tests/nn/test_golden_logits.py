@@ -121,6 +121,7 @@ def test_token_by_token_from_the_first():
     assert difference("qwen3_window", "float32") < LIMIT
 
 
+@pytest.mark.slow("tests of generation have meshes, each against one device")
 def test_split_over_a_mesh():
     chunks = [8] * (length_of("qwen2_window") // 16)
     assert difference("qwen2_window", "float32", chunks, "data=2,context=2,model=2") < LIMIT

@@ -133,12 +133,12 @@ def test_tokens_see_what_is_kept_and_what_was_dropped_as_one(mesh, lengths):
 @pytest.mark.parametrize(
     "mesh, dtype, error",
     [
-        ((1, 1, 1), "int4", 0.3),
-        ((1, 4, 2), "int8", 3e-2),
+        ((1, 1, 1), "int8", 3e-2),
         ((1, 4, 2), "bfloat16", 2e-2),
-        pytest.param((1, 4, 2), "int4", 0.3, marks=slow),
-        pytest.param((1, 1, 1), "int8", 3e-2, marks=slow),
+        pytest.param((1, 1, 1), "int4", 0.3, marks=slow),
         pytest.param((1, 1, 1), "bfloat16", 2e-2, marks=slow),
+        pytest.param((1, 4, 2), "int4", 0.3, marks=slow),
+        pytest.param((1, 4, 2), "int8", 3e-2, marks=slow),
     ],
 )
 def test_in_every_format(mesh, dtype, error):

@@ -98,6 +98,14 @@ def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     assert share <= 0.34
 
 
+@pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8", "int4"])
+def test_a_cache_is_planned_to_the_byte(kv):
+    config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")
+    layout = Layout((1, 1, 1), "float32", kv, 512, 1, 64)
+    found = cache_bytes(config, "cpu", layout, 16_000)
+    assert found == layout.cache_spec(16_000).nbytes(config)
+
+
 def test_int4_is_recommended_only_where_int8_does_not_fit():
     def recommended(length):
         plan = lsjax.plan(GLM, "h100-80gb:1", max_input_length=length, allow_untrained_length=True)

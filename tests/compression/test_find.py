@@ -25,7 +25,9 @@ def whole_matrix(lm, text):
     return np.array(rows).swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("mesh", ["", "model=2"])
+@pytest.mark.parametrize(
+    "mesh", ["", pytest.param("model=2", marks=pytest.mark.slow("heads do not meet each other"))]
+)
 def test_scores_are_those_of_the_whole_attention_matrix(mesh):
     lm = lsjax.load(mesh=mesh)
     text = repeated_text(256, 48, 57, 37, seed=3)

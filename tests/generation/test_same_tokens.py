@@ -24,8 +24,8 @@ CHUNKED = [
 ]
 # Rows of a batch meet these too, and rotary tables that differ.
 BATCHED = [
-    ("qwen3_dynamic", "float32"),
     ("qwen2_window", "int8"),
+    slow("qwen3_dynamic", "float32"),
     slow("qwen2_window", "float32"),
     slow("glm4", "int4"),
 ]
@@ -79,7 +79,7 @@ def test_generation_is_the_argmax_of_the_logits(model, name, kv):
     assert tokens(lm, [ids])[0][:6] == step_by_step(lm, ids)
 
 
-@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("kv", [slow("float32"), "int8"])
 def test_whatever_the_segment(model, kv):
     ids = prompt(13, max(LENGTH, LONGER[kv] - 3))
     usual = tokens(model("glm4", kv), [ids])
@@ -94,15 +94,21 @@ def test_whatever_was_asked_before(model):
     assert tokens(lm, [prompt(7)]) == first
 
 
+slow_drafts = pytest.mark.slow("a window over int8 is quick, and few tokens on meshes")
+
+
 @pytest.mark.parametrize(
     ("drafted", "name", "kv", "mesh"),
     [
-        (15, "chatglm", "float32", ""),
         (6, "qwen2_window", "int8", ""),
         *(
-            pytest.param(*case, marks=pytest.mark.slow("a mesh sees a few tokens as it sees one"))
+            pytest.param(
+                *case,
+                marks=slow_drafts,
+            )
             for case in (
                 (1, "qwen3", "float32", ""),
+                (15, "chatglm", "float32", ""),
                 (6, "glm4", "int4", "context=4"),
                 (6, "llama_tied_llama3", "float32", "data=2,context=2,model=2"),
             )

@@ -117,6 +117,7 @@ def test_four_times_the_original_length(name, chunk):
     assert difference(name, "float32", [chunk] * (length // chunk)) < LIMIT
 
 
+@pytest.mark.slow("two stretched models run token by token from the first")
 def test_token_by_token_from_the_first():
     assert difference("qwen3_window", "float32") < LIMIT
 

@@ -12,6 +12,7 @@ YARN = '{"rope_type": "yarn", "factor": 4.0}'
 PNG = b"\x89PNG"
 
 
+@pytest.mark.slow("needles beside an earlier run's are quick")
 def test_needles_by_length_and_depth(tmp_path):
     files = ["--output_json", tmp_path / "map.json", "--plot", tmp_path / "map.png"]
     asked = ["--lengths", "200,600", "--depths", 3, "--keys", 2, "--max_batch_size", 3]
@@ -75,6 +76,7 @@ def test_the_table_of_scalings(tmp_path, lengths, settings):
     assert (tmp_path / "table.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow("it measures, and nothing else rests on it")
 def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     files = ["--output_json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
     asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--rounds", 2]

@@ -1,13 +1,11 @@
 """The int8 cache against the float one, on the shipped model."""
 
-import jax
 import numpy as np
 import pytest
+from helpers.caches import cache_bytes
 
 import lsjax
-from lsjax.requests import batches
 from lsjax.shipped.evaluation import held_out_passages
-
 
 # Of passages, and how many of them.
 _MARKS = pytest.mark.slow("fewer and shorter ones are quick"), pytest.mark.runs_long
@@ -38,11 +36,6 @@ def test_every_key_that_is_read_is_still_read(pair, prompts):
 
 
 def test_it_takes_less_than_a_third_of_the_memory(pair):
-    used = []
-    for lm in pair:
-        (request,) = batches(lm.settings, [(1, 2, 3)], 4, max_input_length=40_000)
-        engine = lm.engine
-        spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
-        used.append(sum(x.nbytes for x in jax.tree.leaves(engine.new_cache(spec, 40_000))))
+    used = [cache_bytes(lm, 40_000) for lm in pair]
     # (32 + 2) / (4 * 32) for heads of 32, and 1,024 positions in floats.
     assert np.divide(used[1], used[0]) < 0.30

@@ -61,8 +61,8 @@ def weights(run_folder):
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow("this process gets it below")),
-        signal.SIGKILL,
+        pytest.param(number, marks=pytest.mark.slow("a step's end is quick, in this process"))
+        for number in (signal.SIGTERM, signal.SIGKILL)
     ],
 )
 def test_a_run_that_goes_on_is_the_same_bit_for_bit(folder, whole, number):
@@ -133,6 +133,7 @@ def test_the_exported_model_loads_and_has_the_loss_that_was_logged(whole, folder
     assert jax.tree.leaves(lm.params)[0].dtype == "float32"
 
 
+@pytest.mark.slow("a run that goes on is quick")
 def test_a_run_made_longer_has_the_model_of_all_its_steps(folder):
     given = ["--schedule", "constant", "--output_dir", folder / "longer"]
     found = []

@@ -12,8 +12,8 @@ _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older code generator, gone since 0.11, takes half as long and its code runs as fast.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-# Before JAX is imported. Programs that tests start inherit what is set here, but those of
-# tests/hosts have the newer generator, and those of test_run_pa are compiled as users have them.
+# Before JAX is imported. Programs that tests start inherit what is set here, but the demo of
+# test_run_pa is compiled as users have it.
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 # Compiling takes longer than running, and nearly half of it are LLVM's passes. XLA's are the same
 # without them, as are the matrix products.

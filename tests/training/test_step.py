@@ -96,10 +96,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(kind, mesh, parts):
 
 @pytest.mark.parametrize(
     "mesh",
-    [
-        pytest.param(mesh, marks=pytest.mark.slow("the step is that of float32"))
-        for mesh in ("", "context=2,model=2")
-    ],
+    ["", pytest.param("context=2,model=2", marks=pytest.mark.slow("meshes run in float32"))],
 )
 def test_bfloat16_is_near_float32(mesh):
     t = trainer("rotary", mesh, "bfloat16")

@@ -30,7 +30,7 @@ def log_softmax(scores):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_weights_with_two_outlying_channels_stay_what_they_were(head_dim, seed):
     rng = np.random.default_rng(seed)
     q, k = rng.standard_normal((64, head_dim)), rng.standard_normal((2048, head_dim))

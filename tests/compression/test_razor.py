@@ -101,12 +101,12 @@ slow = pytest.mark.slow("a chunk is quick; what layers compute on meshes is in t
 @pytest.mark.parametrize(
     "kv, options",
     [
-        ("int8", {"prefill_chunk": 100}),
+        ("float32", {"prefill_chunk": 100}),
+        pytest.param("int8", {"prefill_chunk": 100}, marks=slow),
         pytest.param("int8", ALL_AXES, marks=slow),
         *(
             pytest.param("float32", options, marks=slow)
             for options in (
-                {"prefill_chunk": 100},
                 {"prefill_chunk": 4096},
                 {"mesh": "context=8"},
                 {"mesh": "model=2"},

@@ -111,6 +111,7 @@ def passkeys(count, length, compression, **options):
     return right, [row.token_ids for row in rows]
 
 
+@pytest.mark.slow("attention of each chunk is quick, against float64")
 def test_pass_keys_are_read():
     assert passkeys(4, 1300, SMALL, prefill_chunk=128)[0] == 4
 

@@ -47,10 +47,10 @@ def token_ids(file):
 @pytest.mark.parametrize(
     ("mesh", "alone", "flags"),
     [
-        ("--mesh=context=8", "--mesh=", "--kv_cache_dtype=int8"),
+        ("--mesh=context=8", "--mesh=", "--kv_cache_dtype=float32"),
         pytest.param(
             *2 * ["--mesh=data=2,context=2,model=2"],
-            "--prompt_lookup_num_tokens=3",
+            "--kv_cache_dtype=int8",
             marks=pytest.mark.slow("meshes are tested in one process, two processes with context"),
         ),
     ],

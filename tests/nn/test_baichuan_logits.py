@@ -13,7 +13,7 @@ GOLDEN = golden_models.GOLDEN / "baichuan"
 
 @pytest.mark.parametrize(
     ("name", "chunk"),
-    [*(("alibi_8_heads", n) for n in (1, 7, 256)), ("alibi_6_heads", 64), ("rotary", 7)],
+    [*(("alibi_8_heads", n) for n in (1, 256)), ("alibi_6_heads", 64), ("rotary", 7)],
 )
 def test_logits(name, chunk):
     golden = np.load(GOLDEN / f"{name}.npz")
@@ -28,7 +28,7 @@ def test_alibi_on_a_mesh(mesh):
     assert np.abs(found - golden["logits"]).max() < 1e-4
 
 
-@pytest.mark.parametrize("chunk", [1, 16])
+@pytest.mark.parametrize("chunk", [16, pytest.param(1, marks=pytest.mark.slow("16 is quick"))])
 def test_alibi_over_an_int8_cache_is_as_near_as_its_steps(chunk):
     """A step is 1/127 of a vector's second largest entry: a rounding is 0.3% of it or less."""
     golden = np.load(GOLDEN / "alibi_8_heads.npz")

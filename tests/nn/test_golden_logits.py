@@ -22,7 +22,7 @@ LIMIT = 1e-4
 
 # One of each mechanism that a cache could get wrong.
 CACHED = ("qwen2_tied", "qwen2_window_layer_types", "chatglm_1m")
-CHUNKED = ("qwen2_window", "chatglm")
+CHUNKED = ("qwen2_window", pytest.param("chatglm", marks=pytest.mark.slow("a window is quick")))
 # Each kind of scaling, at four times the length that it stretches, and the chunks that it is run
 # in. A kind changes tables, not programs: models of one family share theirs.
 STRETCHED = {

@@ -166,6 +166,7 @@ def test_what_cannot_be_measured_is_one_sentence(arguments, words):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow("finding heads, and what they keep, are quick without the programs")
 def test_heads_are_found_written_and_used(tmp_path):
     heads, picture = tmp_path / "heads.json", tmp_path / "heads.png"
     asked = ["--ids", "48,57", "--induction", 0.5, "--output", heads, "--plot", picture]

@@ -30,6 +30,7 @@ def test_the_likeliest_token_is_nearly_always_the_same(pair, prompts):
     assert same.mean() >= 0.99
 
 
+@pytest.mark.slow("the likeliest tokens of such texts are quick")
 def test_every_key_that_is_read_is_still_read(pair, prompts):
     answers = [[c.text for c in lm.generate(prompts, 8)] for lm in pair]
     assert answers[0] == answers[1]

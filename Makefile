@@ -21,7 +21,7 @@ faults: $(VENV)/test-ready
 	$(BIN)/python tests/faults.py
 
 ahead: $(AHEAD)/ahead-ready
-	$(AHEAD)/bin/python -m pytest -q tests/ahead
+	$(AHEAD)/bin/python -m pytest -q --dist worksteal tests/ahead
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .

@@ -16,12 +16,14 @@ def test_an_answer_ends_with_its_first_end_of_sequence(model):
     assert (ignored.token_ids, ignored.finish_reason) == (free, "length")
 
 
-def test_a_row_goes_on_when_its_neighbour_has_ended(model):
-    free = [c.token_ids for c in model("qwen3").generate([[1, 2, 3], [9, 8]], 40)]
-    eos = next(t for t in free[0] if t not in free[1])
-    both = model("qwen3", eos=(eos,)).generate([[1, 2, 3], [9, 8]], 40)
-    assert both[0].finish_reason == "stop" and both[0].token_ids[-1] == eos
-    assert both[1].token_ids == free[1]
+@pytest.mark.parametrize("prompts", [([1, 2, 3], [9, 8]), ([9, 8], [1, 2, 3])], ids=str)
+def test_a_row_goes_on_when_its_neighbour_has_ended(model, prompts):
+    free = [c.token_ids for c in model("qwen3").generate(prompts, 40)]
+    ends = prompts.index([1, 2, 3])
+    eos = next(t for t in free[ends] if t not in free[1 - ends])
+    both = model("qwen3", eos=(eos,)).generate(prompts, 40)
+    assert both[ends].finish_reason == "stop" and both[ends].token_ids[-1] == eos
+    assert both[1 - ends].token_ids == free[1 - ends]
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 33])

@@ -48,10 +48,14 @@ def token_ids(file):
     ("mesh", "alone", "flags"),
     [
         ("--mesh=context=8", "--mesh=", "--kv_cache_dtype=float32"),
-        pytest.param(
-            *2 * ["--mesh=data=2,context=2,model=2"],
-            "--kv_cache_dtype=int8",
-            marks=pytest.mark.slow("meshes are tested in one process, two processes with context"),
+        *(
+            pytest.param(
+                mesh, mesh, flag, marks=pytest.mark.slow("a float cache over all devices is quick")
+            )
+            for mesh, flag in (
+                ("--mesh=context=8", "--kv_cache_dtype=int8"),
+                ("--mesh=data=2,context=2,model=2", "--prompt_lookup_num_tokens=3"),
+            )
         ),
     ],
 )

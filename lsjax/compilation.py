@@ -1,14 +1,12 @@
 """Compiled programs, what compiling them cost, and the cache that spares it the next run."""
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import Mesh
 
 _disk_hits = 0
 
@@ -41,11 +39,11 @@ class Owner(Protocol):
     """What a program is compiled for, beside the shapes of its arguments.
 
     Attributes:
-      mesh: the devices.
+      platform: cpu, gpu (or cuda) or tpu.
       compiled: the owner's programs, which live as long as it does.
     """
 
-    mesh: Mesh
+    platform: str
     compiled: dict[Any, Callable]
 
 
@@ -68,17 +66,18 @@ class Program:
     def lower(self, owner: Owner, *args: Any, **static: Any) -> jax.stages.Lowered:
         """The program for arguments that are shapes with shardings, on devices that may not be
         here, ready to be compiled; nothing is kept."""
-        function = functools.wraps(self._function)(
-            lambda *args: self._function(owner, *args, **static)
-        )
-        del function.__wrapped__  # whose arguments are others
+
+        def function(*args: Any) -> Any:
+            return self._function(owner, *args, **static)
+
+        function.__name__ = self._function.__name__  # by which profiles know the program
         options = {}
         if self._out_shardings is not None:
             options["out_shardings"] = self._out_shardings(owner)
         return jax.jit(
             function,
             donate_argnums=self._donate_argnums,
-            compiler_options=compiler_options(owner.mesh.devices.flat[0].platform),
+            compiler_options=compiler_options(owner.platform),
             **options,
         ).lower(*args)
 

@@ -4,25 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from helpers import training_runs
 from helpers.processes import finish, free_port, start
 from helpers.programs import path_of
 
 import lsjax
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 264,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-}
+CONFIG = training_runs.CONFIG | {"num_key_value_heads": 2, "tie_word_embeddings": False}
 
 
 @pytest.mark.slow("steps on meshes and runs of two processes are tested apart")

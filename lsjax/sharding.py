@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lsjax.cache import (
     CacheSpec,
@@ -100,6 +100,11 @@ def make_mesh(sizes: str | Mapping[str, int]) -> Mesh:
     return jax.make_mesh(
         tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count]
     )
+
+
+def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh that has sizes, in the order of AXES, but no devices."""
+    return AbstractMesh(sizes, AXES, (AxisType.Auto,) * len(AXES))
 
 
 def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:

@@ -1,16 +1,13 @@
 """Whole models with random weights: time to the first token, decode, and memory at the peak."""
 
 import dataclasses
-import functools
 import pathlib
 import subprocess
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from lsjax.compilation import CLOCK, enable_persistent_cache
 from lsjax.config import ModelConfig
@@ -19,7 +16,7 @@ from lsjax.device_check.sizes import Sizes
 from lsjax.engine import Engine
 from lsjax.families import read_config
 from lsjax.memory import peak_memory_bytes
-from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.nn.parameters import random_parameters
 from lsjax.requests import cache_spec, round_up
 from lsjax.sharding import make_mesh
 
@@ -84,7 +81,7 @@ def _time_model(
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     engine = Engine(config, mesh, dtype, "int8", chunk)
     start = time.perf_counter()
-    params = jax.block_until_ready(_random_weights(config, mesh, dtype))
+    params = jax.block_until_ready(random_parameters(config, mesh, dtype))
     made = time.perf_counter() - start
     spec = cache_spec(mesh, 1, prompt, sizes.output + engine.segment, chunk, "int8", dtype)
     cache, tables = engine.new_cache(spec, prompt), engine.tables([spec.capacity])
@@ -129,28 +126,3 @@ def _time_model(
         peak_bytes=peak_memory_bytes(),
         compile_seconds=round(CLOCK.seconds, 1),
     )
-
-
-def _random_weights(config: ModelConfig, mesh: Mesh, dtype: str) -> dict:
-    """Normal weights, norms of 1 and biases of 0, by one small program for each shape.
-
-    `random_parameters` is one program for all of them, which XLA takes minutes to compile for a
-    GPU where layers are many.
-    """
-    key, weights = jax.random.key(0), {}
-    for i, (path, leaf) in enumerate(abstract_parameters(config, mesh, dtype).items()):
-        if len(leaf.shape) > 1:
-            own = jax.random.fold_in(key, i)
-            weights[path] = _normal(own, leaf.shape, leaf.dtype, leaf.sharding)
-        else:
-            value = 0 if path.endswith("bias") else 1
-            weights[path] = jnp.full(leaf.shape, value, leaf.dtype, device=leaf.sharding)
-    return unflatten(weights)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(
-    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
-) -> jax.Array:
-    values = 0.02 * jax.random.normal(key, shape, dtype)
-    return jax.lax.with_sharding_constraint(values, sharding)

@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
+import zlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.nn.initializers import Initializer
+from jax.sharding import Mesh, NamedSharding
 
 from lsjax.config import ModelConfig
 from lsjax.nn.decoder import Decoder
 from lsjax.positions.rotary import rotary_tables
-from lsjax.sharding import parameter_spec, sharding
+from lsjax.sharding import abstract_mesh, parameter_spec, sharding
 
 _FIRST_LAYER = "layers_0/"
+_NORMAL = nn.initializers.normal(0.02)
 
 
 def abstract_parameters(
@@ -23,38 +26,44 @@ def abstract_parameters(
     """Path in the parameter tree ("layers_0/attn/q/weight") -> shape, dtype and sharding."""
     one = dataclasses.replace(config.traced, num_layers=1, windows=config.windows[:1])
     first, found = {}, {}
-    for path, leaf in _abstract_parameters(one, mesh, dtype).items():
+    for path, box in _boxed_parameters(one, dtype).items():
+        shape = box.value.shape
+        where = sharding(mesh, parameter_spec(mesh, box.names, shape))
+        leaf = jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=where)
         (first if path.startswith(_FIRST_LAYER) else found)[path] = leaf
     for i in range(config.num_layers):  # all are alike
         found |= {path.replace(_FIRST_LAYER, f"layers_{i}/"): leaf for path, leaf in first.items()}
     return found
 
 
-@functools.lru_cache(maxsize=8)
-def _abstract_parameters(
-    config: ModelConfig, mesh: Mesh, dtype: str
-) -> dict[str, jax.ShapeDtypeStruct]:
-    boxed = jax.eval_shape(lambda: _initialise(config, mesh, dtype, jax.random.key(0)))
-    flat = traverse_util.flatten_dict(
-        boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x)
-    )
-
-    def abstract(names: tuple[str | None, ...], value: jax.ShapeDtypeStruct):
-        where = sharding(mesh, parameter_spec(mesh, names, value.shape))
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where)
-
-    return {path: abstract(box.names, box.value) for path, box in flat.items()}
-
-
 def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:
-    """A tree of random parameters, made on the mesh: to train from, or to measure speed."""
-    abstract = abstract_parameters(config, mesh, dtype)
-    shardings = unflatten({path: leaf.sharding for path, leaf in abstract.items()})
+    """A tree of random parameters, made on the mesh: to train from, or to measure speed.
 
-    def init(key: jax.Array) -> dict:
-        return nn.meta.unbox(_initialise(config, mesh, dtype, key))
+    They are drawn as the modules would draw them. But the modules' own `init` is one program for
+    all layers, which XLA takes minutes to compile for a GPU; here is one for each shape.
+    """
+    key, flat = jax.random.key(seed), {}
+    for path, leaf in abstract_parameters(config, mesh, dtype).items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        flat[path] = _draw(_initializer(path, leaf), own, leaf.shape, leaf.dtype, leaf.sharding)
+    return unflatten(flat)
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+def _initializer(path: str, leaf: jax.ShapeDtypeStruct) -> Initializer:
+    if path.endswith("bias"):
+        return nn.initializers.zeros
+    return _NORMAL if len(leaf.shape) > 1 else nn.initializers.ones
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _draw(
+    initializer: Initializer,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    where: NamedSharding,
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(initializer(key, shape, dtype), where)
 
 
 def flatten(params: dict) -> dict[str, jax.Array]:
@@ -67,15 +76,21 @@ def unflatten(flat: dict) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _initialise(config: ModelConfig, mesh: Mesh, dtype: str, key: jax.Array) -> dict:
-    """Parameters boxed with what their axes mean; the smallest call reaches them all."""
+@functools.lru_cache(maxsize=32)
+def _boxed_parameters(config: ModelConfig, dtype: str) -> dict[str, nn.Partitioned]:
+    """Path -> shape and dtype, boxed with what the axes mean.
+
+    The smallest call reaches all parameters, and their shapes do not depend on a mesh.
+    """
+    mesh = abstract_mesh((1, 1, 1))
     decoder = Decoder(config, mesh, jnp.dtype(dtype))
-    # A row for each part of a batch, and as few tokens as can be dealt out.
-    tokens = jnp.zeros((mesh.shape["data"], 2 * mesh.shape["context"]), jnp.int32)
-    tables = rotary_tables(config, [1])
 
     def everything(module: Decoder) -> jax.Array:
-        hidden, _ = module(tokens, tokens, tables, None)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden, _ = module(tokens, tokens, rotary_tables(config, [1]), None)
         return module.logits(hidden)
 
-    return nn.init(everything, decoder)(key)["params"]
+    boxed = jax.eval_shape(lambda: nn.init(everything, decoder)(jax.random.key(0))["params"])
+    return traverse_util.flatten_dict(
+        boxed, sep="/", is_leaf=lambda _, x: nn.meta.is_axis_metadata(x)
+    )

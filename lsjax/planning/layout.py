@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from lsjax.cache import CacheSpec
 from lsjax.compression import Compression
 from lsjax.requests import cache_spec
-from lsjax.sharding import AXES
+from lsjax.sharding import AXES, abstract_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Layout:
     @property
     def abstract_mesh(self) -> AbstractMesh:
         """A mesh that has a shape but no devices."""
-        return AbstractMesh(self.mesh, AXES, (AxisType.Auto,) * len(AXES))
+        return abstract_mesh(self.mesh)
 
     def cache_spec(self, input_length: int) -> CacheSpec:
         """The cache that prompts of this many tokens need, as run_pa makes it."""

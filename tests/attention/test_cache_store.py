@@ -115,14 +115,16 @@ def test_a_few_tokens_of_each_row_land_in_the_shards_that_hold_their_positions(d
     new = encode(empty(dtype), jnp.asarray(normal()[:, :, :length]))
     encoded = dequantised(new)
     zigzag = Zigzag(devices=2, stripe=16)
+    before = empty(dtype, capacity=32)
+
+    @jax.jit
+    def put(device, first):
+        position_of = functools.partial(zigzag.position, device)
+        slots = zigzag.slots_before(device, first)
+        return write_tokens(before, new, first, slots, position_of=position_of)
+
     for first in ([3, 40], [59, 0], [12, 63 - length]):
-        shards = []
-        for device in range(2):
-            slots = zigzag.slots_before(device, np.asarray(first))
-            position_of = functools.partial(zigzag.position, device)
-            put = functools.partial(write_tokens, position_of=position_of)
-            shard = jax.jit(put)(empty(dtype, capacity=32), new, np.asarray(first), slots)
-            shards.append(dequantised(shard))
+        shards = [dequantised(put(device, np.asarray(first))) for device in range(2)]
         held = np.concatenate(shards, axis=1)[:, np.argsort(zigzag.order(64))]
         expected = np.zeros_like(held)
         for row, at in enumerate(first):

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from lsjax.attention import cudnn
-from lsjax.attention.gpu import decode
+from lsjax.attention.gpu import decode as decode_on_gpu
 from lsjax.attention.partial import Partial
+
+decode = jax.jit(functools.partial(decode_on_gpu, interpret=True))
 
 ALIGNED = 256  # a capacity is a multiple of this, and no block that is read is longer
 
@@ -67,16 +69,16 @@ def inputs(case):
 
     def store(x):
         if case.cache != "int8":
-            return jnp.asarray(x, case.cache), None
-        scale = jnp.asarray(np.abs(x).max(axis=-1) / 127, "bfloat16")
-        steps = np.round(x / np.asarray(scale, np.float32)[..., None])
-        return jnp.asarray(steps.clip(-127, 127), "int8"), scale
+            return x.astype(jnp.dtype(case.cache)), None
+        scale = (np.abs(x).max(axis=-1) / 127).astype(jnp.bfloat16)
+        steps = np.round(x / scale.astype(np.float32)[..., None])
+        return steps.clip(-127, 127).astype(np.int8), scale
 
     q = 4 * draw(case.group, case.length, case.head_dim) / case.head_dim**0.5
     k, k_scale = store(draw(case.capacity, case.head_dim))
     v, v_scale = store(draw(case.capacity, case.head_dim))
     begin, end = np.asarray(case.slots, np.int32).T[:, :, None].repeat(case.length, axis=2)
-    return jnp.asarray(q, case.dtype), k, v, k_scale, v_scale, begin, end
+    return q.astype(jnp.dtype(case.dtype)), k, v, k_scale, v_scale, begin, end
 
 
 def visible(k, begin, end):
@@ -139,8 +141,8 @@ def spoiled_where_unseen(k, v, k_scale, v_scale, begin, end):
 
     def spoil(x, scale):
         if scale is None:
-            return jnp.where(needed[..., None], x, jnp.nan).astype(x.dtype), None
-        return x, jnp.where(needed, scale, jnp.nan).astype(scale.dtype)
+            return np.where(needed[..., None], x, np.nan).astype(x.dtype), None
+        return x, np.where(needed, scale, np.nan).astype(scale.dtype)
 
     (k, k_scale), (v, v_scale) = spoil(k, k_scale), spoil(v, v_scale)
     return k, v, k_scale, v_scale, begin, end
@@ -157,7 +159,7 @@ slow = pytest.mark.slow("the interpreter takes up to ten seconds; SEEDS has each
 def test_decode_reads_what_each_row_holds_and_is_as_near_the_truth_as_plain_attention(seed):
     args = inputs(drawn(seed))
     q, *stores = args
-    got = decode(q, *spoiled_where_unseen(*stores), interpret=True)
+    got = decode(q, *spoiled_where_unseen(*stores))
     assert got.values.shape == q.shape and got.lse.shape == q.shape[:-1]
     assert_as_near(got, plain(*args), args)
 
@@ -168,12 +170,12 @@ def test_decode_of_a_few_tokens_that_see_one_more_each(seed):
     case = drawn(seed)._replace(length=5)
     q, *stores, begin, end = inputs(case)
     args = q, *stores, begin + np.arange(5, dtype="i4") * (seed % 2), end + np.arange(5, dtype="i4")
-    assert_as_near(decode(*args, interpret=True), plain(*args), args)
+    assert_as_near(decode(*args), plain(*args), args)
 
 
 def test_decode_over_a_store_of_a_few_slots():
     args = inputs(Case(((0, 30), (3, 5)), 64, 3, "int8", "float32", capacity=32))
-    assert_as_near(decode(*args, interpret=True), plain(*args), args)
+    assert_as_near(decode(*args), plain(*args), args)
 
 
 def test_int8_keys_that_the_kernel_could_not_address_are_refused():
@@ -181,7 +183,7 @@ def test_int8_keys_that_the_kernel_could_not_address_are_refused():
     store, scale = of((5, 4, 2**20, 128), "int8"), of((5, 4, 2**20), "bfloat16")
     q, bound = of((5, 4, 8, 1, 128), "bfloat16"), of((5, 1), "int32")
     with pytest.raises(ValueError, match="split the cache"):
-        jax.eval_shape(decode, q, store, store, scale, scale, bound, bound)
+        jax.eval_shape(decode_on_gpu, q, store, store, scale, scale, bound, bound)
 
 
 def cudnn_stand_in(q, k, v, q_seqlen, kv_seqlen, mask_type, qkv_layout, return_residual):
@@ -195,10 +197,17 @@ def cudnn_stand_in(q, k, v, q_seqlen, kv_seqlen, mask_type, qkv_layout, return_r
     return values.astype(q.dtype), jnp.where(kv_seqlen[:, None, None] > 0, lse, jnp.nan)
 
 
+@jax.jit
+def prefill(q, *stores_begin_end):
+    """On the stand-in, with plain attention at the edges."""
+    *stores, begin, end = stores_begin_end
+    return cudnn.prefill(q, *stores, begin, end, lambda b, e: plain(q, *stores, b, e))
+
+
 def in_bfloat16(*args):
     """Plain attention that returns bfloat16, as cuDNN's does."""
     partial = plain(*args)
-    return Partial(partial.values.astype("bfloat16").astype("float32"), partial.lse)
+    return Partial(np.asarray(partial.values).astype(jnp.bfloat16).astype("f4"), partial.lse)
 
 
 CHUNK = np.arange(48)[None]
@@ -228,9 +237,8 @@ def test_prefill_is_as_near_the_truth_as_plain_attention(monkeypatch, name, cach
     rows = ((0, 0),) * len(begin)
     case = Case(rows, 16, 2, cache, "bfloat16", capacity=33024, kv_heads=1, length=48)
     q, *stores, _, _ = inputs(case)
-    got = cudnn.prefill(q, *stores, begin, end, lambda b, e: plain(q, *stores, b, e))
     args = (q, *stores, begin, end)
-    assert_as_near(got, in_bfloat16(*args), args)
+    assert_as_near(prefill(*args), in_bfloat16(*args), args)
 
 
 def test_what_all_queries_see_is_left_to_cudnn(monkeypatch):

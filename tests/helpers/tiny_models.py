@@ -28,7 +28,12 @@ def tiny(kind):
 def parameters(config, mesh="", scale=4.0):
     """On the mesh; large enough that the model is not indifferent."""
     params = random_parameters(config, make_mesh(mesh), "float32")
-    return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
+    return jax.tree.map(lambda x: _times(x, scale) if x.ndim > 1 else x, params)
+
+
+@jax.jit
+def _times(x, scale):
+    return x * scale
 
 
 def documents(rows, length, seed=0, most=4):

@@ -33,6 +33,8 @@ def main(address: str, process_id: str, folder: str, converted: str, out: str) -
 
     shares: list[float] = []
     load(converted, "context=8")
+    shares.clear()  # it has also read the modules and programs that loading takes
+    load(converted, "context=8")
     load(folder, "context=2,model=4")
     save_parameters(load(folder, "context=8"), folder, out)
     load(out, "context=8")

@@ -79,7 +79,7 @@ def difference(name, cache_dtype=None, chunks=(), mesh=""):
         positions = np.broadcast_to(at, (batch, size))
         inputs = tokens[:, at], positions, cache
         logits, cache = step(decoder, {"params": params}, tables, *inputs, size == 1)
-        parts.append(logits[:, np.argsort(order)])
+        parts.append(np.asarray(logits)[:, np.argsort(order)])
     logits = np.concatenate(parts, axis=1)[:, data["positions"]]
     return np.max(np.abs(logits - data["logits"]))
 

@@ -74,14 +74,8 @@ def test_fewer_bits_and_more_devices_take_longer_texts():
     assert longest("h100-80gb:8", "bfloat16") > 2 * lengths[0]
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "",
-        pytest.param("context=2", marks=pytest.mark.slow("blocks and tokens twice, as is allowed")),
-        pytest.param("model=2", marks=pytest.mark.slow("bytes of halves, as with context=2")),
-    ],
-)
+@pytest.mark.slow("plans and runs take their shapes from one function")
+@pytest.mark.parametrize("mesh", ["", "context=2", "model=2"])
 def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     """By the arrays of a real run, on all devices together."""
     settings = {"kv_cache_dtype": "int8", "mesh": mesh, "prefill_chunk": 512}
@@ -94,6 +88,9 @@ def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     # Parts that every device of the context axis has: blocks of floats, compensation tokens.
     assert answer.stats.cache_bytes <= found * lm.settings.mesh.size
     assert found * lm.settings.mesh.size < 1.2 * answer.stats.cache_bytes
+
+
+def test_a_compressed_cache_takes_a_third():
     planned = lsjax.plan(GLM, "h100-80gb:1", kv_compression="razor", max_input_length=131_072)
     whole = lsjax.plan(GLM, "h100-80gb:1", max_input_length=131_072)
     share = planned.programs["decode"].cache / whole.programs["decode"].cache

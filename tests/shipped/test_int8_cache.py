@@ -9,7 +9,7 @@ from lsjax.shipped.evaluation import held_out_passages
 
 # Of passages, and how many of them.
 _MARKS = pytest.mark.slow("fewer and shorter ones are quick"), pytest.mark.runs_long
-PASSAGES = [(1600, 4), pytest.param((4000, 10), marks=_MARKS)]
+PASSAGES = [(1600, 4), pytest.param((4000, 4), marks=_MARKS)]
 
 
 @pytest.fixture(scope="module")

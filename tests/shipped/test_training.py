@@ -18,8 +18,8 @@ def test_a_short_training_learns_and_exports_a_model(positions, tmp_path):
     hf_config = HF_CONFIGS[positions]
     passages = held_out_passages(120, 4)
     phases = (
-        Phase((Stage(40, 16, 128),), peak_rate=2e-3, warmup=1),
-        Phase((Stage(3, 4, 128),), peak_rate=1e-4, warmup=1, yarn_factors=(1, 4)),
+        Phase((Stage(24, 8, 128),), peak_rate=2e-3, warmup=1),
+        Phase((Stage(2, 4, 128),), peak_rate=1e-4, warmup=1, yarn_factors=(1, 4)),
     )
     folder = tmp_path / "model"
     export(hf_config, train(hf_config, Settings(phases=phases)), folder)

@@ -2,18 +2,24 @@
 
 import contextlib
 import importlib
+import io
+import logging as std_logging
+import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
-from lsjax import hosts
+from lsjax import hosts, notes
 from lsjax.cache import CACHE_DTYPES
 from lsjax.errors import UserError
 from lsjax.settings import COMPUTE_DTYPES
+
+# Flags that are defined here belong to the program that asks for them: its --help lists them.
+flags.disclaim_key_flags()
 
 
 def define_model_flags() -> None:
@@ -124,12 +130,46 @@ def run(main: Callable[[list[str]], object], words: bool = False) -> None:
                 raise UserError(f"{argv[1]!r} is not a flag; give every value as --name=value.")
             if "coordinator_address" in flags.FLAGS:
                 connect()
-            with hosts.only_the_first_talks():
+            with hosts.only_the_first_talks(), _notes_are_printed():
                 return main(argv)
         except UserError as error:
             _fail(error)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            _hide_output()
+            return 0
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know every character
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints at once. A reader who has gone ends a program, but not one that writes a file, too."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        if "output_json" not in flags.FLAGS or not flags.FLAGS.output_json:
+            raise
+        _hide_output()
+
+
+def _hide_output() -> None:
+    """Lets what is printed from here on go nowhere; what a closed pipe has not taken, too."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+@contextlib.contextmanager
+def _notes_are_printed() -> Iterator[None]:
+    logger = std_logging.getLogger("lsjax")
+    printed, propagate = notes.Printed(say), logger.propagate
+    logger.addHandler(printed)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(printed)
+        logger.propagate = propagate
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -62,6 +62,7 @@ class ModelConfig:
         window - 1 tokens before it), or None for the whole past.
       eos_token_ids: any of these ends an answer.
       dtype: the dtype that the checkpoint was published in.
+      exact_length: tokens up to which attention is as the model wants it; None for any number.
     """
 
     architecture: str
@@ -90,6 +91,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     dtype: str
+    exact_length: int | None = None
 
     @property
     def trained_length(self) -> int:
@@ -128,4 +130,5 @@ class ModelConfig:
             auto_rope_kind="",
             eos_token_ids=(),
             dtype="",
+            exact_length=None,
         )

@@ -144,19 +144,40 @@ class Engine:
         """Like prefill, with the logits of every position: [batch, chunk, vocab] float32."""
         return steps.score(self._model, params, tables, cache, self._place(tokens), np.int32(start))
 
+    def for_samples(
+        self, cache: KVCache, last: jax.Array, samples: int
+    ) -> tuple[KVCache, jax.Array]:
+        """What `prefill` returned, with so many rows one after the other for each of its rows."""
+        return steps.for_samples(self._model, (cache, last), samples=samples)
+
     def first(
-        self, params: dict, cache: KVCache, last: jax.Array, lengths: np.ndarray, draw: Draw | None
+        self,
+        params: dict,
+        cache: KVCache,
+        last: jax.Array,
+        lengths: np.ndarray,
+        draw: Draw = Draw(),  # noqa: B008 (frozen)
+        seen: np.ndarray | None = None,
     ) -> DecodeState:
-        """Chooses each row's first token from the hidden state of its prompt's last."""
+        """Chooses each row's first token from the hidden state of its prompt's last.
+
+        `seen` is [batch, vocab], whether a token is in the prompt; only where `draw` penalises it.
+        """
+        seen = None if seen is None else self._place(seen, np.bool_)
         return DecodeState(
             cache=cache,
-            token=steps.first(self._model, params, last, draw),
+            token=steps.first(self._model, params, last, draw, seen),
             position=self._place(lengths),
             step=jnp.ones((), jnp.int32, device=self._model.replicated),
+            seen=seen,
         )
 
     def decode(
-        self, params: dict, tables: RotaryTables, state: DecodeState, draw: Draw | None
+        self,
+        params: dict,
+        tables: RotaryTables,
+        state: DecodeState,
+        draw: Draw = Draw(),  # noqa: B008 (frozen)
     ) -> tuple[DecodeState, jax.Array]:
         """Decodes one segment; the state is donated. Returns it and [batch, segment] new ids."""
         return steps.decode(self._model, params, tables, state, draw, steps=self.segment)
@@ -254,14 +275,14 @@ class Engine:
                 prefill = steps.prefill.lower(
                     model, params, tables, cache, tokens, count, rows(), hidden
                 )
-            decode = steps.decode.lower(model, params, tables, state, None, steps=self.segment)
+            decode = steps.decode.lower(model, params, tables, state, Draw(), steps=self.segment)
             lowered = prefill, decode
         with concurrent.futures.ThreadPoolExecutor() as pool:
             prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
         return prefill, decode
 
-    def _place(self, rows: np.ndarray) -> jax.Array:
-        return place(np.asarray(rows, np.int32), self._model.rows)
+    def _place(self, rows: np.ndarray, dtype: type = np.int32) -> jax.Array:
+        return place(np.asarray(rows, dtype), self._model.rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -11,9 +11,12 @@ import numpy as np
 
 from lsjax.compilation import CLOCK
 from lsjax.engine import Engine
+from lsjax.errors import UserError
 from lsjax.hosts import to_host
 from lsjax.progress import prefill_cost
 from lsjax.requests import Request
+from lsjax.sampling import NOT_A_NUMBER
+from lsjax.stop_strings import Stopper
 
 
 @dataclasses.dataclass
@@ -45,6 +48,7 @@ def generate(
     request: Request,
     timing: Timing,
     on_prefill: Callable[[int], None] | None = None,
+    stopper: Stopper | None = None,
 ) -> Iterator[list[list[int]]]:
     """Answers a batch.
 
@@ -54,22 +58,31 @@ def generate(
       request: what to answer.
       timing: filled in as the work goes on.
       on_prefill: called with the number of positions run after each chunk.
+      stopper: knows the texts that end a row; None for none.
 
     Yields:
       The new ids of each row: first one, then up to a segment at a time. A row's last id is an
-      end-of-sequence id, or its max_output_length-th.
+      end-of-sequence id, or completes a stop string, or is its max_output_length-th.
+
+    Raises:
+      UserError: the model's scores are not finite.
     """
     start, compile_before = time.perf_counter(), CLOCK.seconds
     lengths = np.array([len(p) for p in request.prompts], np.int32)
     tables = engine.tables(request.lengths)
     spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
-    draw = request.sampling.arrays()
+    draw = request.sampling.arrays(request.numbers)
 
     cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill)
+    if request.num_samples > 1:
+        cache, last = engine.for_samples(cache, last, request.num_samples)
+        tables = engine.tables(request.for_samples(request.lengths))
     timing.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
-    state = engine.first(params, cache, last, lengths, draw)
-    del cache
-    rows = _Rows(request)
+    seen = _in_prompts(request, engine.config.vocab_size) if request.sampling.penalized else None
+    lengths = np.array(request.for_samples(lengths))
+    state = engine.first(params, cache, last, lengths, draw, seen)
+    del cache, last
+    rows = _Rows(request, stopper)
     new = rows.take(to_host(state.token)[:, None].tolist())
     now = time.perf_counter()
     timing.first_token = now - start
@@ -193,14 +206,23 @@ def _those_that_stand(tokens: np.ndarray, counts: np.ndarray) -> list[list[int]]
     return [row[these].tolist() for row, these in zip(tokens, stand, strict=True)]
 
 
+def _in_prompts(request: Request, vocab_size: int) -> np.ndarray:
+    """[batch, vocab_size] whether a row's prompt holds a token."""
+    seen = np.zeros((len(request.prompts), vocab_size), np.bool_)
+    for row, prompt in zip(seen, request.prompts, strict=True):
+        row[list(prompt)] = True
+    return np.repeat(seen, request.num_samples, axis=0)
+
+
 class _Rows:
     """Which rows have ended, and how much of a segment counts."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, stopper: Stopper | None):
         # Rows that only fill the batch up are not waited for.
         fillers = len(request.prompts) - request.count
-        self._left = [request.max_output_length] * request.count + [0] * fillers
-        self._eos = request.eos_token_ids
+        left = [request.max_output_length] * request.count + [0] * fillers
+        self._left = request.for_samples(left)
+        self._eos, self._stopper = request.eos_token_ids, stopper
 
     @property
     def ended(self) -> bool:
@@ -210,10 +232,16 @@ class _Rows:
         return [self._take(row, ids) for row, ids in enumerate(tokens)]
 
     def _take(self, row: int, ids: Sequence[int]) -> list[int]:
-        ids = ids[: self._left[row]]
-        self._left[row] -= len(ids)
-        for i, token in enumerate(ids):
-            if token in self._eos:
-                self._left[row] = 0
-                return list(ids[: i + 1])
-        return list(ids)
+        ids = list(ids[: self._left[row]])
+        if NOT_A_NUMBER in ids:
+            raise UserError(
+                "the model's scores are not numbers (nan or infinite), so no token can be chosen: "
+                "its weights are damaged, or too large for the dtype. Download them again, or try "
+                "dtype float32."
+            )
+        stand = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
+        if self._stopper is not None:
+            stop = self._stopper.stands(row, ids[:stand])
+            stand = stop or stand
+        self._left[row] = self._left[row] - len(ids) if stand is None else 0
+        return ids[:stand]

@@ -19,15 +19,15 @@ from lsjax.engine import Engine
 from lsjax.errors import UserError
 from lsjax.generation import forced_scores
 from lsjax.hosts import to_host
+from lsjax.inputs import Prompt, as_prompts, as_rows
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.requests import Request, batches, cache_spec, check_ids
 from lsjax.results import Completion
 from lsjax.run import Run
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings, settle
+from lsjax.stop_strings import TextStream
 from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-Prompt = str | Sequence[int]
 
 
 def load(
@@ -153,7 +153,7 @@ class LanguageModel:
         Returns:
           [batch, length - 1] float32: minus the log-probability of token i + 1 after token i.
         """
-        ids = np.atleast_2d(np.asarray(token_ids, np.int32))
+        ids = as_rows(token_ids)
         return _losses(self._scores(ids, chunk_size), ids[:, 1:])
 
     def decode_losses(self, token_ids: Any, prompt_length: int) -> np.ndarray:
@@ -172,9 +172,7 @@ class LanguageModel:
         Raises:
           UserError: an id that the model has no embedding for, or nothing left to decode.
         """
-        ids = np.atleast_2d(np.asarray(token_ids, np.int32))
-        for row in ids:
-            check_ids(self.config, row)
+        ids = self._rows(token_ids)
         length = ids.shape[1]
         if not 0 < prompt_length < length - 1:
             raise UserError(
@@ -195,6 +193,13 @@ class LanguageModel:
         scores = forced_scores(self.engine, self.params, request)
         return _losses(scores, ids[:, prompt_length + 1 :])
 
+    def _rows(self, token_ids: Any) -> np.ndarray:
+        """[batch, length] ids that the model has embeddings for."""
+        ids = as_rows(token_ids)
+        for row in ids:
+            check_ids(self.config, row)
+        return ids.astype(np.int32)
+
     def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
         """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
         if self.settings.compression:
@@ -203,9 +208,7 @@ class LanguageModel:
                 "what is decoded after a prompt (decode_losses, --prompt_length), or leave out "
                 "kv_compression."
             )
-        ids = np.atleast_2d(np.asarray(token_ids, np.int32))
-        for row in ids:
-            check_ids(self.config, row)
+        ids = self._rows(token_ids)
         batch, length = ids.shape
         s, context = self.settings, self.settings.mesh.shape["context"]
         chunk = whole_stripes(min(chunk_size or s.prefill_chunk, length), context)
@@ -241,12 +244,14 @@ class LanguageModel:
         ignore_eos: bool = False,
         allow_untrained_length: bool = False,
         prompt_lookup_num_tokens: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
         on_prefill: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Answers prompts.
 
         Args:
-          prompts: texts or lists of ids; a single text is a list of one.
+          prompts: a text or a list of ids, or a list of such.
           max_output_length: tokens to generate at most for each.
           max_input_length: make room for prompts of this many tokens, and refuse longer ones, so
             that prompts of any length up to it share compiled programs. None: as long as the
@@ -258,17 +263,17 @@ class LanguageModel:
           prompt_lookup_num_tokens: draft this many tokens for each step of decoding from where the
             last ones stood before, and verify them at once: greedy tokens stay what they were,
             and come faster where the text repeats itself. At most 15; 0 for none.
+          num_samples: answers to each prompt, which is read once for all of them.
+          stop: a text, or several: an answer ends before the first of them.
           on_prefill: called with the number of positions run, after each chunk.
 
         Returns:
-          A completion for each prompt, in order.
+          A completion for each sample of each prompt, in order.
 
         Raises:
           UserError: a prompt is empty or too long, or a number is out of range.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        ids = [self.encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in as_prompts(prompts)]
         done: list[Completion] = []
         for request in batches(
             self.settings,
@@ -280,6 +285,8 @@ class LanguageModel:
             ignore_eos=ignore_eos,
             allow_untrained_length=allow_untrained_length,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            num_samples=num_samples,
+            stop=stop,
         ):
             run = self.start(request, on_prefill)
             for _ in run:
@@ -293,21 +300,24 @@ class LanguageModel:
         The pieces joined are the text that `generate` returns.
         """
         on_prefill = options.pop("on_prefill", None)
-        ids = self.encode(prompt)
+        if options.get("num_samples", 1) != 1:
+            raise UserError("stream yields one answer; leave out num_samples, or use generate.")
+        prompts = as_prompts(prompt)
+        if len(prompts) != 1:
+            raise UserError("stream answers one prompt; use generate for several.")
+        ids = self.encode(prompts[0])
         (request,) = batches(self.settings, [ids], max_output_length, **options)
-        decoder = self.tokenizer.stream_decoder()
+        text = TextStream(self.tokenizer, request.stop)
         for new in self.start(request, on_prefill):
-            if piece := decoder.push(new[0]):
+            if piece := text.push(new[0]):
                 yield piece
-        if piece := decoder.flush():
+        if piece := text.flush():
             yield piece
 
     def start(self, request: Request, on_prefill: Callable[[int], None] | None = None) -> Run:
         """A batch to iterate over, see Run; for programs that show it as it comes."""
-        return Run(self.engine, self.params, self._text, request, on_prefill)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids) if has_tokenizer(self.settings.folder) else ""
+        tokenizer = self.tokenizer if has_tokenizer(self.settings.folder) else None
+        return Run(self.engine, self.params, tokenizer, request, on_prefill)
 
 
 def _losses(parts: Iterator[jax.Array], targets: np.ndarray) -> np.ndarray:

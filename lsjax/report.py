@@ -10,6 +10,7 @@ from lsjax.compression.shapes import compressed_shapes
 from lsjax.positions.frequencies import resolve, rotary_frequencies
 from lsjax.requests import Request
 from lsjax.results import Completion, Stats
+from lsjax.sampling import Sampling
 from lsjax.settings import Settings
 
 
@@ -44,6 +45,7 @@ def in_force(settings: Settings, requests: Sequence[Request]) -> dict[str, Any]:
 def _cache_bytes(settings: Settings, request: Request) -> int:
     """Over all devices but counted once, after prefill."""
     spec = request.cache_spec(settings.mesh, settings.kv_cache_dtype, settings.dtype)
+    spec = dataclasses.replace(spec, batch=spec.batch * request.num_samples)
     if settings.compression is None:
         return spec.nbytes(settings.config)
     context = settings.mesh.shape["context"]
@@ -54,7 +56,28 @@ def _cache_bytes(settings: Settings, request: Request) -> int:
 
 def notes(settings: Settings, requests: Sequence[Request]) -> list[str]:
     """What a user should know of what is in force: that it has no effect, or has a cost."""
-    return _notes_on_cache(settings) + _notes_on_scaling(settings, requests)
+    return (
+        _notes_on_cache(settings)
+        + _notes_on_scaling(settings, requests)
+        + _notes_on_sampling(settings, requests[0].sampling)
+    )
+
+
+def _notes_on_sampling(settings: Settings, used: Sampling) -> list[str]:
+    """What the publisher suggests, where that is not what is done."""
+    suggested = dataclasses.replace(settings.suggested, seed=used.seed)
+    if suggested in (used, Sampling(seed=used.seed)):
+        return []
+    default = Sampling()
+    fields = [
+        f"{f.name} {getattr(suggested, f.name):g}"
+        for f in dataclasses.fields(Sampling)
+        if f.name != "seed" and getattr(suggested, f.name) != getattr(default, f.name)
+    ]
+    return [
+        f"generation_config.json suggests {', '.join(fields)}, which is not what is used here; "
+        "--sampling auto takes it"
+    ]
 
 
 def _notes_on_cache(settings: Settings) -> list[str]:

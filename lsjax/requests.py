@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -31,6 +32,9 @@ class Request:
       sampling: how tokens are drawn.
       eos_token_ids: any of these ends a row; empty for none.
       prompt_lookup_num_tokens: tokens drafted for each step of decoding; 0 for none.
+      first: the number of the first prompt among all that were given.
+      num_samples: answers to each prompt, in rows one after the other.
+      stop: texts that end an answer.
       segment, cache_block: as of Settings.
     """
 
@@ -42,8 +46,21 @@ class Request:
     sampling: Sampling
     eos_token_ids: frozenset[int]
     prompt_lookup_num_tokens: int = 0
+    first: int = 0
+    num_samples: int = 1
+    stop: tuple[str, ...] = ()
     segment: int = SEGMENT
     cache_block: int = BLOCK
+
+    @property
+    def numbers(self) -> list[tuple[int, int]]:
+        """Of each row of answers: its prompt's number, and its own among that prompt's."""
+        prompts = range(self.first, self.first + len(self.prompts))
+        return [(prompt, sample) for prompt in prompts for sample in range(self.num_samples)]
+
+    def for_samples(self, of_prompts: Sequence[Any]) -> list[Any]:
+        """Something of each prompt -> the same of each row of answers."""
+        return [x for x in of_prompts for _ in range(self.num_samples)]
 
     @property
     def lengths(self) -> list[int]:
@@ -73,6 +90,8 @@ def batches(
     ignore_eos: bool = False,
     allow_untrained_length: bool = False,
     prompt_lookup_num_tokens: int = 0,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
 ) -> list[Request]:
     """Checks prompts and groups them into batches of one shape.
 
@@ -88,6 +107,11 @@ def batches(
     if max_batch_size is not None and max_batch_size < 1:
         raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
     check_lookup(prompt_lookup_num_tokens, sampling)
+    check_samples(num_samples, sampling, prompt_lookup_num_tokens)
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not all(isinstance(text, str) and text for text in stop):
+        raise UserError(f"stop must be texts of at least one character, not {list(stop)}.")
     if prompt_lookup_num_tokens and settings.compression:
         raise UserError(
             "prompt lookup does not go with kv_compression: a draft that is refused would have "
@@ -109,10 +133,13 @@ def batches(
             sampling=sampling,
             eos_token_ids=frozenset() if ignore_eos else settings.eos_token_ids,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            first=i * rows,
+            num_samples=num_samples,
+            stop=tuple(stop),
             segment=settings.segment,
             cache_block=settings.cache_block,
         )
-        for group in groups
+        for i, group in enumerate(groups)
     ]
 
 
@@ -157,30 +184,54 @@ def check_lengths(
                 "shorten the prompt."
             )
     total = max(len(p) for p in prompts) + max_output_length
+    check_exact_length(config, total)
     if not allow_untrained_length:
-        check_total(config, total)
+        check_total(config, total, total - max_output_length)
     if total > MAX_POSITIONS:
         raise UserError(
             f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
         )
 
 
-def check_total(config: ModelConfig, total: int) -> None:
-    """Refuses more tokens, prompt and output together, than the model is meant for.
+def check_exact_length(config: ModelConfig, total: int) -> None:
+    """Refuses more tokens than attention is computed for as the model wants it.
 
     Raises:
-      UserError: with the rope_scaling that would serve them.
+      UserError: saying how many that are.
+    """
+    if config.exact_length is not None and total > config.exact_length:
+        raise UserError(
+            f"{total} tokens are asked for, but past {config.exact_length} the model has dual "
+            "chunk attention (config.json's dual_chunk_attention_config), which is not supported; "
+            f"ask for at most {config.exact_length}, prompt and output together."
+        )
+
+
+def check_total(config: ModelConfig, total: int, prompt: int = 0) -> None:
+    """Refuses more tokens, prompt and output together, than the model is meant for.
+
+    Args:
+      config: the model.
+      total: tokens.
+      prompt: how many of them are the longest prompt.
+
+    Raises:
+      UserError: with the rope_scaling that would serve them, and the output that there is room for.
     """
     if total > config.served_length:
-        raise UserError(f"prompt and output come to {total} tokens, but {way_out(config, total)}")
+        room = config.served_length - prompt
+        less = f"ask for at most {room} tokens of output, " if prompt and room > 0 else ""
+        raise UserError(
+            f"prompt and output come to {total} tokens, but {way_out(config, total, less)}"
+        )
 
 
-def way_out(config: ModelConfig, total: int) -> str:
-    """What the model serves, and what to set that it serves `total` tokens."""
+def way_out(config: ModelConfig, total: int, less: str = "") -> str:
+    """What the model serves, and what to set that it serves `total` tokens; `less` comes first."""
     factor = total / config.trained_length
     return (
-        f"the model serves {config.served_length} (rope scaling: {config.rope_scaling.kind}); set "
-        f'rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
+        f"the model serves {config.served_length} (rope scaling: {config.rope_scaling.kind}); "
+        f'{less}set rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
         f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
         "allow_untrained_length."
     )
@@ -197,10 +248,30 @@ def check_lookup(num_tokens: int, sampling: Sampling) -> None:
             f"prompt_lookup_num_tokens must be from 0 (no drafts) to {MOST_DRAFTED}, not "
             f"{num_tokens}."
         )
-    if num_tokens and sampling.temperature:
+    if num_tokens and not sampling.greedy:
         raise UserError(
             "prompt lookup verifies drafts against the likeliest token, so it does not go with "
             f"temperature {sampling.temperature}; set temperature 0, or prompt_lookup_num_tokens 0."
+        )
+    if num_tokens and sampling.penalized:
+        raise UserError(
+            "prompt lookup verifies drafts against the likeliest token, so it does not go with "
+            "repetition_penalty; set repetition_penalty 1, or prompt_lookup_num_tokens 0."
+        )
+
+
+def check_samples(num_samples: int, sampling: Sampling, prompt_lookup_num_tokens: int) -> None:
+    """Refuses several answers that would all be the same.
+
+    Raises:
+      UserError: saying what several answers take.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, not {num_samples}.")
+    if num_samples > 1 and (sampling.greedy or prompt_lookup_num_tokens):
+        raise UserError(
+            f"{num_samples} samples of a prompt would be the same without a temperature; set "
+            "temperature, as in 1.0, or num_samples 1."
         )
 
 

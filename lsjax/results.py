@@ -43,9 +43,10 @@ class Completion:
     """One answer.
 
     Attributes:
-      text: the answer, without special tokens; "" where the model has no tokenizer.
+      text: the answer, without special tokens and up to a stop string; "" where the
+        model has no tokenizer.
       token_ids: its ids, with the end-of-sequence id where there was one.
-      finish_reason: "stop" at an end-of-sequence, "length" at the asked length.
+      finish_reason: "stop" at an end-of-sequence or a stop string, "length" at the asked length.
       prompt_tokens: of its prompt.
       stats: of the batch it was part of.
     """

@@ -1,7 +1,6 @@
 """How a model is to be run: decided and checked before a weight is read."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +8,21 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lsjax.cache import BLOCK, CACHE_DTYPES, whole_stripes
+from lsjax.checkpoint import read_model_config
 from lsjax.compression import Compression, Razor, compression_of, parse_compression
 from lsjax.config import ModelConfig
 from lsjax.engine import SEGMENT
 from lsjax.errors import UserError
-from lsjax.families import read_config
+from lsjax.generation_config import (
+    NAME,
+    eos_token_ids,
+    read_generation_config,
+    suggested_sampling,
+    unapplied,
+)
+from lsjax.notes import note
 from lsjax.positions.scaling import override_rope_scaling
+from lsjax.sampling import Sampling
 from lsjax.sharding import check_fits_mesh, make_mesh
 from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
@@ -36,6 +44,7 @@ class Settings:
         more, so that every device gets its share.
       eos_token_ids: any of these ends an answer.
       compression: of the KV heads, or None.
+      suggested: how the publisher draws tokens.
       segment: steps of decoding between two looks at the end-of-sequence.
       cache_block: positions that a quantised cache keeps in floats, see CacheSpec.
     """
@@ -48,6 +57,7 @@ class Settings:
     prefill_chunk: int
     eos_token_ids: frozenset[int]
     compression: Compression | None = None
+    suggested: Sampling = Sampling()  # noqa: RUF009 (frozen)
     segment: int = SEGMENT
     cache_block: int = BLOCK
 
@@ -73,7 +83,7 @@ def settle(
             f"{folder} is not a folder; a model is a Hugging Face folder (config.json, "
             "*.safetensors, tokenizer files) or one that hf_to_orbax.py has written."
         )
-    config = override_rope_scaling(read_config(folder), rope_scaling)
+    config = override_rope_scaling(read_model_config(folder), rope_scaling)
     if not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
     check_fits_mesh(config, mesh.shape)
@@ -88,6 +98,9 @@ def settle(
         prefill_chunk = 512 if on_cpu else 4096
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}.")
+    published = read_generation_config(folder)
+    if asked := unapplied(published):
+        note(f"generation_config.json sets {', '.join(asked)}, which nothing here does.")
     razor = parse_compression(kv_compression)
     prefill_chunk = whole_stripes(prefill_chunk, mesh.shape["context"])
     return Settings(
@@ -97,7 +110,8 @@ def settle(
         dtype=dtype,
         kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
         prefill_chunk=prefill_chunk,
-        eos_token_ids=_eos_token_ids(folder, config),
+        eos_token_ids=eos_ids(folder, config),
+        suggested=suggested_sampling(published),
         compression=razor and compression_of(razor, folder, config, mesh.shape["model"]),
     )
 
@@ -113,21 +127,19 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def _eos_token_ids(folder: str, config: ModelConfig) -> frozenset[int]:
-    """config.json's, and generation_config.json's, which chat models widen.
+def eos_ids(folder: str, config: ModelConfig) -> frozenset[int]:
+    """All that end an answer: config.json's, generation_config.json's and the tokenizer's."""
+    ids = set(config.eos_token_ids) | set(eos_token_ids(read_generation_config(folder), NAME))
+    if has_tokenizer(folder):
+        ids |= set(load_tokenizer(folder).eos_ids)
+    return frozenset(ids)
 
-    Where both are silent, the tokenizer's.
-    """
-    file = os.path.join(folder, "generation_config.json")
-    try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f).get("eos_token_id")
-    except FileNotFoundError:
-        value = None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not a JSON object: {error}.") from None
-    more = value if isinstance(value, list) else [] if value is None else [value]
-    ids = frozenset(config.eos_token_ids) | frozenset(more)
-    if not ids and has_tokenizer(folder):
-        ids = frozenset(load_tokenizer(folder).eos_ids)
-    return ids
+
+def end_of_documents(folder: str | None, config: ModelConfig) -> int | None:
+    """The first of these, in that order, which ends a document that is trained on."""
+    first = config.eos_token_ids
+    if folder is not None:
+        first = first or eos_token_ids(read_generation_config(folder), NAME)
+        if not first and has_tokenizer(folder):
+            first = load_tokenizer(folder).eos_ids
+    return first[0] if first else None

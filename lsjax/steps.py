@@ -12,7 +12,7 @@ from lsjax import lookup
 from lsjax.cache import KVCache
 from lsjax.compilation import Program
 from lsjax.layer_by_layer import last_hidden
-from lsjax.sampling import next_token
+from lsjax.sampling import likeliest, next_token
 from lsjax.sharded_model import ShardedModel
 from lsjax.sharding import CHUNK, sharding
 
@@ -26,12 +26,14 @@ class DecodeState:
       token: [batch] the tokens chosen last, not yet in the cache.
       position: [batch] where they stand.
       step: how many tokens have been chosen for each row.
+      seen: [batch, vocab] whether a token stands before `token`; None where that changes nothing.
     """
 
     cache: KVCache
     token: jax.Array
     position: jax.Array
     step: jax.Array
+    seen: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -93,17 +95,24 @@ def _embed(model, params, tokens):
     return model.decoder.apply({"params": params}, tokens, method="embed_tokens")
 
 
-def _first(model, params, last, draw):
-    return next_token(_logits(model, params, last[:, None])[:, 0], draw, jnp.int32(0))
+def _for_samples(model, x, *, samples):
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), x)
+
+
+def _first(model, params, last, draw, seen):
+    return next_token(_logits(model, params, last[:, None])[:, 0], draw, jnp.int32(0), seen)
 
 
 def _decode(model, params, tables, state, draw, *, steps):
     def step(state: DecodeState, _) -> tuple[DecodeState, jax.Array]:
         tokens, positions = state.token[:, None], state.position[:, None]
         hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
-        token = next_token(_logits(model, params, hidden)[:, 0], draw, state.step)
+        seen = state.seen
+        if seen is not None:
+            seen = seen.at[jnp.arange(seen.shape[0]), state.token].set(True)
+        token = next_token(_logits(model, params, hidden)[:, 0], draw, state.step, seen)
         state = DecodeState(
-            cache=cache, token=token, position=state.position + 1, step=state.step + 1
+            cache=cache, token=token, position=state.position + 1, step=state.step + 1, seen=seen
         )
         return state, token
 
@@ -130,7 +139,7 @@ def _lookup(model, params, tables, state, *, steps, drafted):
         tokens = jnp.concatenate([tokens, draft], axis=1)
         positions = at + jnp.arange(drafted + 1)
         hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
-        chosen = jnp.argmax(_logits(model, params, hidden), axis=-1).astype(jnp.int32)
+        chosen = likeliest(_logits(model, params, hidden))
         new = jnp.minimum(lookup.agreed(draft, chosen), state.last - state.position)
         if recent := cache[0].recent:  # answers beyond the block mean nothing
             new = jnp.minimum(new, recent.block - state.position % recent.block)
@@ -149,7 +158,11 @@ def _lookup(model, params, tables, state, *, steps, drafted):
 def _decode_state_shardings(model: ShardedModel) -> tuple[DecodeState, jax.sharding.NamedSharding]:
     rows = model.rows
     state = DecodeState(
-        cache=model.cache_after_step, token=rows, position=rows, step=model.replicated
+        cache=model.cache_after_step,
+        token=rows,
+        position=rows,
+        step=model.replicated,
+        seen=rows,
     )
     return state, rows
 
@@ -163,6 +176,7 @@ def _lookup_state_shardings(model: ShardedModel) -> tuple[LookupState, tuple]:
 prefill = Program(_prefill, lambda m: (m.cache_after_step, m.rows), donate_argnums=2)
 score = Program(_score, lambda m: (m.cache, m.rows), donate_argnums=2)
 embed = Program(_embed, lambda m: sharding(m.mesh, CHUNK))
+for_samples = Program(_for_samples, lambda m: (m.cache_after_step, m.rows))
 first = Program(_first, lambda m: m.rows)
 decode = Program(_decode, _decode_state_shardings, donate_argnums=2)
 force = Program(_force, lambda m: (m.cache_after_step, m.rows), donate_argnums=2)

@@ -11,12 +11,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from lsjax import cli, inputs
+from lsjax import cli
 from lsjax.compilation import enable_persistent_cache
 from lsjax.errors import UserError
 from lsjax.evals.needle import NeedleMap, needle_map
 from lsjax.evals.plots import plot_needle_curves, plot_needles
-from lsjax.files import check_writable, write_atomically
+from lsjax.files import check_writable, read_text, write_atomically
 from lsjax.language_model import load
 
 FLAGS = flags.FLAGS
@@ -74,7 +74,7 @@ def _earlier(given: str) -> tuple[str, NeedleMap]:
     """What a --beside names."""
     name, _, file = given.partition("=")
     try:
-        return name, NeedleMap(**json.loads(inputs.read_utf8(file)))
+        return name, NeedleMap(**json.loads(read_text(file)))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"--beside {given!r} must be name=file, a file that --output_json wrote ({error})."

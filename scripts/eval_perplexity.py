@@ -10,11 +10,11 @@ import sys
 
 from absl import flags
 
-from lsjax import cli, inputs
+from lsjax import cli
 from lsjax.compilation import enable_persistent_cache
 from lsjax.evals.perplexity import loss_curve
 from lsjax.evals.plots import plot_curves
-from lsjax.files import check_writable, write_atomically
+from lsjax.files import check_writable, read_text, write_atomically
 from lsjax.language_model import load
 
 FLAGS = flags.FLAGS
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     enable_persistent_cache()
     for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(path)
-    text = inputs.read_utf8(FLAGS.text_file)
+    text = read_text(FLAGS.text_file)
     model = load(**cli.model_options())
     ids = model.tokenizer.encode(text)
     models = {s: model.with_rope_scaling(s) for s in FLAGS.rope_scaling} or {"config": model}

@@ -5,8 +5,10 @@
         --rope_scaling '{"rope_type": "yarn", "factor": 4.0}'
 """
 
+import dataclasses
 import json
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -16,11 +18,13 @@ from lsjax.compilation import enable_persistent_cache
 from lsjax.errors import UserError
 from lsjax.files import check_writable, write_atomically
 from lsjax.language_model import LanguageModel, load_settled
+from lsjax.notes import note
 from lsjax.planning.check import check_memory, longest_here
 from lsjax.progress import PrefillBar, byte_bar, character_bar
 from lsjax.requests import Request, batches
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings, settle
+from lsjax.stop_strings import TextStream
 from lsjax.tokenizer import Tokenizer, load_tokenizer
 
 FLAGS = flags.FLAGS
@@ -43,6 +47,11 @@ flags.DEFINE_integer("max_output_length", 256, "Tokens to generate at most.", lo
 flags.DEFINE_integer("max_batch_size", None, "Prompts answered together.", lower_bound=1)
 flags.DEFINE_bool("is_chat_model", False, "Render prompts with the model's chat template.")
 flags.DEFINE_string("chat_template", None, "A Jinja chat template, or a file that holds one.")
+flags.DEFINE_string(
+    "chat_template_kwargs",
+    None,
+    "A JSON object of what else the chat template is told, as in '{\"enable_thinking\": false}'.",
+)
 flags.DEFINE_bool("ignore_eos", False, "Do not stop at an end-of-sequence token.")
 flags.DEFINE_string(
     "rope_scaling", None, "JSON as in config.json, off, or auto; config.json's if not given."
@@ -56,16 +65,30 @@ flags.DEFINE_integer(
     "Draft this many tokens a step from where the last ones stood before, and verify them at once: "
     "faster where text repeats. Greedy only; 0 for none.",
 )
+flags.DEFINE_enum(
+    "sampling",
+    "flags",
+    ["flags", "auto"],
+    "auto: as generation_config.json suggests, where the flags of sampling do not say otherwise.",
+)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0.0)
 flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest; 0 for all.", lower_bound=0)
 flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest that reach this probability.")
+flags.DEFINE_float("min_p", 0.0, "Draw among those this many times as likely as the likeliest.")
+flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Divides the scores of tokens that have stood before; 1 for none."
+)
+flags.DEFINE_integer(
+    "num_samples", 1, "Answers to each prompt, which is read once for all of them.", lower_bound=1
+)
+flags.DEFINE_multi_string("stop", [], "A text before which an answer ends; may be given again.")
 flags.DEFINE_integer("seed", 0, "Of the draws.")
 flags.DEFINE_string("output_json", None, "Write results, figures and configuration here.")
 
 
 def main(argv: list[str]) -> None:
     enable_persistent_cache()
-    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed)
+    given = _given_sampling()
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
     read = _reader(argv[1:])
@@ -78,23 +101,39 @@ def main(argv: list[str]) -> None:
         FLAGS.max_output_length,
         max_input_length=_max_input_length(settings, len(ids)),
         max_batch_size=FLAGS.max_batch_size,
-        sampling=sampling,
+        sampling=_sampling(settings, given),
         ignore_eos=FLAGS.ignore_eos,
         allow_untrained_length=FLAGS.allow_untrained_length,
         prompt_lookup_num_tokens=FLAGS.prompt_lookup_num_tokens,
+        num_samples=FLAGS.num_samples,
+        stop=FLAGS.stop,
     )
     configuration = report.in_force(settings, requests)
-    print(report.describe(configuration), flush=True)
-    for note in report.notes(settings, requests):
-        print(f"note       {note}", flush=True)
+    cli.say(report.describe(configuration))
+    for text in report.notes(settings, requests):
+        note(text)
     check_memory(settings, requests[0])
     model = _load(settings)
     completions = [c for request in requests for c in _answer(model, request)]
-    stats = [completions[i].stats for i in range(0, len(completions), requests[0].count)]
-    print(report.summary(report.combine(stats)))
+    batch = requests[0].count * FLAGS.num_samples
+    stats = [completions[i].stats for i in range(0, len(completions), batch)]
+    cli.say(report.summary(report.combine(stats)))
     if FLAGS.output_json:
         result = report.as_json(completions, stats, configuration)
         write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+
+
+def _given_sampling() -> dict[str, Any]:
+    """What the flags of sampling say; those that are not given, by their defaults."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    said = {name: FLAGS[name].value for name in names}
+    Sampling(**said)  # refuses what is wrong by itself
+    return {n: v for n, v in said.items() if FLAGS.sampling == "flags" or FLAGS[n].present}
+
+
+def _sampling(settings: Settings, given: dict[str, Any]) -> Sampling:
+    base = settings.suggested if FLAGS.sampling == "auto" else Sampling()
+    return dataclasses.replace(base, **given)
 
 
 def _max_input_length(settings: Settings, prompts: int) -> int | None:
@@ -103,7 +142,8 @@ def _max_input_length(settings: Settings, prompts: int) -> int | None:
     if given is None:
         return None
     if given == "auto":
-        batch = min(FLAGS.max_batch_size or prompts, prompts)
+        copies = FLAGS.num_samples + (FLAGS.num_samples > 1)
+        batch = min(FLAGS.max_batch_size or prompts, prompts) * copies
         output = FLAGS.max_output_length + FLAGS.prompt_lookup_num_tokens
         length = longest_here(settings, batch, output, FLAGS.allow_untrained_length)
         if not length:
@@ -129,8 +169,10 @@ def _reader(words: list[str]):
         ids = inputs.read_ids([*FLAGS.input_ids, *words])
         return lambda tokenizer: ids
     template = FLAGS.chat_template and inputs.read_chat_template(FLAGS.chat_template)
-    if template and not FLAGS.is_chat_model:
-        raise UserError("--chat_template is used by chat models only; add --is_chat_model.")
+    arguments = inputs.read_chat_template_kwargs(FLAGS.chat_template_kwargs or "{}")
+    if (template or arguments) and not FLAGS.is_chat_model:
+        name = "chat_template" if template else "chat_template_kwargs"
+        raise UserError(f"--{name} is used by chat models only; add --is_chat_model.")
     if FLAGS.input_file:
         if words:
             raise UserError(f"{words[0]!r} is not a flag; --input_file takes one file.")
@@ -143,7 +185,9 @@ def _reader(words: list[str]):
             return lambda tokenizer: _encode(tokenizer, texts)
         chats = [inputs.as_chat(text) for text in texts]
     return lambda tokenizer: _encode(
-        tokenizer, [tokenizer.render_chat(c, chat_template=template) for c in chats], chat=True
+        tokenizer,
+        [tokenizer.render_chat(c, chat_template=template, arguments=arguments) for c in chats],
+        chat=True,
     )
 
 
@@ -164,15 +208,16 @@ def _answer(model: LanguageModel, request: Request):
     """Answers a batch: a single row as it comes, several when they are done."""
     longest = max(len(p) for p in request.prompts)
     run = model.start(request, PrefillBar(model.config, longest))
-    decoder = model.tokenizer.stream_decoder()
+    single = len(request.numbers) == 1
+    text = TextStream(model.tokenizer, request.stop)
     for new in run:
-        if request.count == 1:
-            print(decoder.push(new[0]), end="", flush=True)
-    if request.count == 1:
-        print(decoder.flush(), flush=True)
+        if single:
+            cli.say(text.push(new[0]), end="")
+    if single:
+        cli.say(text.flush())
     else:
         for completion in run.completions():
-            print(f"--- {completion.prompt_tokens:,} tokens:\n{completion.text}", flush=True)
+            cli.say(f"--- {completion.prompt_tokens:,} tokens:\n{completion.text}")
     return run.completions()
 
 

@@ -2,6 +2,7 @@
 
 from lsjax.checkpoint.convert import convert_hf_to_orbax, convert_orbax_to_hf
 from lsjax.checkpoint.load import checkpoint_bytes, load_parameters
+from lsjax.checkpoint.model_folder import read_model_config
 from lsjax.checkpoint.save import export_parameters, save_parameters
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "convert_orbax_to_hf",
     "export_parameters",
     "load_parameters",
+    "read_model_config",
     "save_parameters",
 ]

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lsjax.checkpoint.carried import carried_bytes, carry
+from lsjax.checkpoint.carried import carried_bytes, carry, note_left_out
 from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unread
 from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Abstract, write_weights
+from lsjax.checkpoint.model_folder import read_model_config
 from lsjax.checkpoint.new_folder import new_folder
 from lsjax.checkpoint.orbax_checkpoint import (
     OrbaxCheckpoint,
@@ -23,7 +24,6 @@ from lsjax.checkpoint.orbax_checkpoint import (
 from lsjax.checkpoint.stored import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.families import read_config
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.sharding import make_mesh
 
@@ -44,13 +44,14 @@ def convert_hf_to_orbax(hf_folder: Path, out: Path, progress: Progress | None = 
       UserError: a fault of the input, `out` is taken, or the disk is too small.
     """
     hf_folder, out = os.fspath(hf_folder), os.fspath(out)
-    config = read_config(hf_folder)
+    config = read_model_config(hf_folder)
     if is_orbax(hf_folder):
         raise UserError(f"{hf_folder} is converted already; give a Hugging Face folder.")
     abstract = _on_one_device(config)
     checkpoint = open_hf(hf_folder, config, abstract)
     abstract = _as_stored(abstract, checkpoint)
     needed = total_bytes(checkpoint.stored.values()) + carried_bytes(hf_folder)
+    note_left_out(hf_folder)
     with new_folder(out, needed) as folder:
         warn_unread(hf_folder, checkpoint.unread)
         for group in in_groups(checkpoint.stored.values()):
@@ -82,13 +83,14 @@ def convert_orbax_to_hf(
     orbax_folder, out = os.fspath(orbax_folder), os.fspath(out)
     if max_shard_bytes < 1:
         raise UserError(f"a file must be allowed at least 1 byte, not {max_shard_bytes}.")
-    config = read_config(orbax_folder)
+    config = read_model_config(orbax_folder)
     if not is_orbax(orbax_folder):
         raise UserError(f"{orbax_folder} is not a converted folder: it holds no params folder.")
     abstract = _on_one_device(config)
     checkpoint = open_orbax(orbax_folder, abstract)
     abstract = _as_stored(abstract, checkpoint)
     needed = total_bytes(checkpoint.stored.values()) + carried_bytes(orbax_folder)
+    note_left_out(orbax_folder)
     with new_folder(out, needed) as folder:
         warn_unread(orbax_folder, checkpoint.unread)
 

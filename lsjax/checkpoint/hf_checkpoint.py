@@ -1,7 +1,6 @@
 """Reading the parameters of a Hugging Face folder."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +12,7 @@ from lsjax.checkpoint.tensors import abstract_tensor
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import Tensor, family_of
+from lsjax.notes import note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,9 @@ def open_hf(
     """
     found = stored_tensors(folder)
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
+    embedding, head = vocabulary_tensors(config)
+    if config.tie_embeddings and embedding not in found and head in found:
+        tensors[head] = dataclasses.replace(tensors.pop(embedding), name=head)  # one of two names
     for name, tensor in tensors.items():
         if name not in found:
             raise UserError(
@@ -82,7 +85,14 @@ def warn_unread(folder: str, names: tuple[str, ...]) -> None:
     """Names the tensors that are left out, in one warning."""
     if names:
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
-        logging.getLogger("lsjax").warning("%s: not part of the model, left out: %s", folder, shown)
+        note(f"{folder}: not part of the model, left out: {shown}")
+
+
+def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
+    """Names of the embedding and of the output head, which tied models store as one."""
+    untied = family_of(config).tensors(dataclasses.replace(config, tie_embeddings=False))
+    by_param = {tensor.params[0]: tensor.name for tensor in untied}
+    return by_param["embed/weight"], by_param["lm_head/weight"]
 
 
 def expendable(config: ModelConfig) -> set[str]:

@@ -1,13 +1,15 @@
 """A Hugging Face folder: which tensors it holds, and in which of its files."""
 
-import json
 import os
 
-from lsjax.checkpoint.safetensors_header import read_header
+from lsjax.checkpoint.safetensors_header import read_header, read_metadata
 from lsjax.checkpoint.stored import Stored
 from lsjax.errors import UserError
+from lsjax.files import read_json
+from lsjax.notes import note
 
 SUFFIX = ".safetensors"
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
 
@@ -15,14 +17,18 @@ PICKLES = (".bin", ".pt", ".pth")
 def stored_tensors(folder: str) -> dict[str, Stored]:
     """The tensors of all the safetensors files by name, read from their headers alone.
 
-    Where the folder has an index, it says which tensors there are.
+    Where the folder has an index, it says which tensors there are; but model.safetensors, of which
+    it does not know, is the model then, as in transformers.
 
     Raises:
       UserError: no safetensors files, one that is missing or corrupt, or a tensor given twice.
     """
     files = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
     if os.path.exists(os.path.join(folder, INDEX)):
-        return _by_index(folder)
+        if WHOLE not in files or WHOLE in _read_index(os.path.join(folder, INDEX)).values():
+            return _by_index(folder)
+        note(f"{folder} holds both {WHOLE} and {INDEX}: the first is read, the other's files not.")
+        files = [WHOLE]
     if not files:
         raise UserError(_no_weights(folder))
     tensors: dict[str, Stored] = {}
@@ -35,6 +41,11 @@ def stored_tensors(folder: str) -> dict[str, Stored]:
                 )
             tensors[name] = stored
     return tensors
+
+
+def aliases(file: str) -> dict[str, str]:
+    """Names that a safetensors file gives to tensors it holds under another: name -> that one."""
+    return {k: v for k, v in read_metadata(file).items() if isinstance(v, str)}
 
 
 def _by_index(folder: str) -> dict[str, Stored]:
@@ -62,8 +73,7 @@ def _by_index(folder: str) -> dict[str, Stored]:
 
 def _read_index(path: str) -> dict[str, str]:
     try:
-        with open(path, encoding="utf-8") as f:
-            weight_map = json.load(f)["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -7,18 +7,13 @@ import jax
 from jax.sharding import Mesh
 
 from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, expendable, open_hf, warn_unread
-from lsjax.checkpoint.hf_folder import stored_tensors
-from lsjax.checkpoint.orbax_checkpoint import (
-    OrbaxCheckpoint,
-    is_orbax,
-    open_orbax,
-    stored_parameters,
-)
+from lsjax.checkpoint.model_folder import read_model_config
+from lsjax.checkpoint.orbax_checkpoint import OrbaxCheckpoint, is_orbax, open_orbax
 from lsjax.checkpoint.stored import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.families import family_of, read_config
 from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.sharding import make_mesh
 
 
 def load_parameters(
@@ -51,6 +46,7 @@ def load_parameters(
     folder = os.fspath(folder)
     abstract = abstract_parameters(config, mesh, dtype)
     checkpoint = _open(folder, config, abstract)
+    _note_unread(folder, config, checkpoint)
     params: dict[str, jax.Array] = {}
     for group in in_groups(checkpoint.stored.values()):
         params |= checkpoint.load(group, abstract)
@@ -66,15 +62,9 @@ def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
       UserError: its config.json or its checkpoint cannot be read.
     """
     folder = os.fspath(folder)
-    config = read_config(folder)
-    tensors = family_of(config).tensors(config)
-    if is_orbax(folder):
-        found = stored_parameters(folder)
-        names = {path for tensor in tensors for path in tensor.params}
-    else:
-        found = stored_tensors(folder)
-        names = {tensor.name for tensor in tensors}
-    return total_bytes(stored for name, stored in found.items() if name in names)
+    config = read_model_config(folder)
+    abstract = abstract_parameters(config, make_mesh(""), config.dtype)
+    return total_bytes(_open(folder, config, abstract).stored.values())
 
 
 def _open(
@@ -86,11 +76,9 @@ def _open(
             f"{folder} is not a model folder: it holds no config.json, or its conversion was "
             "interrupted; give another folder or convert the model again."
         )
-    if is_orbax(folder):
-        checkpoint = open_orbax(folder, abstract)
-        warn_unread(folder, checkpoint.unread)
-        return checkpoint
-    checkpoint = open_hf(folder, config, abstract)
-    silent = expendable(config)
+    return open_orbax(folder, abstract) if is_orbax(folder) else open_hf(folder, config, abstract)
+
+
+def _note_unread(folder: str, config: ModelConfig, checkpoint: HFCheckpoint | OrbaxCheckpoint):
+    silent = () if is_orbax(folder) else expendable(config)
     warn_unread(folder, tuple(name for name in checkpoint.unread if name not in silent))
-    return checkpoint

@@ -21,6 +21,22 @@ def read_header(file: str) -> dict[str, Stored]:
     Raises:
       UserError: no safetensors file, a corrupt header, or a file that was cut off.
     """
+    header, data_at, file_bytes = _read(file)
+    try:
+        return _parse(file, header, data_at, file_bytes)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} has a corrupt safetensors header; download it again.") from None
+
+
+def read_metadata(file: str) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    return _read(file)[0].get("__metadata__") or {}
+
+
+def _read(file: str) -> tuple[dict, int, int]:
+    """The header, where data begin, and the file's size."""
     try:
         with open(file, "rb") as f:
             file_bytes = os.fstat(f.fileno()).st_size
@@ -34,18 +50,19 @@ def read_header(file: str) -> dict[str, Stored]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from None
     try:
-        return _parse(file, json.loads(header), 8 + header_bytes, file_bytes)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+        found = json.loads(header)
+        if not isinstance(found, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
         raise UserError(f"{file} has a corrupt safetensors header; download it again.") from None
+    return found, 8 + header_bytes, file_bytes
 
 
 def _parse(file: str, header: dict, data_at: int, file_bytes: int) -> dict[str, Stored]:
     data_bytes = file_bytes - data_at
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         shape = tuple(int(n) for n in entry["shape"])
         dtype = FLOATS.get(entry["dtype"], entry["dtype"])

@@ -1,6 +1,6 @@
 """The model families: what differs between them, as data."""
 
-import json
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,7 @@ from lsjax.families.fields import Fields
 from lsjax.families.glm import CHATGLM, GLM
 from lsjax.families.llama import LLAMA
 from lsjax.families.qwen import QWEN2, QWEN3
+from lsjax.files import read_json
 from lsjax.positions.scaling import check_widths
 
 __all__ = ["FAMILIES", "Family", "Tensor", "family_of", "parse_config", "read_config"]
@@ -37,6 +38,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(raw, Mapping):
         raise UserError("config.json must hold a JSON object.")
+    _refuse_quantised(raw)
     names = raw.get("architectures")
     if not isinstance(names, list) or not names:
         raise UserError(
@@ -50,7 +52,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         )
     fields = Fields(raw)
     config = FAMILIES[name].parse(fields, name)
-    fields.warn_of_unread()
+    config = dataclasses.replace(config, exact_length=fields.exact_length())
+    fields.settle_unread()
     if config.num_heads % config.num_kv_heads:
         raise UserError(
             f"config.json asks for {config.num_heads} query heads over {config.num_kv_heads} KV "
@@ -66,6 +69,17 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return check_widths(config)
 
 
+def _refuse_quantised(raw: Mapping[str, Any]) -> None:
+    for field in ("quantization_config", "compression_config"):
+        if raw.get(field):
+            block = raw[field] if isinstance(raw[field], Mapping) else {}
+            method = block.get("quant_method") or field
+            raise UserError(
+                f"config.json says {method}, a quantised checkpoint, which is not supported; use "
+                "the model's release in bfloat16, float16 or float32."
+            )
+
+
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Reads a config.json, or the one in a model folder.
 
@@ -75,12 +89,9 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     path = os.fspath(path)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     try:
-        with open(file, encoding="utf-8") as f:
-            raw = json.load(f)
+        raw = read_json(file)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; a model folder holds config.json.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from None
     try:
         return parse_config(raw)
     except UserError as error:

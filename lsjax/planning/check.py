@@ -23,7 +23,9 @@ def check_memory(settings: Settings, request: Request) -> None:
       UserError: with what is needed, what there is, and what would fit.
     """
     target, config = _here(settings), settings.config
-    layout = _layout(settings, len(request.prompts), request.output_room)
+    # Where there are samples, the cache of the prompts is there until it is copied for all.
+    copies = request.num_samples + (request.num_samples > 1)
+    layout = _layout(settings, len(request.prompts) * copies, request.output_room)
     length = request.input_room
     programs = needs_of(config, target.platform, layout, length)
     if fits(target, programs):

@@ -6,13 +6,13 @@ block of transformers 4 and the `rope_parameters` block of transformers 5.
 
 import dataclasses
 import json
-import logging
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from lsjax.config import ModelConfig, RopeScaling
 from lsjax.errors import UserError
+from lsjax.notes import note
 
 # Each kind: field of the JSON block -> (field of RopeScaling, is it required).
 _FACTOR = {"factor": ("factor", True)}
@@ -79,11 +79,15 @@ def parse_rope_scaling(
         )
     kind = _kind(block)
     fields = KINDS[kind]
+    nested = [name for name, value in block.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(
+            f"rope_scaling has a block of its own for {', '.join(nested)}, which is not supported; "
+            "one block for all layers is."
+        )
     unread = sorted(set(block) - set(fields) - set(_SHARED))
     if unread:
-        logging.getLogger("lsjax").warning(
-            "rope_scaling of kind %r does not use %s: ignored.", kind, ", ".join(unread)
-        )
+        note(f"rope_scaling of kind {kind!r} does not use {', '.join(unread)}: it has no effect.")
     values: dict[str, Any] = {}
     for name, (target, required) in fields.items():
         if name not in block or (block[name] is None and name in _NULLABLE):
@@ -116,13 +120,10 @@ def _warn_of_contradiction(kind: str, values: Mapping[str, Any], max_position_em
         return
     implied = max_position_embeddings / values["original_length"]
     if implied != 1 and abs(implied / values["factor"] - 1) > 1e-3:
-        logging.getLogger("lsjax").warning(
-            "rope_scaling's factor %g is used, though max_position_embeddings %d / "
-            "original_max_position_embeddings %d = %g says another.",
-            values["factor"],
-            max_position_embeddings,
-            values["original_length"],
-            implied,
+        note(
+            f"rope_scaling's factor {values['factor']:g} is used, though max_position_embeddings "
+            f"{max_position_embeddings} / original_max_position_embeddings "
+            f"{values['original_length']} = {implied:g} says another."
         )
 
 
@@ -149,10 +150,8 @@ def override_rope_scaling(
         )
     if rope_scaling == "auto":
         if config.rope_scaling.kind not in ("default", "auto"):
-            logging.getLogger("lsjax").warning(
-                "rope_scaling auto changes nothing: config.json has %s, which is kept.",
-                config.rope_scaling.kind,
-            )
+            kind = config.rope_scaling.kind
+            note(f"rope_scaling auto changes nothing: config.json has {kind}, which is kept.")
             return config
         return dataclasses.replace(config, rope_scaling=RopeScaling(kind="auto"))
     if isinstance(rope_scaling, str):

@@ -3,8 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from lsjax.files import check_characters
+from lsjax.notes import note
 from lsjax.tokenizer.chat import render_chat
 from lsjax.tokenizer.detokenizer import Detokenizer, StreamDecoder
 from lsjax.tokenizer.errors import ChatTemplateError
@@ -42,8 +45,14 @@ class Tokenizer(ABC):
         ``add_special_tokens`` puts the ids that a prompt begins and ends with around them.
         ``progress`` is called with the number of characters done since its last call.
         """
+        check_characters(text, "the text")
         ids = self._encode_text(text, progress or (lambda characters: None))
-        return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
+        if not add_special_tokens:
+            return ids
+        if self.prefix and tuple(ids[: len(self.prefix)]) == self.prefix:
+            twice = self.decode(self.prefix, skip_special_tokens=False)
+            note(f"the prompt begins with {twice}, which is put before every prompt: it is twice.")
+        return [*self.prefix, *ids, *self.suffix]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``ids``."""
@@ -59,8 +68,12 @@ class Tokenizer(ABC):
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The text of a chat, by ``chat_template`` or else by the tokenizer's own template."""
+        """The text of a chat, by ``chat_template`` or else by the tokenizer's own template.
+
+        ``arguments`` are further variables for the template, such as ``enable_thinking``.
+        """
         template = chat_template or self.chat_template
         if template is None:
             raise ChatTemplateError(
@@ -72,6 +85,7 @@ class Tokenizer(ABC):
             messages,
             special_tokens=self.named_tokens,
             add_generation_prompt=add_generation_prompt,
+            arguments=arguments,
         )
 
     def encode_chat(

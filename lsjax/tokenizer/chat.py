@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -60,29 +61,91 @@ def _compile(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
+def _plain(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message as templates expect it: its content is text, and what is absent has no key."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ChatTemplateError(f"{where} must be an object with a role, which is a text.")
+    plain = {k: v for k, v in message.items() if v is not None}
+    if "content" in plain:
+        plain["content"] = _text(plain["content"], where)
+    if "tool_calls" in plain:
+        plain["tool_calls"] = _tool_calls(plain["tool_calls"], where)
+    return plain
+
+
+def _text(content: Any, where: str) -> str:
+    """Text, or a list of parts that are text: these are put on lines of their own."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ChatTemplateError(
+            f"{where} has a content that is neither text nor a list of text parts but a "
+            f"{type(content).__name__}; only text can be read."
+        )
+    texts = []
+    for part in content:
+        known = isinstance(part, Mapping) and part.get("type") == "text"
+        if not known or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ChatTemplateError(
+                f"{where} has a part of type {kind!r} in its content; only text can be read, as in "
+                '{"type": "text", "text": "Hello"}.'
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls whose arguments are objects: clients send them as JSON text."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise ChatTemplateError(f"{where} has tool_calls that are not a list of objects.")
+    found = []
+    for call in calls:
+        inner = call.get("function", call)
+        if not isinstance(inner, Mapping):
+            raise ChatTemplateError(f"{where} calls a function that is not an object.")
+        if isinstance(inner.get("arguments"), str):
+            try:
+                arguments = json.loads(inner["arguments"])
+            except (ValueError, RecursionError):
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise ChatTemplateError(
+                    f"{where} calls a function with arguments that are no JSON object: "
+                    f"{inner['arguments'][:60]!r}."
+                )
+            inner = {**inner, "arguments": arguments}
+        found.append({**call, "function": inner} if "function" in call else dict(inner))
+    return found
+
+
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Render ``messages`` with a Jinja chat ``template``.
+
+    ``arguments`` are further variables that the template knows, such as ``enable_thinking``.
 
     Raises ``ChatTemplateError`` where the template is malformed, leaves the sandbox, or refuses
     the messages.
     """
     if not messages:
         raise ChatTemplateError("a chat needs at least one message.")
-    # Templates test whether a key is there; an absent value must look like an absent key.
-    plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    plain = [_plain(message, f"message {i}") for i, message in enumerate(messages)]
+    taken = {"messages", "add_generation_prompt", *special_tokens}.intersection(arguments)
+    if taken:
+        raise ChatTemplateError(f"{min(taken)} is given to every chat template; leave it out.")
     try:
         return _compile(template).render(
-            **special_tokens,
-            messages=plain,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
+            {"tools": None, "documents": None}
+            | dict(arguments)
+            | dict(special_tokens)
+            | {"messages": plain, "add_generation_prompt": add_generation_prompt}
         )
     except Exception as error:  # a template is a program: it can fail in any way
         raise ChatTemplateError(

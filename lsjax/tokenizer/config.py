@@ -1,11 +1,12 @@
 """What a tokenizer folder says beside its vocabulary: special tokens, bos/eos, chat template."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lsjax.errors import UserError
+from lsjax.files import read_json, read_text
 from lsjax.tokenizer.errors import TokenizerError
 
 CONFIG_NAME = "tokenizer_config.json"
@@ -50,6 +51,7 @@ class TokenizerConfig:
 def read_config(folder: Path) -> TokenizerConfig:
     """Read ``tokenizer_config.json`` and ``chat_template.jinja``; either may be absent."""
     path = folder / CONFIG_NAME
+    legacy = _read_json_object(folder / "added_tokens.json")
     # Older folders name bos and eos in special_tokens_map.json alone.
     raw = {**_read_json_object(folder / "special_tokens_map.json"), **_read_json_object(path)}
     try:
@@ -59,9 +61,9 @@ def read_config(folder: Path) -> TokenizerConfig:
                 name: _content(raw[name]) for name in NAMED_TOKENS if raw.get(name) is not None
             },
             extra_special_tokens=_extra_special_tokens(raw),
-            added_tokens=_added_tokens(raw.get("added_tokens_decoder") or {}),
-            add_bos_token=raw.get("add_bos_token"),
-            add_eos_token=raw.get("add_eos_token"),
+            added_tokens=_added_tokens(raw.get("added_tokens_decoder") or {}, legacy),
+            add_bos_token=_flag(raw, "add_bos_token"),
+            add_eos_token=_flag(raw, "add_eos_token"),
             legacy=raw.get("legacy") is not False,
             chat_template=_chat_template(folder, raw.get("chat_template")),
         )
@@ -76,10 +78,10 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
+        value = read_json(path)
+    except UserError as error:
         raise TokenizerError(
-            f"{path} isn't valid JSON ({error}); restore it from the model's original release."
+            f"{str(error).rstrip('.')}; restore it from the model's original release."
         ) from error
     if not isinstance(value, dict):
         raise TokenizerError(
@@ -102,7 +104,15 @@ def _extra_special_tokens(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(_content, tokens.values() if isinstance(tokens, dict) else tokens))
 
 
-def _added_tokens(decoder: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+def _flag(raw: Mapping[str, Any], name: str) -> bool | None:
+    value = raw.get(name)
+    if not isinstance(value, bool | None):
+        raise TypeError(f"{name} is neither true nor false")
+    return value
+
+
+def _added_tokens(decoder: Mapping[str, Any], legacy: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+    """Those of added_tokens_decoder, and of added_tokens.json what it does not tell of."""
     tokens = [
         AddedToken(
             id=int(token_id),
@@ -115,13 +125,19 @@ def _added_tokens(decoder: Mapping[str, Any]) -> tuple[AddedToken, ...]:
         )
         for token_id, token in decoder.items()
     ]
+    told = {token.content for token in tokens}
+    for content, token_id in legacy.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise TypeError(f"added_tokens.json gives {content!r} the id {token_id!r}")
+        if content not in told:
+            tokens.append(AddedToken(id=token_id, content=content, special=False))
     return tuple(sorted(tokens, key=lambda token: token.id))
 
 
 def _chat_template(folder: Path, setting: str | list[dict[str, str]] | None) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     if isinstance(setting, list):
         # The other names are for special uses (tool calls, retrieval); none stands for all.
         return {entry["name"]: entry["template"] for entry in setting}.get("default")

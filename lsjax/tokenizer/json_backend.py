@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,12 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> JsonTokenizer:
 
     bos_id, eos_id = named_id("bos_token"), named_id("eos_token")
     prefix, suffix = _around_prompts(backend)
-    # Settings of tokenizer_config.json win over the ones in tokenizer.json.
-    if config.add_bos_token is not None or config.add_eos_token is not None:
+    # Settings of tokenizer_config.json win over tokenizer.json's, each on its side of a prompt.
+    if config.add_bos_token is not None:
         prefix = (bos_id,) if config.add_bos_token and bos_id is not None else ()
+    if config.add_eos_token is not None:
         suffix = (eos_id,) if config.add_eos_token and eos_id is not None else ()
-    named_texts = set(config.named_tokens.values())
+    named_texts = {*config.named_tokens.values(), *config.extra_special_tokens}
     special_ids = frozenset(t.id for t in added if t.special or t.content in named_texts)
     return JsonTokenizer(
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
@@ -82,7 +83,7 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> JsonTokenizer:
         named_tokens=config.named_tokens,
         prefix=prefix,
         suffix=suffix,
-        detokenizer=_detokenizer(path, spec.get("decoder"), backend, special_ids),
+        detokenizer=_detokenizer(path, spec.get("decoder"), backend, added, special_ids),
         backend=backend,
         pieces=choose_pieces(spec, added, lambda: backend.get_vocab(with_added_tokens=False)),
     )
@@ -154,17 +155,19 @@ def _detokenizer(
     path: Path,
     decoder: Mapping[str, Any] | None,
     backend: tokenizers.Tokenizer,
+    added: Sequence[AddedToken],
     special_ids: frozenset[int],
 ) -> Detokenizer:
+    by_token = partial(_by_token, backend, {token.id: token.content.encode() for token in added})
     steps = _steps(decoder, "decoders")
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        return Detokenizer(_by_token(backend, _byte_level), special_ids)
+        return Detokenizer(by_token(_byte_level), special_ids)
     if kinds == ["Metaspace"]:
         space = steps[0].get("replacement", "▁")
         prepends = steps[0].get("prepend_scheme", "always") != "never"
         return Detokenizer(
-            _by_token(backend, lambda token: token.replace(space, " ").encode()),
+            by_token(lambda token: token.replace(space, " ").encode()),
             special_ids,
             errors=REPLACE_EACH_BYTE,
             # This decoder drops every space of the first token.
@@ -180,7 +183,7 @@ def _detokenizer(
         plain = all(step["content"] == " " and not step["stop"] for step in strips)
         if plain and len(replacements) == kinds.count("Replace"):
             return Detokenizer(
-                _by_token(backend, _with_fallback(replacements, "ByteFallback" in kinds)),
+                by_token(_with_fallback(replacements, "ByteFallback" in kinds)),
                 special_ids,
                 errors=REPLACE_EACH_BYTE,
                 leading_spaces=sum(step["start"] for step in strips),
@@ -200,10 +203,14 @@ def _steps(component: Mapping[str, Any] | None, members: str) -> Sequence[Mappin
 
 
 def _by_token(
-    backend: tokenizers.Tokenizer, to_bytes: Callable[[str], bytes]
+    backend: tokenizers.Tokenizer, added: Mapping[int, bytes], to_bytes: Callable[[str], bytes]
 ) -> Callable[[int], bytes]:
+    """The bytes of a token: of an added one as it is written, of others by the decoder's rule."""
+
     @cache
     def token_bytes(token_id: int) -> bytes:
+        if token_id in added:
+            return added[token_id]
         token = backend.id_to_token(token_id)
         return b"" if token is None else to_bytes(token)
 
@@ -213,7 +220,7 @@ def _by_token(
 def _byte_level(token: str) -> bytes:
     try:
         return bytes(_BYTE_CHARACTERS[character] for character in token)
-    except KeyError:  # an added token is written as it is
+    except KeyError:  # a vocabulary may hold text that no byte stands for
         return token.encode()
 
 

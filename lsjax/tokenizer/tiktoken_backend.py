@@ -1,7 +1,8 @@
 """Vocabularies in tiktoken's form: a base64 token and its rank a line."""
 
 import base64
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Its search for the end of a run of white space keeps every place that the run might end at, and
+# runs out of memory for these between 300,000 and 1,000,000 characters.
+_LONG_RUN = re.compile(r"\s{250000}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class TiktokenTokenizer(Tokenizer):
         done = 0
         for section, end, token_id in self.added_tokens.sections(text):
             for piece in pieces(section, after_words):
-                ids += self.encoding.encode_ordinary(piece)
+                for part in _without_long_runs(piece):
+                    ids += self.encoding.encode_ordinary(part)
                 progress(len(piece))
                 done += len(piece)
             if token_id is not None:
@@ -75,6 +80,15 @@ class TiktokenTokenizer(Tokenizer):
             progress(end - done)
             done = end
         return ids
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """Cuts white space where the library could not read it in one go."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def load(path: Path, content: bytes, config: TokenizerConfig) -> TiktokenTokenizer:

@@ -7,7 +7,6 @@ tokenised, when it is asked for.
 import bisect
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lsjax.errors import UserError
-from lsjax.inputs import read_utf8
+from lsjax.files import decode, parse_json, read_text
 from lsjax.tokenizer import Tokenizer
 
 _SCANNED = 2**24  # tokens of a file looked through at once
@@ -117,7 +116,7 @@ class _TextFile:
         return 1
 
     def __getitem__(self, number: int) -> Document:
-        return _of_text(read_utf8(self.path), self._vocabulary, self.path)
+        return _of_text(read_text(self.path), self._vocabulary, self.path)
 
 
 class _JsonLines:
@@ -141,10 +140,7 @@ class _JsonLines:
         with open(self.path, "rb") as f:
             f.seek(self._starts[number])
             line = f.readline()
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}.") from None
+        found = parse_json(decode(line, where), where)
         if not isinstance(found, dict) or ("text" in found) == ("ids" in found):
             raise UserError(f'{where} must be an object with either "text" or "ids".')
         if "ids" in found:

@@ -37,7 +37,8 @@ def scaled_config(
     if hf_config.get("rope_parameters"):  # transformers 5
         kept = {k: v for k, v in hf_config["rope_parameters"].items() if k in _BESIDE}
         said = {**kept, **(block or {"rope_type": "default"}), "rope_theta": wanted.rope_theta}
-        scaled = {**hf_config, "rope_parameters": said}
+        others = {k: v for k, v in hf_config.items() if k != "rope_scaling"}
+        scaled = {**others, "rope_parameters": said}
     else:
         said = {k: v for k, v in block.items() if k not in _BESIDE} or None
         scaled = {**hf_config, "rope_scaling": said}

@@ -1,16 +1,19 @@
 """What a run of training is: decided and checked before a weight is read."""
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from jax.sharding import Mesh
 
+from lsjax.checkpoint import read_model_config
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.requests import way_out
-from lsjax.settings import COMPUTE_DTYPES, one_of
+from lsjax.families import parse_config
+from lsjax.files import read_json
+from lsjax.notes import note
+from lsjax.requests import check_exact_length, way_out
+from lsjax.settings import COMPUTE_DTYPES, end_of_documents, one_of
 from lsjax.sharding import check_fits_mesh, make_mesh
 from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
@@ -37,12 +40,14 @@ class Origin:
     carried: str | None
 
     def vocabulary(self) -> Vocabulary:
-        """What reads the data: documents end with the first of config.json's eos_token_id."""
+        """What reads the data."""
         tokenizer = None
         if self.carried and has_tokenizer(self.carried):
             tokenizer = load_tokenizer(self.carried)
-        ends = self.config.eos_token_ids
-        return Vocabulary(self.config.vocab_size, ends[0] if ends else None, tokenizer)
+        end = end_of_documents(self.carried, self.config)
+        if end is None and tokenizer is not None:
+            note("neither config.json nor the tokenizer names an end: documents have none.")
+        return Vocabulary(self.config.vocab_size, end, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,9 @@ def origin_of(
     folder = os.fspath(model_path or shipped_model_path())
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder; give a model's, Hugging Face or converted.")
-    raw = _read(os.path.join(folder, "config.json"))
+    raw, tied = _read(os.path.join(folder, "config.json")), read_model_config(folder).tie_embeddings
+    if tied != parse_config(raw).tie_embeddings:  # as its weights are
+        raw["tie_word_embeddings"] = tied
     return Origin(folder, *scaled_config(raw, rope_scaling), folder)
 
 
@@ -202,6 +209,7 @@ def settle(
             f"{config.architecture} has ALiBi, which knows no positions: leave out position_span."
         )
     longest = max(rows.span, *_lengths(watch), 0)
+    check_exact_length(config, longest)
     if longest > config.served_length and not allow_untrained_length:
         raise UserError(f"training reaches {longest} tokens, but {way_out(config, longest)}")
     if optimisation.warmup >= optimisation.steps:
@@ -228,9 +236,6 @@ def _lengths(watch: Watch) -> tuple[int, ...]:
 
 def _read(file: str) -> Any:
     try:
-        with open(file, encoding="utf-8") as f:
-            return json.load(f)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from None
+        return read_json(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; a model folder holds config.json.") from None

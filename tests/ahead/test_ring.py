@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import pytest
 from helpers.published import GLM
 
 from lsjax.cache import CacheSpec
@@ -13,6 +14,7 @@ from lsjax.planning import find_target, target_mesh
 STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]")
 
 
+@pytest.mark.as_users_compile
 def test_the_next_block_travels_while_the_current_one_is_attended_to():
     config = dataclasses.replace(read_config(GLM), num_layers=1, windows=(None,))
     mesh = target_mesh(find_target("v5e:2x4"), {"context": 8})

@@ -105,18 +105,28 @@ def test_progress_sums_up_to_the_bytes_of_the_checkpoint(tmp_path, small_groups)
     assert min(len(there), len(back)) > 1
 
 
-def test_small_files_are_carried_along_and_weights_and_code_are_not(tmp_path):
+def test_small_files_are_carried_along_both_ways_and_others_are_named(tmp_path, caplog):
     hf = make_folder(tmp_path / "hf", files=2)
-    carried = ("tokenizer.model", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "LICENSE")
-    left = ("pytorch_model.bin", "model.pt", "modeling_chatglm.py", "pytorch_model.bin.index.json")
-    for name in (*carried, *left):
+    (hf / "additional_chat_templates").mkdir()
+    carried = (
+        "tokenizer.model", "merges.txt", "qwen.tiktoken", "chat_template.jinja", "LICENSE",
+        "modeling_chatglm.py", "additional_chat_templates/tool_use.jinja",
+    )  # fmt: skip
+    left = ("pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json")
+    for name in (*carried, *left, "vocab.xml"):
         (hf / name).write_bytes(name.encode())
-    convert_hf_to_orbax(hf, tmp_path / "orbax")
-    names = {file.name for file in (tmp_path / "orbax").iterdir()}
-    shared = {"config.json", "tokenizer.json", "generation_config.json"}
-    assert names == {"params", *shared, *carried}
-    for name in carried:
-        assert (tmp_path / "orbax" / name).read_bytes() == name.encode()
+    with caplog.at_level(logging.WARNING, "lsjax"):
+        convert_hf_to_orbax(hf, tmp_path / "orbax")
+    (record,) = [r for r in caplog.records if r.name == "lsjax"]
+    assert record.getMessage().endswith("not carried along: vocab.xml")
+    convert_orbax_to_hf(tmp_path / "orbax", tmp_path / "back")
+    for folder, weights in (("orbax", "params"), ("back", "model.safetensors")):
+        names = {str(f.relative_to(tmp_path / folder)) for f in (tmp_path / folder).rglob("*")}
+        names = {name for name in names if not name.startswith("params/")}
+        shared = {"config.json", "tokenizer.json", "generation_config.json"}
+        assert names == {weights, "additional_chat_templates", *shared, *carried}
+        for name in carried:
+            assert (tmp_path / folder / name).read_bytes() == name.encode()
 
 
 def test_tensors_that_are_dropped_are_named(tmp_path, caplog):

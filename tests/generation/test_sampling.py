@@ -16,7 +16,8 @@ ROWS = 4000
 def draw(logits, rows=ROWS, **options):
     sampling = Sampling(**({"temperature": 1.0} | options))
     batch = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (rows, len(logits)))
-    return np.asarray(jax.jit(next_token)(batch, sampling.arrays(), jnp.int32(0)))
+    arrays = sampling.arrays([(row, 0) for row in range(rows)])
+    return np.asarray(jax.jit(next_token)(batch, arrays, jnp.int32(0)))
 
 
 def share(tokens, vocab):

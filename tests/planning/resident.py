@@ -53,9 +53,9 @@ def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
     def run() -> None:
         cache = engine.new_cache(layout.cache_spec(int(length)), int(length))
         cache, last = engine.prefill(params, tables, cache, tokens, 0, lengths, None)
-        state = engine.first(params, cache, last, lengths, None)
+        state = engine.first(params, cache, last, lengths)
         del cache
-        jax.block_until_ready(engine.decode(params, tables, state, None))
+        jax.block_until_ready(engine.decode(params, tables, state))
 
     run()  # compiles
     let_go()

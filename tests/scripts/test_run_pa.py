@@ -144,7 +144,7 @@ def test_ids_and_chats(tmp_path):
         (["--input_texts", "hello", "--output_json", "no/where.json"], ["no", "not a folder"]),
         (["--input_ids", "1,99999"], ["99999", "vocabulary of 264"]),
         (["--input_ids", "1,x"], ["'x'", "1,15043,3186"]),
-        (["--input_file", "chats.jsonl", "--is_chat_model"], ["line 2", "not JSON"]),
+        (["--input_file", "chats.jsonl", "--is_chat_model"], ["line 2", "not valid JSON"]),
         (["--input_texts", "hello", "--is_chat_model"], ["chat template", "--chat_template"]),
         (["--input_texts", "hello", "--model_path", "broken"], ["config.json", "not valid JSON"]),
         (["--input_texts", "hello", "--model_path", "wordless"], ["tokenizer.json"]),

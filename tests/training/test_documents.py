@@ -61,7 +61,7 @@ def test_weights_go_with_ids(tmp_path, vocabulary):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "line 1, is not JSON"),
+        ("{", "line 1, is not valid JSON"),
         (lines({"text": "a"}, {"prompt": "a"}), "line 2, must be an object"),
         (lines({"text": "a", "ids": [1]}), 'either "text" or "ids"'),
         (lines({"text": 3}), "not a string"),

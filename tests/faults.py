@@ -151,9 +151,23 @@ FAULTS = (
     Fault(
         "end-of-sequence ignored in a batch",
         "lsjax/generation.py",
-        "                self._left[row] = 0\n",
-        "                self._left[row] = 0 if row == 0 else self._left[row]\n",
+        "- len(ids) if stand is None else 0",
+        "- len(ids) if stand is None or row else 0",
         "tests/generation/test_ending.py",
+    ),
+    Fault(
+        "a draw that belongs to its row in a batch",
+        "lsjax/requests.py",
+        "first=i * rows,",
+        "first=0,",
+        "tests/generation/test_samples.py",
+    ),
+    Fault(
+        "samples that take their neighbour's cache",
+        "lsjax/steps.py",
+        "jnp.repeat(leaf, samples, axis=0)",
+        "jnp.concatenate([leaf] * samples)",
+        "tests/generation/test_samples.py",
     ),
     Fault(
         "a draft's token accepted unseen",
@@ -165,8 +179,8 @@ FAULTS = (
     Fault(
         "top_p keeps the token before the threshold only",
         "lsjax/sampling.py",
-        "jnp.where(before < draw.top_p, scores, -jnp.inf)",
-        "jnp.where(before + probabilities < draw.top_p, scores, -jnp.inf)",
+        "(before < random.top_p)",
+        "(before + probabilities < random.top_p)",
         "tests/generation/test_sampling.py",
     ),
     Fault(

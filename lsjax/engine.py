@@ -145,10 +145,10 @@ class Engine:
         return steps.score(self._model, params, tables, cache, self._place(tokens), np.int32(start))
 
     def for_samples(
-        self, cache: KVCache, last: jax.Array, samples: int
+        self, params: dict, cache: KVCache, last: jax.Array, samples: int
     ) -> tuple[KVCache, jax.Array]:
         """What `prefill` returned, with so many rows one after the other for each of its rows."""
-        return steps.for_samples(self._model, (cache, last), samples=samples)
+        return steps.for_samples(self._model, params, cache, last, samples=samples)
 
     def first(
         self,

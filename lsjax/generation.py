@@ -75,7 +75,7 @@ def generate(
 
     cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill)
     if request.num_samples > 1:
-        cache, last = engine.for_samples(cache, last, request.num_samples)
+        cache, last = engine.for_samples(params, cache, last, request.num_samples)
         tables = engine.tables(request.for_samples(request.lengths))
     timing.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     seen = _in_prompts(request, engine.config.vocab_size) if request.sampling.penalized else None

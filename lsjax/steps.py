@@ -95,8 +95,8 @@ def _embed(model, params, tokens):
     return model.decoder.apply({"params": params}, tokens, method="embed_tokens")
 
 
-def _for_samples(model, x, *, samples):
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), x)
+def _for_samples(model, params, cache, last, *, samples):
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (cache, last))
 
 
 def _first(model, params, last, draw, seen):

@@ -156,7 +156,9 @@ def say(text: str, end: str = "\n") -> None:
 
 def _hide_output() -> None:
     """Lets what is printed from here on go nowhere; what a closed pipe has not taken, too."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # so that flushing at the end does not fail, either
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

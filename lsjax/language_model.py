@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -240,7 +240,7 @@ class LanguageModel:
         *,
         max_input_length: int | None = None,
         max_batch_size: int | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling | Literal["auto"] = Sampling(),  # noqa: B008 (frozen)
         ignore_eos: bool = False,
         allow_untrained_length: bool = False,
         prompt_lookup_num_tokens: int = 0,
@@ -257,7 +257,7 @@ class LanguageModel:
             that prompts of any length up to it share compiled programs. None: as long as the
             longest prompt.
           max_batch_size: answer at most this many together; None for all.
-          sampling: greedy unless said otherwise.
+          sampling: greedy unless said otherwise; "auto" as generation_config.json suggests.
           ignore_eos: do not end at an end-of-sequence token.
           allow_untrained_length: run past the length that the model is meant for.
           prompt_lookup_num_tokens: draft this many tokens for each step of decoding from where the

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -86,7 +86,7 @@ def batches(
     *,
     max_input_length: int | None = None,
     max_batch_size: int | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling | Literal["auto"] = Sampling(),  # noqa: B008 (frozen)
     ignore_eos: bool = False,
     allow_untrained_length: bool = False,
     prompt_lookup_num_tokens: int = 0,
@@ -106,6 +106,10 @@ def batches(
     check_lengths(settings.config, ids, max_output_length, max_input_length, allow_untrained_length)
     if max_batch_size is not None and max_batch_size < 1:
         raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+    if isinstance(sampling, str):
+        if sampling != "auto":
+            raise UserError(f"sampling must be a Sampling, or auto, not {sampling!r}.")
+        sampling = settings.suggested
     check_lookup(prompt_lookup_num_tokens, sampling)
     check_samples(num_samples, sampling, prompt_lookup_num_tokens)
     if isinstance(stop, str):

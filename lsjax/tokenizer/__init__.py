@@ -3,6 +3,7 @@
 ``load_tokenizer`` reads a model folder's tokenizer, whichever of the supported kinds it is.
 """
 
+import codecs
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder} has no tokenizer file; {_SUPPORTED}. Fetch the file from the model's "
             "original release."
         )
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     config = read_config(folder)
     if content.lstrip().startswith(b"{"):
         return json_backend.load(path, content, config)

@@ -89,13 +89,16 @@ class Tokenizer(ABC):
         )
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
-        """The ids of a chat, up to where the assistant's answer begins."""
+        """The ids of a chat, up to where the assistant's answer begins; see ``render_chat``."""
+        text = self.render_chat(messages, chat_template=chat_template, arguments=arguments)
         # A template writes bos and the like itself.
-        return self.encode(
-            self.render_chat(messages, chat_template=chat_template), add_special_tokens=False
-        )
+        return self.encode(text, add_special_tokens=False)
 
     @abstractmethod
     def _encode_text(self, text: str, progress: Progress) -> list[int]:

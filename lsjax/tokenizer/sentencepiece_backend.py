@@ -1,6 +1,6 @@
 """tokenizer.model: SentencePiece models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -87,7 +87,8 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> SentencePieceTo
     }
     for text in (*named.values(), *config.extra_special_tokens):
         if text in ids:
-            by_text.setdefault(text, AddedToken(ids[text], text))
+            found = by_text.get(text) or AddedToken(ids[text], text)
+            by_text[text] = replace(found, special=True)
     special_ids = frozenset(token.id for token in by_text.values() if token.special)
 
     def named_id(name: str) -> int | None:

@@ -19,7 +19,7 @@ from lsjax.planning.needs import Needs
 from lsjax.planning.speed import Speed, expected_speed
 from lsjax.planning.targets import Target, find_target
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.requests import check_total
+from lsjax.requests import check_exact_length, check_total
 from lsjax.settings import COMPUTE_DTYPES, one_of
 from lsjax.sharding import check_fits_mesh, parse_mesh
 
@@ -132,8 +132,10 @@ def plan(
     config = override_rope_scaling(config, rope_scaling)
     if not isinstance(target, Target):
         target = find_target(target)
-    if max_input_length is not None and not allow_untrained_length:
-        check_total(config, max_input_length + max_output_length)
+    if max_input_length is not None:
+        check_exact_length(config, max_input_length + max_output_length)
+        if not allow_untrained_length:
+            check_total(config, max_input_length + max_output_length, max_input_length)
     bound = longest_served(config, max_output_length, allow_untrained_length)
     if dtype == "auto":
         dtype = "float32" if target.platform == "cpu" else "bfloat16"
@@ -179,7 +181,7 @@ def longest_served(config: ModelConfig, output_length: int, allow_untrained_leng
       UserError: the output leaves no room for any.
     """
     served = MAX_POSITIONS if allow_untrained_length else config.served_length
-    served = min(served, MAX_POSITIONS)
+    served = min(served, MAX_POSITIONS, config.exact_length or MAX_POSITIONS)
     if served <= output_length:
         raise UserError(
             f"max_output_length {output_length:,} leaves no room for a prompt: the model serves "

@@ -13,7 +13,7 @@ from lsjax.checkpoint.stored import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters, unflatten
-from lsjax.sharding import make_mesh
+from lsjax.sharding import abstract_mesh
 
 
 def load_parameters(
@@ -63,7 +63,7 @@ def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
     """
     folder = os.fspath(folder)
     config = read_model_config(folder)
-    abstract = abstract_parameters(config, make_mesh(""), config.dtype)
+    abstract = abstract_parameters(config, abstract_mesh((1, 1, 1)), config.dtype)
     return total_bytes(_open(folder, config, abstract).stored.values())
 
 

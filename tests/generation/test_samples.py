@@ -20,13 +20,16 @@ def alone():
     return answers(build("qwen3"), [PROMPT] * 4, max_batch_size=1)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+slow = pytest.mark.slow("two rows, and devices of two axes, are quick")
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=slow)])
 def test_prompts_draw_for_themselves_whatever_the_batch(model, alone, size):
     assert len(set(alone)) == 4
     assert answers(model("qwen3"), [PROMPT] * 4, max_batch_size=size) == alone
 
 
-@pytest.mark.parametrize("mesh", ["data=4", "context=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=4", marks=slow), "context=2,model=2"])
 def test_on_several_devices_too(model, alone, mesh):
     assert answers(model("qwen3", mesh=mesh), [PROMPT] * 4) == alone
 

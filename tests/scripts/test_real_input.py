@@ -184,6 +184,7 @@ def test_texts_are_not_taken_for_paths(folder, text):
     assert answer(folder, "--input_texts", text)[1][0]["prompt_tokens"] == len(text.encode())
 
 
+@pytest.mark.slow("three seconds a process; what a program prints is seen by quick tests")
 def test_a_terminal_that_knows_few_characters_and_a_reader_who_leaves(tmp_path):
     """Two real processes: what they print goes through Python's own streams."""
     program, out = ROOT / "scripts" / "run_pa.py", tmp_path / "out.json"

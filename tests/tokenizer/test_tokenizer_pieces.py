@@ -224,3 +224,10 @@ def test_tokens_with_spaces_are_never_cut(golden, tmp_path):
     text = "wait<a b> wait <a b>wait"
     for size in range(2, len(text)):
         assert encode(tokenizer, text, size)[0].count(token["id"]) == 2
+
+
+def test_a_million_spaces_are_read(golden):
+    """More than tiktoken's search for the end of white space can take in one go."""
+    tokenizer = load_tokenizer(golden / "tiktoken")
+    text = f"a{' ' * 1_000_000}b"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text

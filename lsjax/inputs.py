@@ -48,7 +48,7 @@ def _are_ids(value: Any) -> bool:
 
 
 def as_rows(token_ids: Any) -> np.ndarray:
-    """[batch, length] or [length] ids -> [batch, length] int32.
+    """[batch, length] or [length] ids -> [batch, length] int64.
 
     Raises:
       UserError: rows of several lengths, or something that is not a whole number.

@@ -123,8 +123,12 @@ class LanguageModel:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer, read when first used."""
-        return load_tokenizer(self.settings.folder)
+        """The folder's tokenizer.
+
+        Raises:
+          UserError: there is none.
+        """
+        return self.settings.tokenizer or load_tokenizer(self.settings.folder)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """A text, or ids as they are, as ids."""

@@ -264,6 +264,12 @@ def check_lookup(num_tokens: int, sampling: Sampling) -> None:
         )
 
 
+def caches_held(num_samples: int) -> int:
+    """Rows of cache at the most for a prompt: with several samples its own is there until it is
+    copied for all."""
+    return num_samples + (num_samples > 1)
+
+
 def check_samples(num_samples: int, sampling: Sampling, prompt_lookup_num_tokens: int) -> None:
     """Refuses several answers that would all be the same.
 

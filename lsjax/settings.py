@@ -25,7 +25,7 @@ from lsjax.positions.scaling import override_rope_scaling
 from lsjax.sampling import Sampling
 from lsjax.sharding import check_fits_mesh, make_mesh
 from lsjax.shipped import shipped_model_path
-from lsjax.tokenizer import has_tokenizer, load_tokenizer
+from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -45,6 +45,7 @@ class Settings:
       eos_token_ids: any of these ends an answer.
       compression: of the KV heads, or None.
       suggested: how the publisher draws tokens.
+      tokenizer: the folder's; None where it has none.
       segment: steps of decoding between two looks at the end-of-sequence.
       cache_block: positions that a quantised cache keeps in floats, see CacheSpec.
     """
@@ -58,6 +59,7 @@ class Settings:
     eos_token_ids: frozenset[int]
     compression: Compression | None = None
     suggested: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    tokenizer: Tokenizer | None = None
     segment: int = SEGMENT
     cache_block: int = BLOCK
 
@@ -99,6 +101,7 @@ def settle(
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}.")
     published = read_generation_config(folder)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     if asked := unapplied(published):
         note(f"generation_config.json sets {', '.join(asked)}, which nothing here does.")
     razor = parse_compression(kv_compression)
@@ -110,8 +113,9 @@ def settle(
         dtype=dtype,
         kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
         prefill_chunk=prefill_chunk,
-        eos_token_ids=eos_ids(folder, config),
+        eos_token_ids=_eos_ids(config, published, tokenizer),
         suggested=suggested_sampling(published),
+        tokenizer=tokenizer,
         compression=razor and compression_of(razor, folder, config, mesh.shape["model"]),
     )
 
@@ -127,19 +131,21 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
-def eos_ids(folder: str, config: ModelConfig) -> frozenset[int]:
+def _eos_ids(
+    config: ModelConfig, published: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> frozenset[int]:
     """All that end an answer: config.json's, generation_config.json's and the tokenizer's."""
-    ids = set(config.eos_token_ids) | set(eos_token_ids(read_generation_config(folder), NAME))
-    if has_tokenizer(folder):
-        ids |= set(load_tokenizer(folder).eos_ids)
-    return frozenset(ids)
+    ids = {*config.eos_token_ids, *eos_token_ids(published, NAME)}
+    return frozenset(ids | set(tokenizer.eos_ids if tokenizer else ()))
 
 
-def end_of_documents(folder: str | None, config: ModelConfig) -> int | None:
+def end_of_documents(
+    folder: str | None, config: ModelConfig, tokenizer: Tokenizer | None
+) -> int | None:
     """The first of these, in that order, which ends a document that is trained on."""
     first = config.eos_token_ids
-    if folder is not None:
-        first = first or eos_token_ids(read_generation_config(folder), NAME)
-        if not first and has_tokenizer(folder):
-            first = load_tokenizer(folder).eos_ids
+    if not first and folder is not None:
+        first = eos_token_ids(read_generation_config(folder), NAME)
+    if not first and tokenizer is not None:
+        first = tokenizer.eos_ids
     return first[0] if first else None

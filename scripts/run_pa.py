@@ -21,7 +21,7 @@ from lsjax.language_model import LanguageModel, load_settled
 from lsjax.notes import note
 from lsjax.planning.check import check_memory, longest_here
 from lsjax.progress import PrefillBar, byte_bar, character_bar
-from lsjax.requests import Request, batches
+from lsjax.requests import Request, batches, caches_held
 from lsjax.sampling import Sampling
 from lsjax.settings import Settings, settle
 from lsjax.stop_strings import TextStream
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         check_writable(FLAGS.output_json)
     read = _reader(argv[1:])
     settings = settle(**cli.model_options(), rope_scaling=FLAGS.rope_scaling)
-    tokenizer = load_tokenizer(settings.folder)
+    tokenizer = settings.tokenizer or load_tokenizer(settings.folder)
     ids = read(tokenizer)
     requests = batches(
         settings,
@@ -142,8 +142,8 @@ def _max_input_length(settings: Settings, prompts: int) -> int | None:
     if given is None:
         return None
     if given == "auto":
-        copies = FLAGS.num_samples + (FLAGS.num_samples > 1)
-        batch = min(FLAGS.max_batch_size or prompts, prompts) * copies
+        together = min(FLAGS.max_batch_size or prompts, prompts)
+        batch = together * caches_held(FLAGS.num_samples)
         output = FLAGS.max_output_length + FLAGS.prompt_lookup_num_tokens
         length = longest_here(settings, batch, output, FLAGS.allow_untrained_length)
         if not length:
@@ -200,7 +200,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str], chat: bool = False) -> list[
 
 
 def _load(settings: Settings) -> LanguageModel:
-    with byte_bar("load", checkpoint_bytes(settings.folder)) as bar:
+    with byte_bar("load", checkpoint_bytes(settings.folder, settings.config)) as bar:
         return load_settled(settings, bar.update)
 
 

@@ -55,14 +55,18 @@ def load_parameters(
     return unflatten(params)
 
 
-def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
+def checkpoint_bytes(folder: str | os.PathLike[str], config: ModelConfig | None = None) -> int:
     """The bytes that load_parameters will read from a model folder.
+
+    Args:
+      folder: see load_parameters.
+      config: from read_model_config(folder), which is called without it.
 
     Raises:
       UserError: its config.json or its checkpoint cannot be read.
     """
     folder = os.fspath(folder)
-    config = read_model_config(folder)
+    config = config or read_model_config(folder)
     abstract = abstract_parameters(config, abstract_mesh((1, 1, 1)), config.dtype)
     return total_bytes(_open(folder, config, abstract).stored.values())
 

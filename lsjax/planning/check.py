@@ -11,7 +11,7 @@ from lsjax.planning.layout import Layout
 from lsjax.planning.planner import fits, longest_served, longest_that_fits
 from lsjax.planning.targets import Target, find_target
 from lsjax.report import human_bytes
-from lsjax.requests import Request
+from lsjax.requests import Request, caches_held
 from lsjax.settings import Settings
 from lsjax.sharding import AXES
 
@@ -23,9 +23,8 @@ def check_memory(settings: Settings, request: Request) -> None:
       UserError: with what is needed, what there is, and what would fit.
     """
     target, config = _here(settings), settings.config
-    # Where there are samples, the cache of the prompts is there until it is copied for all.
-    copies = request.num_samples + (request.num_samples > 1)
-    layout = _layout(settings, len(request.prompts) * copies, request.output_room)
+    batch = len(request.prompts) * caches_held(request.num_samples)
+    layout = _layout(settings, batch, request.output_room)
     length = request.input_room
     programs = needs_of(config, target.platform, layout, length)
     if fits(target, programs):

@@ -44,7 +44,7 @@ class Origin:
         tokenizer = None
         if self.carried and has_tokenizer(self.carried):
             tokenizer = load_tokenizer(self.carried)
-        end = end_of_documents(self.carried, self.config)
+        end = end_of_documents(self.carried, self.config, tokenizer)
         if end is None and tokenizer is not None:
             note("neither config.json nor the tokenizer names an end: documents have none.")
         return Vocabulary(self.config.vocab_size, end, tokenizer)

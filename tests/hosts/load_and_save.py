@@ -3,6 +3,7 @@
 python load_and_save.py <coordinator> <process id> <folder> <the same converted> <new folder>
 """
 
+import collections
 import json
 import sys
 from pathlib import Path
@@ -28,10 +29,10 @@ def main(address: str, process_id: str, folder: str, converted: str, out: str) -
         before = bytes_read()
         params = load_parameters(folder, config, make_mesh(parse_mesh(mesh)), config.dtype)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        shares.append((bytes_read() - before) / size)
+        shares[folder].append((bytes_read() - before) / size)
         return params
 
-    shares: list[float] = []
+    shares = collections.defaultdict(list)
     load(converted, "context=8")
     shares.clear()  # it has also read the modules and programs that loading takes
     load(converted, "context=8")
@@ -39,7 +40,7 @@ def main(address: str, process_id: str, folder: str, converted: str, out: str) -
     save_parameters(load(folder, "context=8"), folder, out)
     load(out, "context=8")
     load(out, "context=2,model=4")
-    print(json.dumps(shares))
+    print(json.dumps([shares[folder], shares[converted] + shares[out]]))
 
 
 if __name__ == "__main__":

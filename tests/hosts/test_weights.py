@@ -43,8 +43,11 @@ def test_each_of_two_processes_reads_half_and_what_they_save_is_whole(tmp_path):
     both = [start(program, address, i, *folders, devices=4) for i in (0, 1)]
     for said in [finish(process) for process in both]:
         assert said.returncode == 0, said.stderr
-        shares = json.loads(said.stdout.splitlines()[-1])
-        assert all(0.49 < share < 0.56 for share in shares), shares
+        published, orbax = json.loads(said.stdout.splitlines()[-1])
+        assert all(0.49 < share < 0.51 for share in published), published
+        # Orbax reads gaps of less than 1 MB as well where two reads come within a millisecond:
+        # some of the gaps in a small model, none worth mentioning in a large one.
+        assert all(0.49 < share < 0.75 for share in orbax), orbax
     config = read_config(folder)
     one = make_mesh(parse_mesh(""))
     read, restored = (load_parameters(f, config, one, "bfloat16") for f in (folder, saved))

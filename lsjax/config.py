@@ -1,9 +1,9 @@
-"""What a model is, parsed once from config.json and then never a dict again."""
+"""The configuration of a model, parsed once from config.json into dataclasses."""
 
 import dataclasses
 import math
 
-# Positions for which rotation angles are exact; more are refused.
+# Number of positions for which rotation angles are exact; longer sequences are refused.
 MAX_POSITIONS = 2**22
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -11,10 +11,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies are changed to serve more positions than were trained.
+    """How rotary frequencies are scaled to serve more positions than the model was trained for.
 
-    Fields that a kind does not use keep their defaults; `lsjax.positions.scaling` says which
-    kind needs which.
+    Fields that a kind does not use keep their defaults. `lsjax.positions.scaling` lists the fields
+    of each kind.
     """
 
     kind: str = "default"
@@ -34,35 +34,38 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, whichever family's config.json described it.
+    """Configuration of a decoder-only transformer of any supported family.
 
     Attributes:
-      architecture: the name in config.json's `architectures`.
+      architecture: name in config.json's `architectures`.
       vocab_size: rows of the embedding and of the output head.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
-      num_layers: decoder blocks.
-      num_heads: query heads.
-      num_kv_heads: key and value heads; each serves num_heads / num_kv_heads query heads.
+      num_layers: number of decoder blocks.
+      num_heads: number of query heads.
+      num_kv_heads: number of KV heads; each serves num_heads / num_kv_heads query heads.
       head_dim: width of one head.
-      max_position_embeddings: config.json's own figure for the longest sequence, in tokens.
+      max_position_embeddings: longest sequence in tokens, as config.json states it.
       norm_eps: epsilon of every RMSNorm.
       rope_theta: base of the rotary frequencies.
-      rotary_dim: how many of head_dim's channels are rotated, from the first.
-      rope_interleaved: rotate adjacent pairs (2i, 2i+1) instead of halves (i, i + rotary_dim/2).
-      rope_scaling: see RopeScaling.
-      auto_rope_kind: what rope_scaling "auto" applies to lengths past the trained one.
-      alibi: scores fall with distance (arXiv 2108.12409), and nothing is rotated.
-      qkv_bias, out_bias, mlp_bias: which projections add a bias.
-      qk_norm: RMSNorm of queries and keys over head_dim before rotation.
-      post_norms: RMSNorm of attention's and the MLP's output before each residual add.
-      tie_embeddings: the output head is the embedding.
-      normalised_head: the output head's rows are scaled to length 1.
-      windows: for each layer the sliding window in tokens (a query sees itself and the
-        window - 1 tokens before it), or None for the whole past.
-      eos_token_ids: any of these ends an answer.
-      dtype: the dtype that the checkpoint was published in.
-      exact_length: tokens up to which attention is as the model wants it; None for any number.
+      rotary_dim: number of channels of a head that are rotated, from the first on.
+      rope_interleaved: whether channels are rotated in adjacent pairs (2i, 2i+1) instead of halves
+        (i, i + rotary_dim/2).
+      rope_scaling: scaling of the rotary frequencies.
+      auto_rope_kind: kind of scaling that "auto" uses past the trained length.
+      alibi: whether positions are encoded by ALiBi (arXiv 2108.12409) instead of rotation.
+      qkv_bias, out_bias, mlp_bias: whether these projections add a bias.
+      qk_norm: whether RMSNorm over head_dim is applied to queries and keys before rotation.
+      post_norms: whether RMSNorm is applied to the outputs of attention and MLP before each
+        residual add.
+      tie_embeddings: whether the output head is the embedding.
+      normalized_head: whether the rows of the output head are scaled to norm 1.
+      windows: sliding window of each layer in tokens (a query sees itself and the window - 1 tokens
+        before it), or None for full attention.
+      eos_token_ids: token ids that end an answer.
+      dtype: dtype in which the checkpoint was published.
+      exact_length: longest prompt plus output, in tokens, for which this library computes the
+        model's attention exactly; None if there is no limit.
     """
 
     architecture: str
@@ -87,7 +90,7 @@ class ModelConfig:
     qk_norm: bool
     post_norms: bool
     tie_embeddings: bool
-    normalised_head: bool
+    normalized_head: bool
     windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     dtype: str
@@ -95,9 +98,9 @@ class ModelConfig:
 
     @property
     def trained_length(self) -> int:
-        """Tokens the weights were trained for, before any scaling.
+        """The length in tokens that the weights were trained for, before any scaling.
 
-        yarn and longrope files may have max_position_embeddings raised to the length served.
+        yarn and longrope files may have max_position_embeddings raised to the served length.
         llama3 checkpoints were trained at max_position_embeddings with the scaling on.
         """
         scaling = self.rope_scaling
@@ -107,7 +110,7 @@ class ModelConfig:
 
     @property
     def served_length(self) -> int:
-        """Tokens that the scaling in force is meant to serve."""
+        """The length in tokens that the effective scaling is meant to serve."""
         scaling = self.rope_scaling
         if scaling.kind == "auto":
             return MAX_POSITIONS
@@ -117,9 +120,10 @@ class ModelConfig:
 
     @property
     def traced(self) -> "ModelConfig":
-        """The model as compiled programs see it: without what only the host reads.
+        """The configuration as compiled programs see it, without fields that only the host reads.
 
-        Models that differ in rope_scaling alone share programs, which take its tables as arguments.
+        Models that differ only in rope_scaling share programs, which take the rotary tables as
+        arguments.
         """
         return dataclasses.replace(
             self,

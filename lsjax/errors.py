@@ -1,8 +1,16 @@
-"""The one exception that means: the input is wrong, and here is what to do about it."""
+"""Exceptions for wrong input, whose messages say what to do about it."""
 
 
 class UserError(ValueError):
-    """One clear sentence: what was wrong, what is allowed, and what to do.
+    """Wrong input; one clear sentence says what is wrong, what is allowed, and what to do.
 
-    Programs print it without a traceback and exit with a status other than 0.
+    Programs print the sentence without a traceback and exit with a status other than 0.
     """
+
+
+class TokenizerError(UserError):
+    """A tokenizer's files are missing, damaged, or of a kind that isn't supported."""
+
+
+class ChatTemplateError(UserError):
+    """A chat can't be rendered: there is no chat template, or the template failed."""

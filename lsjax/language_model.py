@@ -1,4 +1,4 @@
-"""A loaded model: text in, text out."""
+"""The main interface: loading a model, generating text with it, and scoring tokens."""
 
 import dataclasses
 import functools
@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.cache import stripe_of, whole_stripes
+from lsjax.cache import block_length_of, round_up_to_blocks
 from lsjax.checkpoint import load_parameters, save_parameters
-from lsjax.compression import Razor
-from lsjax.compression.arrange import arranged
-from lsjax.engine import Engine
+from lsjax.compression import RazorConfig
+from lsjax.compression.reorder_heads import reorder_heads
+from lsjax.distributed.multihost import to_host
 from lsjax.errors import UserError
-from lsjax.generation import forced_scores
-from lsjax.hosts import to_host
-from lsjax.inputs import Prompt, as_prompts, as_rows
+from lsjax.inference.completion import Completion
+from lsjax.inference.engine import Engine
+from lsjax.inference.generate import Run, teacher_forced_scores
+from lsjax.inference.options import Options, resolve_options
+from lsjax.inference.prompts import Prompt, as_prompts, as_rows
+from lsjax.inference.request import Request, batches, cache_spec, check_ids
+from lsjax.inference.sampling import Sampling
+from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.requests import Request, batches, cache_spec, check_ids
-from lsjax.results import Completion
-from lsjax.run import Run
-from lsjax.sampling import Sampling
-from lsjax.settings import Settings, settle
-from lsjax.stop_strings import TextStream
+from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 
@@ -38,31 +38,31 @@ def load(
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
-    kv_compression: str | Mapping[str, Any] | Razor | None = None,
+    kv_compression: str | Mapping[str, Any] | RazorConfig | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> "LanguageModel":
     """Loads a model onto the devices.
 
     Args:
-      path: a Hugging Face folder, or one that hf_to_orbax.py has written; None for the small
-        model that comes with the package.
-      dtype: of weights and activations: float32, bfloat16, or auto (float32 on CPU, else what
-        the checkpoint was published in).
-      kv_cache_dtype: float32, bfloat16, int8, or auto (as dtype).
-      mesh: which devices do what: "context=4,model=2", {"context": 4, "model": 2}, or a Mesh
-        with the axes data, context and model. Nothing for one device.
-      rope_scaling: as in config.json, an object or its JSON; "off" for none; "auto" for what
-        each request's length needs; None for what config.json says.
-      prefill_chunk: tokens of prompt run at once; None for 512 on CPU and 4096 elsewhere.
-      kv_compression: "razor" lets most heads keep the last tokens only, see Razor for what can be
-        set, as a mapping or its JSON. "none" or None: every head keeps everything.
-      progress: called with the number of bytes read, again and again.
+      path: Hugging Face folder, or a folder written by lsjax-convert; None for the small model
+        that comes with the package.
+      dtype: dtype of weights and activations: float32, bfloat16, or auto. auto is float32 on a
+        CPU or for a float32 checkpoint, else bfloat16.
+      kv_cache_dtype: dtype of the KV cache: float32, bfloat16, int8, int4, or auto (same as dtype).
+      mesh: device mesh, such as "context=4,model=2", {"context": 4, "model": 2}, or a Mesh with
+        the axes data, context and model; "" for one device.
+      rope_scaling: RoPE scaling, an object as in config.json or its JSON; "off" for none; "auto"
+        for what each request's length needs; None for what config.json says.
+      prefill_chunk: prompt tokens per prefill step; None for 512 on CPU and 4096 elsewhere.
+      kv_compression: "razor" for RazorAttention, with which most heads keep only the last tokens;
+        or a mapping of RazorConfig's settings, or its JSON. "none" or None turns it off.
+      progress: called repeatedly with the number of bytes read since its last call.
 
     Raises:
-      UserError: the folder, or what was asked for, is wrong; says how.
+      UserError: the folder or an argument is wrong; the message says what.
     """
-    settings = settle(
-        path,
+    options = resolve_options(
+        shipped_model_path() if path is None else path,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         mesh=mesh,
@@ -70,111 +70,113 @@ def load(
         prefill_chunk=prefill_chunk,
         kv_compression=kv_compression,
     )
-    return load_settled(settings, progress)
+    return load_from_options(options, progress)
 
 
-def load_settled(
-    settings: Settings, progress: Callable[[int], None] | None = None
+def load_from_options(
+    options: Options, progress: Callable[[int], None] | None = None
 ) -> "LanguageModel":
-    """`load`, for settings that are settled already."""
-    s = settings
+    """Loads a model as `load` does, with options that are already resolved."""
+    s = options
     params = load_parameters(s.folder, s.config, s.mesh, s.dtype, progress)
     if s.compression:
-        params = arranged(params, s.config, s.compression)
+        params = reorder_heads(params, s.config, s.compression)
     return LanguageModel(s, params)
 
 
 class LanguageModel:
-    """A model that answers.
+    """A loaded model, which generates text and scores tokens.
 
     Attributes:
-      settings: how it is run.
-      config: what it is.
-      params: its parameters, a nested dict of arrays on the mesh; with kv_compression its heads
-        stand in another order than in the folder.
-      engine: its compiled programs.
+      options: resolved options that the model runs with.
+      config: model configuration.
+      params: model parameters, a nested dict of arrays on the mesh. With kv_compression, their
+        heads are in a different order than in the folder.
+      engine: engine that compiles and runs the model's programs.
     """
 
-    def __init__(self, settings: Settings, params: dict):
-        self.settings, self.config, self.params = settings, settings.config, params
-        s = settings
+    def __init__(self, options: Options, params: dict):
+        self.options, self.config, self.params = options, options.config, params
+        s = options
         self.engine = Engine(
             s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk, s.compression, s.segment
         )
         self._scoring: dict[int, Engine] = {}
 
     def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
-        """The same weights, served with another rope_scaling; see `load`."""
+        """Returns a model with the same weights and another rope_scaling; see `load`."""
         config = override_rope_scaling(self.config, rope_scaling)
-        return LanguageModel(dataclasses.replace(self.settings, config=config), self.params)
+        return LanguageModel(dataclasses.replace(self.options, config=config), self.params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the model to a new folder, which `load` reads onto any mesh.
+        """Writes the model to a new folder, which `load` can read onto any mesh.
 
         Raises:
-          UserError: the folder is taken, its disk is too small, or heads are out of order.
+          UserError: the folder is not empty, its disk is too small, or the model was loaded with
+            kv_compression.
         """
-        if self.settings.compression:
+        if self.options.compression:
             raise UserError(
                 "a model loaded with kv_compression has its heads in another order; load it "
                 "without to save it."
             )
-        save_parameters(self.params, self.settings.folder, folder)
+        save_parameters(self.params, self.options.folder, folder)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer.
+        """Tokenizer of the model folder.
 
         Raises:
-          UserError: there is none.
+          UserError: the folder has no tokenizer.
         """
-        return self.settings.tokenizer or load_tokenizer(self.settings.folder)
+        return self.options.tokenizer or load_tokenizer(self.options.folder)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """A text, or ids as they are, as ids."""
+        """Converts a text to token ids; a prompt of ids is returned as it is."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return tuple(int(i) for i in ids)
 
     def logits(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
-        """Scores of every next token.
+        """Computes the logits of every next token.
 
         Args:
           token_ids: [batch, length] or [length] ids.
-          chunk_size: tokens run at once; None for prefill_chunk.
+          chunk_size: tokens per prefill step; None for prefill_chunk.
 
         Returns:
           [batch, length, vocab_size] float32, on the host.
         """
         return np.concatenate([to_host(x) for x in self._scores(token_ids, chunk_size)], axis=1)
 
-    def losses(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
-        """How unforeseen every next token is.
+    def token_nll(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
+        """Computes the negative log-likelihood of every next token.
 
         Args:
           token_ids: [batch, length] or [length] ids.
-          chunk_size: tokens run at once; None for prefill_chunk.
+          chunk_size: tokens per prefill step; None for prefill_chunk.
 
         Returns:
-          [batch, length - 1] float32: minus the log-probability of token i + 1 after token i.
+          [batch, length - 1] float32; entry i is that of token i + 1, given tokens 0 to i.
         """
         ids = as_rows(token_ids)
-        return _losses(self._scores(ids, chunk_size), ids[:, 1:])
+        return _token_nll(self._scores(ids, chunk_size), ids[:, 1:])
 
-    def decode_losses(self, token_ids: Any, prompt_length: int) -> np.ndarray:
-        """How unforeseen tokens are that are decoded one by one, over the cache as it is then.
+    def teacher_forced_nll(self, token_ids: Any, prompt_length: int) -> np.ndarray:
+        """Computes the negative log-likelihood of tokens that are decoded one by one.
 
-        What a compressed cache costs shows here.
+        Decoding reads the cache as generation would, so this shows what a compressed cache costs.
 
         Args:
           token_ids: [batch, length] or [length] ids.
-          prompt_length: how many of them are the prompt.
+          prompt_length: number of leading tokens that are prefilled as the prompt.
 
         Returns:
-          [batch, length - prompt_length - 1] float32: minus the log-probability of each token but
-          the first after the prompt.
+          [batch, length - prompt_length - 1] float32 of the tokens after the prompt, without the
+          first of them.
 
         Raises:
-          UserError: an id that the model has no embedding for, or nothing left to decode.
+          UserError: the model has no embedding for an id, or fewer than two tokens are left to
+            decode.
         """
         ids = self._rows(token_ids)
         length = ids.shape[1]
@@ -185,37 +187,37 @@ class LanguageModel:
             )
         request = Request(
             prompts=tuple(tuple(row.tolist()) for row in ids),
-            count=len(ids),
+            num_real=len(ids),
             max_output_length=length - prompt_length,
-            input_room=prompt_length,
-            chunk=self.settings.prefill_chunk,
+            prompt_capacity=prompt_length,
+            chunk=self.options.prefill_chunk,
             sampling=Sampling(),
             eos_token_ids=frozenset(),
-            segment=self.settings.segment,
-            cache_block=self.settings.cache_block,
+            segment=self.options.segment,
+            cache_block=self.options.cache_block,
         )
-        scores = forced_scores(self.engine, self.params, request)
-        return _losses(scores, ids[:, prompt_length + 1 :])
+        scores = teacher_forced_scores(self.engine, self.params, request)
+        return _token_nll(scores, ids[:, prompt_length + 1 :])
 
     def _rows(self, token_ids: Any) -> np.ndarray:
-        """[batch, length] ids that the model has embeddings for."""
+        """Converts ids to [batch, length] int32, and checks that they are in the vocabulary."""
         ids = as_rows(token_ids)
         for row in ids:
             check_ids(self.config, row)
         return ids.astype(np.int32)
 
     def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
-        """Logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
-        if self.settings.compression:
+        """Yields the logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
+        if self.options.compression:
             raise UserError(
                 "scores of a prompt's own tokens do not show what a compressed cache costs. Score "
-                "what is decoded after a prompt (decode_losses, --prompt_length), or leave out "
-                "kv_compression."
+                "what is decoded after a prompt (teacher_forced_nll, --prompt_length), or leave "
+                "out kv_compression."
             )
         ids = self._rows(token_ids)
         batch, length = ids.shape
-        s, context = self.settings, self.settings.mesh.shape["context"]
-        chunk = whole_stripes(min(chunk_size or s.prefill_chunk, length), context)
+        s, context = self.options, self.options.mesh.shape["context"]
+        chunk = round_up_to_blocks(min(chunk_size or s.prefill_chunk, length), context)
         engine = self._scoring_engine(chunk)
         spec = cache_spec(
             s.mesh, batch, length, 0, chunk, s.kv_cache_dtype, s.dtype, s.segment, s.cache_block
@@ -229,9 +231,9 @@ class LanguageModel:
             yield scores[:, : part.shape[1]]
 
     def _scoring_engine(self, chunk: int) -> Engine:
-        """One for chunks of this size, which on a context axis decide where positions lie."""
-        s = self.settings
-        if stripe_of(chunk, s.mesh.shape["context"]) == self.engine.stripe:
+        """Returns an engine whose zigzag block length fits chunks of this size."""
+        s = self.options
+        if block_length_of(chunk, s.mesh.shape["context"]) == self.engine.block_length:
             return self.engine
         if chunk not in self._scoring:
             self._scoring[chunk] = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype, chunk)
@@ -255,32 +257,32 @@ class LanguageModel:
         """Answers prompts.
 
         Args:
-          prompts: a text or a list of ids, or a list of such.
-          max_output_length: tokens to generate at most for each.
-          max_input_length: make room for prompts of this many tokens, and refuse longer ones, so
-            that prompts of any length up to it share compiled programs. None: as long as the
-            longest prompt.
-          max_batch_size: answer at most this many together; None for all.
-          sampling: greedy unless said otherwise; "auto" as generation_config.json suggests.
-          ignore_eos: do not end at an end-of-sequence token.
-          allow_untrained_length: run past the length that the model is meant for.
-          prompt_lookup_num_tokens: draft this many tokens for each step of decoding from where the
-            last ones stood before, and verify them at once: greedy tokens stay what they were,
-            and come faster where the text repeats itself. At most 15; 0 for none.
-          num_samples: answers to each prompt, which is read once for all of them.
-          stop: a text, or several: an answer ends before the first of them.
-          on_prefill: called with the number of positions run, after each chunk.
+          prompts: a text or a list of ids, or a list of several prompts.
+          max_output_length: maximum number of tokens to generate per answer.
+          max_input_length: prompt tokens that the cache has room for; longer prompts are refused.
+            Prompts of any length up to it share compiled programs. None for the longest prompt.
+          max_batch_size: maximum number of prompts answered together; None for all.
+          sampling: sampling parameters, greedy by default; "auto" for what generation_config.json
+            suggests.
+          ignore_eos: whether to keep generating past end-of-sequence tokens.
+          allow_untrained_length: whether to allow sequences longer than the model serves.
+          prompt_lookup_num_tokens: tokens drafted per decode step from an earlier occurrence of
+            the last tokens, and verified at once. Greedy output does not change, and comes faster
+            where the text repeats itself. At most 15; 0 turns it off.
+          num_samples: answers per prompt; each prompt is prefilled once.
+          stop: one or several stop strings; an answer ends before the first of them.
+          on_prefill: called after each chunk with the number of positions run.
 
         Returns:
           A completion for each sample of each prompt, in order.
 
         Raises:
-          UserError: a prompt is empty or too long, or a number is out of range.
+          UserError: a prompt is empty or too long, or an argument is out of range.
         """
         ids = [self.encode(prompt) for prompt in as_prompts(prompts)]
         done: list[Completion] = []
         for request in batches(
-            self.settings,
+            self.options,
             ids,
             max_output_length,
             max_input_length=max_input_length,
@@ -299,9 +301,17 @@ class LanguageModel:
         return done
 
     def stream(self, prompt: Prompt, max_output_length: int = 256, **options: Any) -> Iterator[str]:
-        """Answers one prompt, yielding text as it comes; options are those of `generate`.
+        """Answers one prompt and yields text as it is generated.
 
         The pieces joined are the text that `generate` returns.
+
+        Args:
+          prompt: a text or a list of ids.
+          max_output_length: maximum number of tokens to generate.
+          **options: further arguments of `generate`, except num_samples.
+
+        Raises:
+          UserError: there are several prompts or samples, or see `generate`.
         """
         on_prefill = options.pop("on_prefill", None)
         if options.get("num_samples", 1) != 1:
@@ -310,7 +320,7 @@ class LanguageModel:
         if len(prompts) != 1:
             raise UserError("stream answers one prompt; use generate for several.")
         ids = self.encode(prompts[0])
-        (request,) = batches(self.settings, [ids], max_output_length, **options)
+        (request,) = batches(self.options, [ids], max_output_length, **options)
         text = TextStream(self.tokenizer, request.stop)
         for new in self.start(request, on_prefill):
             if piece := text.push(new[0]):
@@ -319,23 +329,31 @@ class LanguageModel:
             yield piece
 
     def start(self, request: Request, on_prefill: Callable[[int], None] | None = None) -> Run:
-        """A batch to iterate over, see Run; for programs that show it as it comes."""
-        tokenizer = self.tokenizer if has_tokenizer(self.settings.folder) else None
+        """Returns a batch to iterate over, see Run; for programs that show answers as they come."""
+        tokenizer = self.tokenizer if has_tokenizer(self.options.folder) else None
         return Run(self.engine, self.params, tokenizer, request, on_prefill)
 
 
-def _losses(parts: Iterator[jax.Array], targets: np.ndarray) -> np.ndarray:
-    """Scores of consecutive stretches, and the [batch, length] ids that came -> their losses."""
+def _token_nll(parts: Iterator[jax.Array], targets: np.ndarray) -> np.ndarray:
+    """Computes the negative log-likelihood of target ids.
+
+    Args:
+      parts: logits of consecutive chunks, [batch, chunk, vocab] float32 each.
+      targets: [batch, length] ids that the logits are to predict.
+
+    Returns:
+      [batch, length] float32.
+    """
     found, at = [], 0
     for scores in parts:
         these = targets[:, at : at + scores.shape[1]]
-        found.append(to_host(_nats(scores[:, : these.shape[1]], these)))
+        found.append(to_host(_negative_log_likelihood(scores[:, : these.shape[1]], these)))
         at += scores.shape[1]
     return np.concatenate(found, axis=1)
 
 
 @jax.jit
-def _nats(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """[batch, length, vocab] logits, [batch, length] ids -> [batch, length] losses."""
+def _negative_log_likelihood(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """[batch, length, vocab] logits and [batch, length] ids -> [batch, length] losses."""
     chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(scores, axis=-1) - chosen

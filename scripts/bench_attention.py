@@ -1,14 +1,14 @@
-"""Attention alone: ours, PyTorch's and jax.nn's, beside what the machine can do.
+"""Times attention alone: lsjax, PyTorch and jax.nn, compared with the machine's limits.
 
     python scripts/bench_attention.py --torch_python /path/to/python/with/torch
 
-Decode is one token over a cache of N keys; prefill is causal attention of N tokens to themselves,
-whose FLOPs count the causal half. The machine's limits (matrix products, reading and copying
-memory) are measured in the same run, by both sides. Ours divides the KV heads over --devices, as a
-mesh's model axis does; with JAX_NUM_CPU_DEVICES a CPU has a device for each core. A compressed
-cache is measured against a whole one over some layers, as heads that keep everything are few, on
-one device. Formulations are measured in turn, round after round, one side idle while the other
-runs; ratios are of the fastest rounds.
+Decode is one token over a cache of N keys. Prefill is causal attention of N tokens to themselves,
+and its FLOPs count only the causal half. The machine's limits (matrix products, reading and copying
+memory) are measured in the same run, by JAX and by PyTorch. lsjax splits the KV heads over
+--devices, as a mesh's model axis does; set JAX_NUM_CPU_DEVICES to split a CPU into devices, such as
+one per core. A compressed cache is compared with a full one over several layers, since few heads
+keep everything; this runs on one device. The formulations are measured in turn, round after round,
+and one side idles while the other runs. Ratios compare the fastest rounds.
 """
 
 import dataclasses
@@ -30,69 +30,93 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lsjax import cli
-from lsjax.attention.blockwise import Seen
-from lsjax.attention.by_platform import attend
-from lsjax.attention.compensation import compensation
+from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.dispatch import attend
 from lsjax.attention.partial import Partial, merge
+from lsjax.attention.streaming import attend_to_compensation_token
 from lsjax.cache import (
     CACHE_DTYPES,
     CompressedCache,
+    HeadGroups,
+    KVArray,
     LayerCache,
-    Parts,
-    Store,
     WindowSpec,
     Zigzag,
     compress,
-    empty_store,
+    empty_kv_array,
 )
-from lsjax.compilation import compiler_options
-from lsjax.compression import Razor
+from lsjax.cli.flags import parse_lengths
+from lsjax.cli.program import run_program
+from lsjax.compression import RazorConfig
+from lsjax.distributed.sharding import make_mesh
 from lsjax.errors import UserError
 from lsjax.evals.plots import plot_times
-from lsjax.files import check_writable, write_atomically
-from lsjax.precision import einsum
-from lsjax.sharding import make_mesh
+from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.precision import einsum
+from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("decode_lengths", ["131072"], "Keys that one token attends to; may be empty.")
-flags.DEFINE_list("prefill_lengths", ["8192", "32768"], "Tokens; may be empty.")
-flags.DEFINE_integer("heads", 14, "Of queries.", lower_bound=1)
-flags.DEFINE_integer("kv_heads", 2, "Of keys and values.", lower_bound=1)
-flags.DEFINE_integer("head_dim", 64, "Channels of a head.", lower_bound=1)
-flags.DEFINE_integer(
-    "layers", 10, "With a compressed cache; of all their heads some keep everything.", lower_bound=1
+flags.DEFINE_list(
+    "decode_lengths", ["131072"], "Cache lengths in tokens to time decode with; may be empty."
 )
-flags.DEFINE_integer("devices", 1, "That our KV heads are divided over.", lower_bound=1)
-flags.DEFINE_list("cache_dtypes", ["float32", "int8"], f"Of our cache: {', '.join(CACHE_DTYPES)}.")
+flags.DEFINE_list(
+    "prefill_lengths",
+    ["8192", "32768"],
+    "Prompt lengths in tokens to time prefill with; may be empty.",
+)
+flags.DEFINE_integer("heads", 14, "Number of query heads.", lower_bound=1)
+flags.DEFINE_integer("kv_heads", 2, "Number of KV heads.", lower_bound=1)
+flags.DEFINE_integer("head_dim", 64, "Channels per head.", lower_bound=1)
 flags.DEFINE_integer(
-    "product_size", 2048, "Rows of the square matrices whose product is a limit.", lower_bound=1
+    "layers",
+    10,
+    "Number of layers to compare a compressed cache with a full one over.",
+    lower_bound=1,
 )
 flags.DEFINE_integer(
-    "array_size", 2**26, "Numbers in the array that is read and copied for a limit.", lower_bound=1
+    "devices", 1, "Number of devices to split the KV heads of lsjax over.", lower_bound=1
 )
-flags.DEFINE_integer("rounds", 5, "Measurements of each formulation.", lower_bound=1)
-flags.DEFINE_string("torch_python", None, "A Python that has torch, to measure as well.")
-flags.DEFINE_string("output_json", None, "Write the figures here.")
-flags.DEFINE_string("plot", None, "Write a PNG here.")
+flags.DEFINE_list(
+    "cache_dtypes",
+    ["float32", "int8"],
+    f"KV cache dtypes to measure, out of {', '.join(CACHE_DTYPES)}.",
+)
+flags.DEFINE_integer(
+    "product_size",
+    2048,
+    "Rows of the square matrices whose product is timed for the machine's FLOP limit.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "array_size",
+    2**26,
+    "Number of float32 values that are read and copied for the machine's memory limits.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("repeats", 5, "Number of measurements per formulation.", lower_bound=1)
+flags.DEFINE_string(
+    "torch_python", None, "Python executable that has PyTorch, to measure PyTorch as well."
+)
+flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
+flags.DEFINE_string("plot", None, "PNG file to plot the times in.")
 
-# What other figures are compared with: PyTorch's own call for grouped queries.
+# The figure that "x SDPA" is relative to: PyTorch's own call for grouped queries.
 _SDPA = ("PyTorch", "sdpa float32")
-# Length of a measurement: as many calls as fill it, so that starting a call does not count.
+# Length of a measurement, which is filled with calls so that starting them does not count.
 _MEASUREMENT_SECONDS = 0.02
-# OpenMP's threads spin for as long as 200 ms after their last work.
+# OpenMP threads spin for up to 200 ms after their last work.
 _SECONDS_TO_IDLE = 0.25
 # jax.nn.dot_product_attention holds all scores at once, some of them several times.
 _LARGEST_SCORES_BYTES = 2**31
 
 Call = Callable[[], Any]
-Formulations = dict[str, tuple[Call, float]]  # name -> (call, its FLOPs or bytes)
+Formulations = dict[str, tuple[Call, float]]  # name -> (call, FLOPs or bytes per call)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: kind is limits, decode, compressed or prefill; length counts tokens."""
+    """A case to measure: kind is limits, decode, compressed or prefill; length is in tokens."""
 
     kind: str
     length: int
@@ -104,7 +128,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Of both products of a prefill, without the half that causality spares."""
+        """FLOPs of both matrix products of a prefill, counting only the causal half."""
         return 2 * 2 * self.heads * self.head_dim * self.length**2 / 2
 
     def __str__(self) -> str:
@@ -119,9 +143,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One formulation, measured: seconds a call, and the rate in 1e9 FLOPs or bytes a second.
+    """Measurement of a formulation: seconds per call, and 1e9 FLOPs or bytes per second.
 
-    The rate is the fastest round's.
+    The rate is that of the fastest round.
     """
 
     side: str
@@ -136,26 +160,26 @@ class Figure:
 
 
 def our_decode(case: Case, dtype: str) -> tuple[Call, float]:
-    """One token, which sees every key of a full cache; the work is the cache's bytes."""
+    """Returns decode of one token over a full cache, and the cache's bytes as its work."""
     call, cache = _ours(case, dtype, jnp.full((1, 1), case.length - 1))
     return call, sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
 def our_prefill(case: Case, dtype: str) -> tuple[Call, float]:
-    """A prompt's tokens to themselves, in one call; the work is the FLOPs."""
+    """Returns causal attention of a whole prompt in one call, and its FLOPs as its work."""
     call, _ = _ours(case, dtype, jnp.arange(case.length)[None])
     return call, case.flops
 
 
-def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[Store, Store]]:
-    """Attention of tokens at [1, length] positions to a full cache, and the cache."""
+def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[KVArray, KVArray]]:
+    """Returns attention of tokens at positions `at` [1, length] to a full cache, and the cache."""
     platform = jax.devices()[0].platform
     mesh, heads = _mesh(), P(None, "model")
 
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
-    def run(q: jax.Array, k: Store, v: Store) -> Partial:
-        return attend(platform, q, k, v, Seen(None, at + 1, at), None)
+    def run(q: jax.Array, k: KVArray, v: KVArray) -> Partial:
+        return attend(platform, q, k, v, KeyRange(None, at + 1, at), None)
 
     ours = _our_queries(case, at.shape[1], dtype), *_our_cache(case, dtype)
     q, *cache = jax.device_put(ours, NamedSharding(mesh, heads))
@@ -167,17 +191,20 @@ def _mesh() -> Mesh:
 
 
 def _ours_compressed(case: Case, dtype: str) -> Formulations:
-    """One token in some layers, over whole caches and over compressed ones of default settings."""
+    """Returns decode of one token in several layers, over full and default compressed caches."""
     platform = jax.devices()[0].platform
     heads = FLAGS.layers * case.kv_heads
-    kept = math.ceil(Razor.induction * heads) + math.ceil(Razor.echo * heads)
+    kept = math.ceil(RazorConfig.induction * heads) + math.ceil(RazorConfig.echo * heads)
     each = [kept // FLAGS.layers + (i < kept % FLAGS.layers) for i in range(FLAGS.layers)]
-    window = WindowSpec(Razor.sinks, max(Razor.window, math.ceil(Razor.window_share * case.length)))
+    window = WindowSpec(
+        RazorConfig.sinks,
+        max(RazorConfig.window, math.ceil(RazorConfig.window_share * case.length)),
+    )
     q, end = _our_queries(case, 1, dtype), jnp.full((1, 1), case.length)
-    whole = LayerCache(*_our_cache(case, dtype), recent=None)
+    whole = LayerCache(*_our_cache(case, dtype), float_tail=None)
 
-    def attention(q: jax.Array, k: Store, v: Store, end: jax.Array) -> Partial:
-        return attend(platform, q, k, v, Seen(None, end, end - 1), None)
+    def attention(q: jax.Array, k: KVArray, v: KVArray, end: jax.Array) -> Partial:
+        return attend(platform, q, k, v, KeyRange(None, end, end - 1), None)
 
     def one(q: jax.Array, cache: LayerCache | CompressedCache) -> Partial:
         if isinstance(cache, LayerCache):
@@ -186,7 +213,7 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
         for w in cache.windows:
             q = q[:, -w.k.data.shape[1] :]
             near = attention(q, w.k, w.v, jnp.minimum(end, window.slots))
-            parts.append(merge(near, compensation(q, w.dropped)))
+            parts.append(merge(near, attend_to_compensation_token(q, w.compensation_token)))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
@@ -197,7 +224,7 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
 
     @functools.partial(jax.jit, static_argnums=1)
     def small(cache: LayerCache, kept: int) -> CompressedCache:
-        parts = Parts(kept, ((case.kv_heads - kept, window),) if kept < case.kv_heads else ())
+        parts = HeadGroups(kept, ((case.kv_heads - kept, window),) if kept < case.kv_heads else ())
         return compress(cache, end[0], parts, 1, Zigzag(1, 0))
 
     found = {}
@@ -213,15 +240,16 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
 
 def _our_queries(case: Case, length: int, dtype: str) -> jax.Array:
     shape = (1, case.kv_heads, case.heads // case.kv_heads, length, case.head_dim)
-    # As with weights: bfloat16 beside a bfloat16 cache, and on accelerators.
+    # The dtype that a model would have: bfloat16 for a bfloat16 cache, and for a quantized one on
+    # accelerators.
     wide = dtype == "float32" or (dtype != "bfloat16" and jax.default_backend() == "cpu")
     q = _random(*shape) * case.head_dim**-0.5
     return q.astype(jnp.float32 if wide else jnp.bfloat16)
 
 
-def _our_cache(case: Case, dtype: str) -> tuple[Store, Store]:
+def _our_cache(case: Case, dtype: str) -> tuple[KVArray, KVArray]:
     shape = (1, case.kv_heads, case.length, case.head_dim)
-    encode = jax.jit(lambda x: empty_store(shape, dtype, jax.default_backend()).encode(x))
+    encode = jax.jit(lambda x: empty_kv_array(shape, dtype, jax.default_backend()).quantize(x))
     return encode(_random(*shape, seed=1)), encode(_random(*shape, seed=2))
 
 
@@ -262,7 +290,7 @@ def _jax_limits(case: Case) -> Formulations:
     x = _random(case.array_size)
     read = jax.jit(jnp.sum)
     found["read"] = (lambda: read(x)), x.nbytes
-    # Into memory that is there already: a new array's pages would first have to be mapped.
+    # Copies into existing memory: the pages of a new array would first have to be mapped.
     negate, y = jax.jit(jnp.negative, donate_argnums=0), -x
 
     def copy() -> jax.Array:
@@ -279,17 +307,17 @@ def _random(*shape: int, seed: int = 0) -> jax.Array:
 
 
 class JaxSide:
-    """The formulations that this process measures."""
+    """Measures formulations in this process, with JAX."""
 
     def prepare(self, case: Case) -> dict[str, float]:
-        """Makes a case's formulations; returns the work of each by name."""
-        self._calls: dict[str, Call] = {}  # the last case's arrays go before the next come
+        """Makes a case's formulations; returns the work of each, by name."""
+        self._calls: dict[str, Call] = {}  # frees the last case's arrays first
         found = _jax_formulations(case)
         self._calls = {name: call for name, (call, _) in found.items()}
         return {name: work for name, (_, work) in found.items()}
 
     def run(self, name: str, calls: int) -> float:
-        """Seconds that `calls` calls took."""
+        """Returns the seconds that `calls` calls take."""
         start = time.perf_counter()
         for _ in range(calls):
             out = self._calls[name]()
@@ -298,7 +326,7 @@ class JaxSide:
 
 
 class TorchSide:
-    """The formulations of scripts/torch_attention.py, in a process of its own."""
+    """Measures the formulations of scripts/torch_attention.py, in a separate process."""
 
     def __init__(self, python: str):
         program = pathlib.Path(__file__).with_name("torch_attention.py")
@@ -310,11 +338,11 @@ class TorchSide:
             raise UserError(f"--torch_python does not start: {error}") from None
 
     def prepare(self, case: Case) -> dict[str, float]:
-        """As JaxSide's."""
+        """Makes a case's formulations; returns the work of each, by name."""
         return self._ask(prepare=dataclasses.asdict(case) | {"flops": case.flops})
 
     def run(self, name: str, calls: int) -> float:
-        """As JaxSide's."""
+        """Returns the seconds that `calls` calls take."""
         return self._ask(run=name, calls=calls)
 
     def _ask(self, **request: Any) -> Any:
@@ -322,7 +350,7 @@ class TorchSide:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise UserError("--torch_python stopped; why, it says above.") from None
+            raise UserError("--torch_python stopped; its own message is above.") from None
 
     def close(self) -> None:
         """Ends the process."""
@@ -372,7 +400,7 @@ def _cases() -> Iterator[Case]:
         raise UserError(f"--cache_dtypes takes {', '.join(CACHE_DTYPES)}, not {sorted(unknown)}.")
     if FLAGS.heads % FLAGS.kv_heads:
         raise UserError(f"--kv_heads={FLAGS.kv_heads} does not divide --heads={FLAGS.heads}.")
-    _mesh()  # refuses more devices than are here before anything is measured
+    _mesh()  # raises for too many devices before anything is measured
     if FLAGS.kv_heads % FLAGS.devices:
         raise UserError(f"--devices={FLAGS.devices} does not divide --kv_heads={FLAGS.kv_heads}.")
     if not (FLAGS.decode_lengths or FLAGS.prefill_lengths):
@@ -385,7 +413,7 @@ def _cases() -> Iterator[Case]:
         ("prefill", "prefill_lengths"),
     ):
         if words := FLAGS[flag].value:
-            for length in cli.lengths(words, flag):
+            for length in parse_lengths(words, flag):
                 yield Case(kind, length, *shape)
 
 
@@ -398,7 +426,7 @@ def _measure(case: Case, sides: dict[str, JaxSide | TorchSide]) -> list[Figure]:
             seconds = side.run(name, 1)
             work[key], runs[key] = amount, []
             calls[key] = math.ceil(_MEASUREMENT_SECONDS / seconds)
-    for _ in range(FLAGS.rounds):
+    for _ in range(FLAGS.repeats):
         for side_name, side in sides.items():
             time.sleep(_SECONDS_TO_IDLE)
             for key in runs:
@@ -411,8 +439,10 @@ def _measure(case: Case, sides: dict[str, JaxSide | TorchSide]) -> list[Figure]:
 
 
 def _ratios(figure: Figure, figures: list[Figure]) -> dict[str, float]:
-    """How many times faster the figure is than PyTorch's fastest, and than its SDPA; of a
-    compressed cache, than over the whole one."""
+    """Returns how many times faster a figure is than PyTorch's best and than its SDPA.
+
+    For a compressed cache, returns how many times faster it is than the full one.
+    """
     seconds = {f.name: f.seconds_min for f in figures}
     if figure.name.endswith(" compressed"):
         return {
@@ -455,4 +485,4 @@ def _show(case: Case, figures: list[Figure], limits: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_program(main))

@@ -1,10 +1,10 @@
-"""Prefill and decode speed and peak memory by prompt length, for a model shape.
+"""Measures prefill and decode speed and peak memory by prompt length, for a model shape.
 
     python scripts/bench_generate.py --config examples/qwen2.5-0.5b.json --prompt_lengths 2048,8192
 
-The weights are random, made on the spot and loaded by both sides from the same files. Each
-measurement is a process of its own, so that its peak memory is its own; with
---transformers_python the sides run in turn, and ratios are printed.
+The weights are random, written on the spot, and both sides load them from the same files. Each
+measurement runs in its own process, so that its peak memory is its own. With --transformers_python
+lsjax and transformers run in turn, and ratios are printed.
 """
 
 import json
@@ -14,43 +14,62 @@ import tempfile
 
 from absl import flags
 
-from lsjax import cli
-from lsjax.checkpoint.random import write_random_checkpoint
+from lsjax.checkpoint.random_weights import write_random_checkpoint
+from lsjax.cli.program import run_program
 from lsjax.errors import UserError
-from lsjax.files import check_writable, write_atomically
-from lsjax.report import human_bytes
+from lsjax.runtime.memory import human_bytes
+from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("config", None, "config.json of the shape to measure.", required=True)
-flags.DEFINE_list("prompt_lengths", ["2048", "8192"], "Tokens of prompt.")
-flags.DEFINE_integer("output_length", 33, "Tokens to generate.", lower_bound=2)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights, on both sides.")
+flags.DEFINE_string("config", None, "config.json of the model shape to measure.", required=True)
+flags.DEFINE_list("prompt_lengths", ["2048", "8192"], "Prompt lengths in tokens.")
+flags.DEFINE_integer("output_length", 33, "Number of tokens to generate.", lower_bound=2)
 flags.DEFINE_enum(
-    "kv_cache_dtype", "auto", ["auto", "float32", "bfloat16", "int8"], "Of our cache."
+    "dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights, in lsjax and transformers."
 )
-flags.DEFINE_integer("prefill_chunk", None, "Tokens of prompt run at once.", lower_bound=1)
-flags.DEFINE_string("mesh", "", "Devices by axis, as in context=4,model=2.")
-flags.DEFINE_integer("repeats", 1, "Measurements of each, of which the median counts.")
+flags.DEFINE_enum(
+    "kv_cache_dtype",
+    "auto",
+    ["auto", "float32", "bfloat16", "int8"],
+    "Dtype of the KV cache in lsjax. auto: same as --dtype.",
+)
+flags.DEFINE_integer(
+    "prefill_chunk",
+    None,
+    "Prompt tokens per prefill step in lsjax. Default: 512 on CPU, otherwise 4096.",
+    lower_bound=1,
+)
 flags.DEFINE_string(
-    "transformers_python", None, "A Python that has torch and transformers, to measure as well."
+    "mesh",
+    "",
+    "Devices per mesh axis (data, context, model) in lsjax, such as context=4,model=2. Default: "
+    "one device.",
 )
-flags.DEFINE_string("output_json", None, "Write the figures here.")
+flags.DEFINE_integer(
+    "repeats", 1, "Number of measurements per side and prompt length; the median is reported."
+)
+flags.DEFINE_string(
+    "transformers_python",
+    None,
+    "Python executable that has torch and transformers, to measure transformers as well.",
+)
+flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
 
 _FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
 
 _LSJAX = """
 import json, sys
 import lsjax
-from lsjax.generation import Timing, generate
-from lsjax.memory import peak_memory_bytes
-from lsjax.requests import batches
+from lsjax.inference.generate import Timing, generate
+from lsjax.runtime.memory import peak_memory_bytes
+from lsjax.inference.request import batches
 import numpy as np
 folder, length, output, dtype, cache, chunk, mesh = json.loads(sys.argv[1])
 lm = lsjax.load(folder, dtype=dtype, kv_cache_dtype=cache, mesh=mesh, prefill_chunk=chunk)
 prompt = tuple(np.random.default_rng(0).integers(0, lm.config.vocab_size, length).tolist())
 (request,) = batches(
-    lm.settings, [prompt], output, ignore_eos=True, allow_untrained_length=True
+    lm.options, [prompt], output, ignore_eos=True, allow_untrained_length=True
 )
 t = Timing()
 for _ in generate(lm.engine, lm.params, request, t):
@@ -143,4 +162,4 @@ def _median(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_program(main))

@@ -1,10 +1,10 @@
-"""Decode speed with prompt lookup against without, on the same prompts.
+"""Compares decode speed with and without prompt lookup, on the same prompts.
 
     python scripts/bench_lookup.py --model_path /models/X --input_texts page.txt
 
-Both sides run in turn in one process, and must give the same tokens. Without --model_path but with
---config the weights are random: such a model soon says the same few tokens over and over, which is
-text that repeats itself.
+Both run in turn in one process, and the table says whether they gave the same tokens, as they must.
+With --config instead of --model_path the weights are random: such a model soon generates the same
+few tokens over and over, which serves as text that repeats itself.
 """
 
 import contextlib
@@ -17,31 +17,50 @@ import numpy as np
 from absl import flags
 
 import lsjax
-from lsjax import cli, inputs
-from lsjax.checkpoint.random import write_random_checkpoint
+from lsjax.checkpoint.random_weights import write_random_checkpoint
+from lsjax.cli import inputs
+from lsjax.cli.flags import define_model_flags, model_options, parse_lengths
+from lsjax.cli.program import run_program
 from lsjax.errors import UserError
-from lsjax.files import check_writable, write_atomically
+from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
 
-cli.define_model_flags()
-flags.DEFINE_string("config", None, "config.json of a shape to fill with random weights.")
-flags.DEFINE_multi_string("input_texts", [], "A text, or a UTF-8 file that holds one.")
-flags.DEFINE_integer("prompt_length", 2048, "Random tokens of prompt, without --input_texts.")
-flags.DEFINE_integer("output_length", 257, "Tokens to generate.", lower_bound=2)
-flags.DEFINE_list("prompt_lookup_num_tokens", ["3", "7", "15"], "Tokens drafted at each step.")
-flags.DEFINE_integer("rounds", 3, "Measurements of each, of which the median counts.")
-flags.DEFINE_string("output_json", None, "Write the figures here.")
+define_model_flags()
+flags.DEFINE_string(
+    "config",
+    None,
+    "config.json of a model shape to measure with random weights, instead of --model_path.",
+)
+flags.DEFINE_multi_string(
+    "input_texts",
+    [],
+    "Prompts: each value is a text, a UTF-8 file, or - for the standard input. Repeat the flag for "
+    "several. Default: one prompt of random tokens.",
+)
+flags.DEFINE_integer(
+    "prompt_length", 2048, "Length in tokens of the random prompt, used without --input_texts."
+)
+flags.DEFINE_integer("output_length", 257, "Number of tokens to generate.", lower_bound=2)
+flags.DEFINE_list(
+    "prompt_lookup_num_tokens",
+    ["3", "7", "15"],
+    "Numbers of tokens drafted per decode step to measure; 0 is always measured.",
+)
+flags.DEFINE_integer(
+    "repeats", 3, "Number of measurements per number of drafted tokens; the median is reported."
+)
+flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
 
 
 def main(_) -> None:
-    drafts = cli.lengths(FLAGS.prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+    drafts = parse_lengths(FLAGS.prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
     if FLAGS.config and FLAGS.model_path:
         raise UserError("give --model_path or --config, not both.")
     with contextlib.ExitStack() as stack:
-        options = cli.model_options()
+        options = model_options()
         if FLAGS.config:
             options["path"] = stack.enter_context(tempfile.TemporaryDirectory())
             write_random_checkpoint(FLAGS.config, options["path"])
@@ -55,9 +74,9 @@ def main(_) -> None:
 
 
 def _measure(lm: lsjax.LanguageModel, prompt: tuple[int, ...], drafts: list[int]) -> dict:
-    """Figures by the number of tokens drafted, printed as well."""
+    """Measures one prompt; prints and returns the figures by number of tokens drafted."""
     runs = {count: [] for count in (0, *drafts)}
-    for _ in range(FLAGS.rounds + 1):
+    for _ in range(FLAGS.repeats + 1):
         for count, done in runs.items():
             done += lm.generate(
                 [prompt],
@@ -70,7 +89,7 @@ def _measure(lm: lsjax.LanguageModel, prompt: tuple[int, ...], drafts: list[int]
     print("drafted   tokens/s    ratio   tokens a step   same tokens")
     rows = {}
     for count, done in runs.items():
-        warm = [c.stats for c in done[1:]]  # the first compiled
+        warm = [c.stats for c in done[1:]]  # the first one compiles
         rate = statistics.median((FLAGS.output_length - 1) / s.decode_seconds for s in warm)
         rows[count] = {
             "tokens_per_second": rate,
@@ -87,4 +106,4 @@ def _measure(lm: lsjax.LanguageModel, prompt: tuple[int, ...], drafts: list[int]
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_program(main))

@@ -1,13 +1,15 @@
-"""Ring attention of one layer, by device count, length and layout of the sequence.
+"""Measures ring attention of one layer, by device count, length and sequence layout.
 
     python scripts/bench_ring.py --devices 1,2,4,8 --lengths 65536 --plot ring.png
 
-Random queries, keys and values go through the attention that models run, cache and all, chunk by
-chunk. Beside the time stand the work of the busiest device over the mean (pairs of a query and a
-key that it sees, counted), the bytes that each device sends, and its memory, as compiled. Sampled
-rows are compared with float64, and with what plain float32 attention makes of them.
+Random queries, keys and values go chunk by chunk through the attention that models run, cache
+included. Besides the time, the table shows the work of the busiest device relative to the mean
+(counted in pairs of a query and a key that it sees), the bytes that each device sends, its share of
+the cache and its temporaries, as compiled. Sampled rows are compared with float64, and so is plain
+float32 attention.
 
-On a CPU the devices share its cores: the time shows what dealing out costs, not what it gains.
+On a CPU the devices share its cores: the time shows what splitting the sequence costs, not what it
+gains.
 """
 
 import dataclasses
@@ -24,66 +26,82 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lsjax import cli
 from lsjax.attention import ring
 from lsjax.attention.cached import write_and_attend
-from lsjax.cache import GRANULE, LayerCache, Recent, Zigzag, empty_store, stripe_of
+from lsjax.cache import (
+    CAPACITY_MULTIPLE,
+    FloatTail,
+    LayerCache,
+    Zigzag,
+    block_length_of,
+    empty_kv_array,
+)
 from lsjax.cache.kv_cache import BLOCK
-from lsjax.compilation import compiler_options
-from lsjax.errors import UserError
-from lsjax.evals.plots import plot_ring
-from lsjax.files import check_writable, write_atomically
-from lsjax.report import human_bytes
-from lsjax.sharding import (
-    CHUNK,
-    CHUNK_QUERIES,
-    TOKENS,
-    layer_cache_spec,
+from lsjax.cache.partition_specs import layer_cache_spec
+from lsjax.cli.flags import parse_lengths
+from lsjax.cli.program import make_cpu_devices, run_program
+from lsjax.distributed.sharding import (
+    CHUNK_QUERIES_SPEC,
+    CHUNK_SPEC,
+    TOKENS_SPEC,
     make_mesh,
-    place,
+    put_on_mesh,
     sharding,
 )
+from lsjax.errors import UserError
+from lsjax.evals.plots import plot_ring
+from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.memory import human_bytes
+from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Along the context axis.")
-flags.DEFINE_list("lengths", ["65536"], "Tokens.")
-flags.DEFINE_list("layouts", ["zigzag", "contiguous"], "How the sequence is dealt out.")
-flags.DEFINE_enum("cache_dtype", "float32", ["float32", "int8"], "Of keys and values.")
-flags.DEFINE_integer("chunk", None, "Tokens run at once; the whole length if not given.")
-flags.DEFINE_integer("heads", 4, "Of queries.", lower_bound=1)
-flags.DEFINE_integer("kv_heads", 2, "Of keys and values.", lower_bound=1)
-flags.DEFINE_integer("head_dim", 64, "Channels of a head.", lower_bound=1)
-flags.DEFINE_integer("sampled_rows", 1000, "Compared with float64; 0 for none.", lower_bound=0)
-flags.DEFINE_string("output_json", None, "Write the figures here.")
-flags.DEFINE_string("plot", None, "Write a PNG here.")
+flags.DEFINE_list(
+    "devices", ["1", "2", "4", "8"], "Numbers of devices along the context axis to measure."
+)
+flags.DEFINE_list("lengths", ["65536"], "Sequence lengths in tokens to measure.")
+flags.DEFINE_list(
+    "layouts",
+    ["zigzag", "contiguous"],
+    "Ways to split the sequence over the devices: zigzag, contiguous.",
+)
+flags.DEFINE_enum("cache_dtype", "float32", ["float32", "int8"], "Dtype of the KV cache.")
+flags.DEFINE_integer("chunk", None, "Tokens per prefill step. Default: the whole length.")
+flags.DEFINE_integer("heads", 4, "Number of query heads.", lower_bound=1)
+flags.DEFINE_integer("kv_heads", 2, "Number of KV heads.", lower_bound=1)
+flags.DEFINE_integer("head_dim", 64, "Channels per head.", lower_bound=1)
+flags.DEFINE_integer(
+    "sampled_rows", 1000, "Number of query rows to compare with float64; 0 for none.", lower_bound=0
+)
+flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
+flags.DEFINE_string("plot", None, "PNG file to plot the figures in.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contiguous(Zigzag):
-    """The ring that zigzag is measured against: device after device, piece after piece."""
+    """A layout to compare zigzag with: each device holds one contiguous chunk of each block."""
 
     @property
-    def _piece(self) -> int:
-        return self.stripe // self.devices
+    def _chunk_length(self) -> int:
+        return self.block_length // self.devices
 
-    def slots_before(self, device, position):
-        stripe, rest = position // self.stripe, position % self.stripe
-        own = jnp.clip(rest - device * self._piece, 0, self._piece)
-        return stripe * self._piece + own
+    def num_local_slots_before(self, device, position):
+        block, rest = position // self.block_length, position % self.block_length
+        own = jnp.clip(rest - device * self._chunk_length, 0, self._chunk_length)
+        return block * self._chunk_length + own
 
     def position(self, device, slot):
-        stripe, rest = slot // self._piece, slot % self._piece
-        return stripe * self.stripe + device * self._piece + rest
+        block, rest = slot // self._chunk_length, slot % self._chunk_length
+        return block * self.block_length + device * self._chunk_length + rest
 
-    def order(self, length):
-        pieces = np.arange(length).reshape(-1, self.devices, self._piece)
+    def permutation(self, length):
+        pieces = np.arange(length).reshape(-1, self.devices, self._chunk_length)
         return pieces.swapaxes(0, 1).ravel()
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Of one run; bytes are a device's."""
+    """The figures of one run; bytes are per device."""
 
     layout: str
     devices: int
@@ -99,14 +117,14 @@ class Figures:
 
 
 def main(_) -> None:
-    counts, lengths = cli.lengths(FLAGS.devices, "devices"), cli.lengths(FLAGS.lengths)
+    counts, lengths = parse_lengths(FLAGS.devices, "devices"), parse_lengths(FLAGS.lengths)
     unknown = set(FLAGS.layouts) - {"zigzag", "contiguous"}
     if unknown:
         raise UserError(f"layouts are zigzag and contiguous, not {', '.join(unknown)}.")
     for file in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(file)
-    # More devices than a CPU has are made of it; anything else has what it has.
-    cli.make_cpu_devices(max(counts))
+    # A CPU is split into as many devices as needed; other platforms keep those they have.
+    make_cpu_devices(max(counts))
     figures = []
     print(
         "layout      devices     length   seconds   tokens/s  busiest   sent      cache  "
@@ -136,39 +154,40 @@ def _print(f: Figures) -> None:
 
 def _measure(layout: str, devices: int, length: int) -> Figures:
     chunk = FLAGS.chunk or length
-    if length % (GRANULE * devices) or length % chunk or chunk % (2 * devices):
+    if length % (CAPACITY_MULTIPLE * devices) or length % chunk or chunk % (2 * devices):
         raise UserError(
-            f"length {length:,} must be a multiple of {GRANULE * devices} and of the chunk, and "
-            f"that of {2 * devices}, so that {devices} devices have the same to do."
+            f"length {length:,} must be a multiple of {CAPACITY_MULTIPLE * devices} and of the "
+            f"chunk, and the chunk of {2 * devices}, so that {devices} devices share it evenly."
         )
     mesh = make_mesh({"context": devices})
     if layout == "zigzag":
-        dealt = Zigzag(devices, stripe_of(chunk, devices))
+        zigzag = Zigzag(devices, block_length_of(chunk, devices))
     else:
-        dealt = Contiguous(devices, chunk)
-    with mock.patch("lsjax.attention.cached.Zigzag", type(dealt)):
-        return _run(layout, dealt, mesh, length, chunk)
+        zigzag = Contiguous(devices, chunk)
+    with mock.patch("lsjax.attention.cached.Zigzag", type(zigzag)):
+        return _run(layout, zigzag, mesh, length, chunk)
 
 
-def _run(layout: str, dealt: Zigzag, mesh: Mesh, length: int, chunk: int) -> Figures:
+def _run(layout: str, zigzag: Zigzag, mesh: Mesh, length: int, chunk: int) -> Figures:
     q, k, v = _inputs(length)
-    cache = _empty_cache(mesh, dealt, length)
-    order = dealt.order(chunk)
-    alone = dealt.devices == 1
+    cache = _empty_cache(mesh, zigzag, length)
+    order = zigzag.permutation(chunk)
+    alone = zigzag.devices == 1
     queries, tokens = (
-        sharding(mesh, spec) for spec in ((TOKENS, TOKENS) if alone else (CHUNK_QUERIES, CHUNK))
+        sharding(mesh, spec)
+        for spec in ((TOKENS_SPEC, TOKENS_SPEC) if alone else (CHUNK_QUERIES_SPEC, CHUNK_SPEC))
     )
 
     def chunk_at(start: int) -> tuple:
         at = start + order
-        return *(place(x[:, at], queries) for x in (q, k, v)), place(at[None], tokens)
+        return *(put_on_mesh(x[:, at], queries) for x in (q, k, v)), put_on_mesh(at[None], tokens)
 
     step = jax.jit(
         functools.partial(write_and_attend, mesh, window=None, decode=False),
         donate_argnums=5,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
-    lengths = place(np.array([length]), sharding(mesh, TOKENS))
+    lengths = put_on_mesh(np.array([length]), sharding(mesh, TOKENS_SPEC))
     program = step.lower(*chunk_at(0), lengths, cache).compile()
     rows = np.random.default_rng(1).permutation(length)[: FLAGS.sampled_rows]
     seconds, sampled = 0.0, {}
@@ -185,13 +204,13 @@ def _run(layout: str, dealt: Zigzag, mesh: Mesh, length: int, chunk: int) -> Fig
         error, plain_error = _errors(sampled, q[0], k[0], v[0])
     return Figures(
         layout=layout,
-        devices=dealt.devices,
+        devices=zigzag.devices,
         length=length,
         seconds=seconds,
         tokens_per_second=length / seconds,
-        busiest_over_mean=_busiest_over_mean(dealt, length),
-        bytes_sent=_bytes_sent(cache, dealt.devices, length, chunk),
-        cache_bytes=sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) // dealt.devices,
+        busiest_over_mean=_busiest_over_mean(zigzag, length),
+        bytes_sent=_bytes_sent(cache, zigzag.devices, length, chunk),
+        cache_bytes=sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) // zigzag.devices,
         temporary_bytes=program.memory_analysis().temp_size_in_bytes,
         error=error,
         plain_error=plain_error,
@@ -199,36 +218,36 @@ def _run(layout: str, dealt: Zigzag, mesh: Mesh, length: int, chunk: int) -> Fig
 
 
 def _inputs(length: int) -> list[np.ndarray]:
-    """q, k, v: [1, length, heads, head_dim] float32, attention somewhat peaked."""
+    """Returns q, k, v [1, length, heads, head_dim] float32, with somewhat peaked attention."""
     rng = np.random.default_rng(0)
     heads = (FLAGS.heads, FLAGS.kv_heads, FLAGS.kv_heads)
     return [1.5 * rng.standard_normal((1, length, n, FLAGS.head_dim), "f4") for n in heads]
 
 
-def _empty_cache(mesh: Mesh, dealt: Zigzag, length: int) -> LayerCache:
+def _empty_cache(mesh: Mesh, zigzag: Zigzag, length: int) -> LayerCache:
     def empty() -> LayerCache:
-        store = empty_store((1, FLAGS.kv_heads, length, FLAGS.head_dim), FLAGS.cache_dtype)
-        recent = None
+        store = empty_kv_array((1, FLAGS.kv_heads, length, FLAGS.head_dim), FLAGS.cache_dtype)
+        float_tail = None
         if FLAGS.cache_dtype != "float32":
             zeros = jnp.zeros((1, FLAGS.kv_heads, BLOCK, FLAGS.head_dim))
-            recent = Recent(zeros, zeros)
-        return LayerCache(store, store, recent, dealt.stripe)
+            float_tail = FloatTail(zeros, zeros)
+        return LayerCache(store, store, float_tail, zigzag.block_length)
 
     specs = layer_cache_spec(jax.eval_shape(empty))
     return jax.jit(empty, out_shardings=jax.tree.map(lambda s: sharding(mesh, s), specs))()
 
 
-def _busiest_over_mean(dealt: Zigzag, length: int) -> float:
-    slots = np.arange(length // dealt.devices)
+def _busiest_over_mean(zigzag: Zigzag, length: int) -> float:
+    slots = np.arange(length // zigzag.devices)
     pairs = [
-        float(np.sum(np.asarray(dealt.position(d, slots), np.int64) + 1))
-        for d in range(dealt.devices)
+        float(np.sum(np.asarray(zigzag.position(d, slots), np.int64) + 1))
+        for d in range(zigzag.devices)
     ]
     return max(pairs) / (sum(pairs) / len(pairs))
 
 
 def _bytes_sent(cache: LayerCache, devices: int, length: int, chunk: int) -> int:
-    """Whole blocks of the slots filled so far, once round the ring for each chunk."""
+    """Returns bytes per device: whole blocks of filled slots, once around the ring per chunk."""
     of_slot = sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) / length
     size = ring.block_size(length // devices)
     blocks = sum(-(-(end // devices) // size) for end in range(chunk, length + 1, chunk))
@@ -236,7 +255,7 @@ def _bytes_sent(cache: LayerCache, devices: int, length: int, chunk: int) -> int
 
 
 def _errors(sampled: dict[int, np.ndarray], q, k, v) -> tuple[float, float]:
-    """Largest differences from float64: of what came out, and of plain float32 attention."""
+    """Returns the largest errors from float64: the output's, and plain float32 attention's."""
     group = FLAGS.heads // FLAGS.kv_heads
     worst = [0.0, 0.0]
     for head in range(FLAGS.kv_heads):
@@ -259,4 +278,4 @@ def _plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_program(main))

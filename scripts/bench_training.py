@@ -1,15 +1,17 @@
-"""A training step on long rows: its time, and what it takes of a device's memory.
+"""Measures a training step on long sequences: its time, and its memory per device.
 
-    python scripts/bench_training.py --length 8192 --against_plain
-    python scripts/bench_training.py --mesh context=8 --length 131072 --layers 1
+    python scripts/bench_training.py --seq_length 8192 --against_plain
+    python scripts/bench_training.py --mesh context=8 --seq_length 131072 --layers 1
     python scripts/bench_training.py --config config.json --target v5p:2x2x2 --mesh context=8 \
-        --length 1048576 --dtype bfloat16
+        --seq_length 1048576 --dtype bfloat16
 
-The first measures it against a plain step: all scores of attention at once, all logits, and all
-that a layer makes kept for its gradients. They are run in turn, and medians compared. The last
-asks the target's compiler alone, which need not be here (pip install 'lsjax[ahead]').
+The first command compares the step of lsjax with a plain one, which computes all attention scores
+and all logits at once and keeps every activation of a layer for the gradients. Both run in turn,
+and medians are compared. The last command only runs the target's compiler; the target need not be
+present (pip install 'lsjax[ahead]').
 
-On a CPU the devices share its cores: the time shows what dealing out costs, not what it gains.
+On a CPU the devices share its cores: the time shows what splitting the sequence costs, not what it
+gains.
 """
 
 import dataclasses
@@ -24,33 +26,45 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lsjax import cli
-from lsjax.compilation import compiler_options
+from lsjax.cli.program import make_cpu_devices, run_program
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import check_fits_mesh, make_mesh, parse_mesh
 from lsjax.errors import UserError
 from lsjax.families import parse_config, read_config
+from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import random_parameters
 from lsjax.planning import find_target, target_mesh
-from lsjax.precision import einsum
-from lsjax.report import human_bytes
-from lsjax.settings import COMPUTE_DTYPES
-from lsjax.sharding import check_fits_mesh, make_mesh, parse_mesh
+from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.memory import human_bytes
+from lsjax.runtime.precision import einsum
 from lsjax.shipped.model import HF_CONFIGS
 from lsjax.training.batch import Batch
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("config", None, "A config.json; the shipped model's if not given.")
-flags.DEFINE_integer("layers", None, "Of the model; its own if not given.", lower_bound=1)
-flags.DEFINE_string("mesh", "", "Devices by axis (data, context, model): context=4,model=2.")
-flags.DEFINE_integer("length", 8192, "Tokens of a row.", lower_bound=2)
-flags.DEFINE_enum("dtype", "float32", COMPUTE_DTYPES, "That is computed in.")
-flags.DEFINE_integer("rounds", 3, "Steps that are timed.", lower_bound=1)
-flags.DEFINE_bool("against_plain", False, "Measure a plain step as well; on one device.")
-flags.DEFINE_string("target", None, "Only compile, for devices as scripts/plan.py takes them.")
+flags.DEFINE_string(
+    "config", None, "config.json of the model to measure. Default: the shipped model's."
+)
+flags.DEFINE_integer(
+    "layers", None, "Number of layers. Default: as many as the model has.", lower_bound=1
+)
+flags.DEFINE_string(
+    "mesh",
+    "",
+    "Devices per mesh axis (data, context, model), such as context=4,model=2. Default: one device.",
+)
+flags.DEFINE_integer("seq_length", 8192, "Tokens per training sequence.", lower_bound=2)
+flags.DEFINE_enum("dtype", "float32", COMPUTE_DTYPES, "Dtype of the computation.")
+flags.DEFINE_integer("repeats", 3, "Number of timed steps; the median is reported.", lower_bound=1)
+flags.DEFINE_bool("against_plain", False, "Measure a plain step as well; needs one device.")
+flags.DEFINE_string(
+    "target",
+    None,
+    "Devices to compile the step for without running it, such as v5p:2x2x2 or h100-80gb:8.",
+)
 
-# Takes one step, from the state that the one before left.
+# Runs one training step from the state that the last call left.
 Step = Callable[[], None]
 
 
@@ -67,7 +81,7 @@ def main(_) -> None:
         return
     if FLAGS.against_plain and devices > 1:
         raise UserError("--against_plain goes with one device; leave --mesh out.")
-    cli.make_cpu_devices(devices)
+    make_cpu_devices(devices)
     print("step          seconds   tokens/s  temporaries a device")
     ours, temporaries = _ours(config, sizes)
     if not FLAGS.against_plain:
@@ -85,14 +99,14 @@ def main(_) -> None:
 
 
 def _print(name: str, seconds: float, temporaries: int, rows: int) -> None:
-    speed = rows * FLAGS.length / seconds
+    speed = rows * FLAGS.seq_length / seconds
     print(f"{name:10}{seconds:11.2f}{speed:11,.0f}{human_bytes(temporaries):>22}", flush=True)
 
 
 def _medians(*steps: Step) -> list[float]:
-    """Seconds of each, run in turn; a first step of each is not timed."""
+    """Returns the median seconds of each step; they run in turn, after one warm-up each."""
     seconds = [[] for _ in steps]
-    for round in range(FLAGS.rounds + 1):
+    for round in range(FLAGS.repeats + 1):
         for step, taken in zip(steps, seconds, strict=True):
             began = time.perf_counter()
             step()
@@ -102,10 +116,10 @@ def _medians(*steps: Step) -> list[float]:
 
 
 def _batch(config: ModelConfig, rows: int) -> Batch:
-    """[1, rows, length], each row one document."""
-    shape = (1, rows, FLAGS.length)
+    """Returns a batch [1, rows, length] whose rows are one document each."""
+    shape = (1, rows, FLAGS.seq_length)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
-    positions = np.broadcast_to(np.arange(FLAGS.length, dtype=np.int32), shape)
+    positions = np.broadcast_to(np.arange(FLAGS.seq_length, dtype=np.int32), shape)
     return Batch(
         tokens=tokens,
         targets=np.roll(tokens, -1, axis=-1),
@@ -116,7 +130,7 @@ def _batch(config: ModelConfig, rows: int) -> Batch:
 
 
 def _trainer(config: ModelConfig, mesh: jax.sharding.Mesh):
-    import optax  # after the flags: it is an extra
+    import optax  # only here, since it is an optional extra
 
     from lsjax.training.step import Trainer
 
@@ -124,12 +138,12 @@ def _trainer(config: ModelConfig, mesh: jax.sharding.Mesh):
 
 
 def _ours(config: ModelConfig, sizes: dict[str, int]) -> tuple[Step, int]:
-    """The step, and bytes of temporaries on each device."""
+    """Returns the lsjax step, and its bytes of temporaries per device."""
     mesh = make_mesh(sizes)
     trainer, rows = _trainer(config, mesh), sizes["data"]
     state = trainer.init(random_parameters(config, mesh, "float32"))
-    batch, tables = _batch(config, rows), trainer.tables(FLAGS.length)
-    program = trainer.lower(rows, FLAGS.length).compile()
+    batch, tables = _batch(config, rows), trainer.tables(FLAGS.seq_length)
+    program = trainer.lower(rows, FLAGS.seq_length).compile()
 
     def step() -> None:
         nonlocal state
@@ -140,10 +154,10 @@ def _ours(config: ModelConfig, sizes: dict[str, int]) -> tuple[Step, int]:
 
 
 def _plain(config: ModelConfig) -> tuple[Step, int]:
-    """As `_ours`, of a step that is written down as one would for short rows."""
+    """Returns a step written as one would for short rows, and its bytes of temporaries."""
     import optax
 
-    mesh, optimiser = make_mesh(""), optax.adamw(1e-5)
+    mesh, optimizer = make_mesh(""), optax.adamw(1e-5)
     decoder = Decoder(config, mesh, jnp.dtype(FLAGS.dtype))
 
     def loss_of(params: dict, batch: Batch, tables) -> jax.Array:
@@ -156,13 +170,13 @@ def _plain(config: ModelConfig) -> tuple[Step, int]:
 
     def train_step(params: dict, opt_state, batch: Batch, tables):
         grads = jax.grad(loss_of)(params, batch, tables)
-        updates, opt_state = optimiser.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     params = random_parameters(config, mesh, "float32")
-    state = params, optimiser.init(params)
+    state = params, optimizer.init(params)
     batch = jax.device_put(jax.tree.map(lambda x: x[0], _batch(config, 1)))
-    tables = _trainer(config, mesh).tables(FLAGS.length)
+    tables = _trainer(config, mesh).tables(FLAGS.seq_length)
     options = compiler_options(mesh.devices.flat[0].platform)
     jitted = jax.jit(train_step, donate_argnums=(0, 1), compiler_options=options)
     program = jitted.lower(*state, batch, tables).compile()
@@ -176,7 +190,7 @@ def _plain(config: ModelConfig) -> tuple[Step, int]:
 
 
 def _full_attention(mesh, q, k, v, begin, window, slopes) -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v with all scores at once; see self_attention."""
+    """Computes softmax(q k^T / sqrt(head_dim)) v, all scores at once; see self_attention."""
     batch, length, _, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     scores = einsum("bqkgd,bskd->bkgqs", grouped, k) * head_dim**-0.5
@@ -189,11 +203,11 @@ def _full_attention(mesh, q, k, v, begin, window, slopes) -> jax.Array:
 
 
 def _ahead(config: ModelConfig, sizes: dict[str, int]) -> None:
-    jax.config.update("jax_platforms", "cpu")  # the devices that are here are not asked
+    jax.config.update("jax_platforms", "cpu")  # leaves local accelerators untouched
     target = find_target(FLAGS.target)
     trainer = _trainer(config, target_mesh(target, sizes))
     try:
-        memory = trainer.lower(sizes["data"], FLAGS.length).compile().memory_analysis()
+        memory = trainer.lower(sizes["data"], FLAGS.seq_length).compile().memory_analysis()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -203,7 +217,7 @@ def _ahead(config: ModelConfig, sizes: dict[str, int]) -> None:
     total = state + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     print(
         f"{config.architecture} of {config.num_layers} layers, {sizes['data']} x "
-        f"{FLAGS.length:,} tokens on {target.name}, a device: state and batch "
+        f"{FLAGS.seq_length:,} tokens on {target.name}, a device: state and batch "
         f"{human_bytes(state)}, temporaries {human_bytes(temporaries)}, together "
         f"{human_bytes(total)} of {human_bytes(target.memory)}: "
         f"{'fits' if total <= target.memory else 'DOES NOT FIT'}"
@@ -211,4 +225,4 @@ def _ahead(config: ModelConfig, sizes: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run_program(main))

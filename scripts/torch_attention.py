@@ -1,6 +1,6 @@
 """The PyTorch side of bench_attention.py, run by a Python that has torch.
 
-Takes requests from stdin and answers each on stdout, in lines of JSON:
+Reads requests from stdin and answers each on stdout, one JSON object per line:
 
     {"prepare": case}          -> {name: work of one call, FLOPs or bytes}
     {"run": name, "calls": n}  -> seconds that n calls took

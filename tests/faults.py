@@ -28,7 +28,7 @@ class Fault:
 
     Attributes:
       name: what goes wrong.
-      file: of the library.
+      file: path of the library's file.
       right: what stands there, once.
       wrong: what is put in its place.
       test: pytest's words for the test that must fail: a node id, or a file and -k.
@@ -44,9 +44,9 @@ class Fault:
 FAULTS = (
     Fault(
         "a wrong slot in the zigzag",
-        "lsjax/cache/zigzag.py",
-        "high = jnp.clip(rest - (2 * self.devices - 1 - device)",
-        "high = jnp.clip(rest - (2 * self.devices - 2 - device)",
+        "lsjax/distributed/sequence_layout.py",
+        "rest - (2 * self.devices - 1 - device) * self._chunk_length, 0",
+        "rest - (2 * self.devices - 2 - device) * self._chunk_length, 0",
         "tests/attention/test_zigzag.py",
     ),
     Fault(
@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         "devices merged by the local running max",
         "lsjax/attention/partial.py",
-        "highest = _finite(jax.lax.pmax(partial.lse, axis_name))",
-        "highest = _finite(partial.lse)",
+        "running_max = _finite(jax.lax.pmax(partial.lse, axis_name))",
+        "running_max = _finite(partial.lse)",
         "tests/attention/test_cached_attention.py -k mesh",
     ),
     Fault(
@@ -73,16 +73,16 @@ FAULTS = (
     Fault(
         "an int8 block rounded twice",
         "lsjax/attention/cached.py",
-        "            run = recent.extend(before, k, v, positions[0, 0] - run_first[0])",
-        "            held = (s.encode(x).floats() for s, x in zip(stores, (k, v)))\n"
-        "            run = recent.extend(before, *held, positions[0, 0] - run_first[0])",
+        "            run = float_tail.append_chunk(before, k, v, positions[0, 0] - run_first[0])",
+        "            held = (s.quantize(x).dequantize() for s, x in zip(stores, (k, v)))\n"
+        "            run = float_tail.append_chunk(before, *held, positions[0, 0] - run_first[0])",
         "tests/attention/test_cached_attention.py -k int8",
     ),
     Fault(
         "queries not transformed over a quantized cache",
         "lsjax/attention/cached.py",
-        "q, k = spread(q), spread(k)",
-        "q, k = q, spread(k)",
+        "q, k = hadamard_transform(q), hadamard_transform(k)",
+        "q, k = q, hadamard_transform(k)",
         "tests/attention/test_cached_attention.py -k int8",
     ),
     Fault(
@@ -95,14 +95,14 @@ FAULTS = (
     Fault(
         "a ring step too few",
         "lsjax/attention/ring.py",
-        "jax.lax.fori_loop(0, devices - 1, step, (partial, block))",
-        "jax.lax.fori_loop(0, devices - 2, step, (partial, block))",
+        "jax.lax.fori_loop(0, devices - 1, ring_step, (partial, block))",
+        "jax.lax.fori_loop(0, devices - 2, ring_step, (partial, block))",
         "tests/attention/test_cached_attention.py -k mesh",
     ),
     Fault(
         "gradients of keys added one device too late",
         "lsjax/attention/backward.py",
-        "        added = ring.from_the_device_before(added, zigzag.devices)  # and home\n",
+        "        added = ring.ring_shift(added, zigzag.devices)  # and home\n",
         "",
         "tests/attention/test_differentiable_attention.py",
     ),
@@ -136,7 +136,7 @@ FAULTS = (
     ),
     Fault(
         "a chunk's tail read as tokens",
-        "lsjax/layer_by_layer.py",
+        "lsjax/inference/layerwise_prefill.py",
         "is_last = (positions == lengths[:, None] - 1)[..., None]",
         "is_last = (positions == positions.max())[..., None]",
         "tests/generation/test_same_tokens.py -k chunk",
@@ -150,44 +150,44 @@ FAULTS = (
     ),
     Fault(
         "end-of-sequence ignored in a batch",
-        "lsjax/generation.py",
+        "lsjax/inference/generate.py",
         "- len(ids) if stand is None else 0",
         "- len(ids) if stand is None or row else 0",
         "tests/generation/test_ending.py",
     ),
     Fault(
         "a draw that belongs to its row in a batch",
-        "lsjax/requests.py",
+        "lsjax/inference/request.py",
         "first=i * rows,",
         "first=0,",
         "tests/generation/test_samples.py",
     ),
     Fault(
         "samples that take their neighbour's cache",
-        "lsjax/steps.py",
+        "lsjax/inference/steps.py",
         "jnp.repeat(leaf, samples, axis=0)",
         "jnp.concatenate([leaf] * samples)",
         "tests/generation/test_samples.py",
     ),
     Fault(
         "a draft's token accepted unseen",
-        "lsjax/lookup.py",
+        "lsjax/inference/prompt_lookup.py",
         "return 1 + jnp.sum(same, axis=1)",
         "return jnp.minimum(2 + jnp.sum(same, axis=1), chosen.shape[1])",
         "tests/generation/test_lookup.py",
     ),
     Fault(
         "top_p keeps the token before the threshold only",
-        "lsjax/sampling.py",
+        "lsjax/inference/sampling.py",
         "(before < random.top_p)",
         "(before + probabilities < random.top_p)",
         "tests/generation/test_sampling.py",
     ),
     Fault(
         "the compensation token counted once",
-        "lsjax/attention/compensation.py",
-        "lse = scores + jnp.log(dropped.count.astype(jnp.float32))[:, None, None, None]",
-        "lse = scores + jnp.log(jnp.minimum(dropped.count, 1).astype(jnp.float32))"
+        "lsjax/attention/streaming.py",
+        "lse = scores + jnp.log(token.count.astype(jnp.float32))[:, None, None, None]",
+        "lse = scores + jnp.log(jnp.minimum(token.count, 1).astype(jnp.float32))"
         "[:, None, None, None]",
         "tests/compression/test_window.py",
     ),
@@ -201,8 +201,8 @@ FAULTS = (
     Fault(
         "the TPU kernel forgets what it had at an edge",
         "lsjax/attention/tpu.py",
-        "weighted[h] = keep * weighted[h] + added",
-        "weighted[h] = weighted[h] + added",
+        "acc[h] = correction * acc[h] + added",
+        "acc[h] = acc[h] + added",
         "tests/attention/test_tpu_kernel.py",
     ),
     Fault(

@@ -1,1 +1,1 @@
-"""Attention's arithmetic, without parameters: partial results, and how they come and merge."""
+"""Attention without parameters: kernels that compute partial results, and how these merge."""

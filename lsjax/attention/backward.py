@@ -1,4 +1,4 @@
-"""Gradients of attention, block by block, from each query's lse: no scores are kept.
+"""Blockwise gradients of attention; weights are recomputed from each query's lse, never stored.
 
 With p = exp(s - lse) of the scores s, and delta = sum(out * d_out) of a query:
 d_v = p^T d_out, d_s = p * (d_out v^T - delta), d_q = d_s k, d_k = d_s^T q.
@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention import ring
-from lsjax.attention.blockwise import Blocks, Seen
-from lsjax.attention.rows import even, over_queries, seen_of
+from lsjax.attention.blocking import even_block_size, local_key_range, loop_over_query_blocks
+from lsjax.attention.blockwise import Blocks, KeyRange
 from lsjax.cache import Zigzag
-from lsjax.precision import einsum
+from lsjax.runtime.precision import einsum
 
 
 class Queries(NamedTuple):
-    """What is known of queries when gradients are asked for.
+    """Queries and what the backward pass needs to know about them.
 
     Attributes:
       q: [batch, kv_heads, group, length, head_dim], scaled.
-      d_out: like q, the gradient of what attention gave.
-      lse: [batch, kv_heads, group, length] float32.
-      delta: [batch, kv_heads, group, length] float32, the sum of out * d_out.
+      d_out: gradient of the attention output, shaped as q.
+      lse: [batch, kv_heads, group, length] float32, log-sum-exp of the scores.
+      delta: [batch, kv_heads, group, length] float32, sum of out * d_out.
     """
 
     q: jax.Array
@@ -33,7 +33,7 @@ class Queries(NamedTuple):
     delta: jax.Array
 
     def block(self, start: jax.Array, size: int) -> "Queries":
-        """Those from `start` on, a group's as rows of one product: [batch, kv_heads, rows, ...]."""
+        """Returns `size` queries from `start` on, a group as rows: [batch, kv_heads, rows, ...]."""
 
         def rows(x: jax.Array) -> jax.Array:
             taken = jax.lax.dynamic_slice_in_dim(x, start, size, axis=3)
@@ -42,7 +42,7 @@ class Queries(NamedTuple):
         return Queries(*map(rows, self))
 
 
-# Of keys and values, [batch, kv_heads, slots, head_dim] float32.
+# Gradients of keys and of values, each [batch, kv_heads, slots, head_dim] float32.
 KeyGradients = tuple[jax.Array, jax.Array]
 
 
@@ -51,91 +51,93 @@ def gradients(
     queries: Queries,
     k: jax.Array,
     v: jax.Array,
-    seen: Seen,
+    key_range: KeyRange,
     slopes: jax.Array | None,
     size: int,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of this device's queries, keys and values; to be called under shard_map.
+    """Returns gradients of the local queries, keys and values; called under shard_map.
 
-    Keys and values travel round the ring as in `ring.attend`, and their gradients with them, one
-    step behind: what the devices before have added is on its way while this one computes.
+    Keys and values rotate around the ring as in `ring.attend`. Their gradients follow one step
+    behind: the sums of the previous devices are in flight while this device computes its own.
 
     Args:
-      zigzag: where the tokens of a row lie.
-      queries: this device's.
-      k, v: [batch, kv_heads, length, head_dim], this device's.
-      seen: indices in the row that its queries see.
-      slopes: [kv_heads, group] of ALiBi, or None.
-      size: slots that travel at once, a divisor of length.
-      blocks: how much is worked on at a time.
+      zigzag: layout of a row's tokens along the context axis.
+      queries: local queries.
+      k, v: [batch, kv_heads, length, head_dim], local keys and values.
+      key_range: key range of each local query, as indices in the row.
+      slopes: [kv_heads, group] ALiBi slopes, or None.
+      size: number of slots sent at once, a divisor of length.
+      blocks: block sizes of the computation.
 
     Returns:
-      float32, shaped as q, k and v.
+      float32 gradients, shaped as q, k and v.
     """
     d_q = jnp.zeros(queries.q.shape, jnp.float32)
     if zigzag.devices == 1:
-        d_q, (d_k, d_v) = meet(d_q, queries, k, v, seen, slopes, blocks)
+        d_q, (d_k, d_v) = attend_block(d_q, queries, k, v, key_range, slopes, blocks)
         return d_q, d_k, d_v
     device, length = jax.lax.axis_index("context"), k.shape[2]
 
-    def visit(i: jax.Array, state):
+    def slot_block_fn(i: jax.Array, state):
         d_q, whole = state
         first = i * size
 
-        def step(step: jax.Array, state):
+        def ring_step(hop: jax.Array, state):
             d_q, block, added = state
-            coming = ring.from_the_device_before(block, zigzag.devices)
-            added = ring.from_the_device_before(added, zigzag.devices)
-            here = seen_of(zigzag, (device - step) % zigzag.devices, first, size, seen)
-            d_q, own = meet(d_q, queries, *block, here, slopes, blocks)
-            return d_q, coming, jax.tree.map(jnp.add, added, own)
+            incoming = ring.ring_shift(block, zigzag.devices)
+            added = ring.ring_shift(added, zigzag.devices)
+            local_range = local_key_range(
+                zigzag, (device - hop) % zigzag.devices, first, size, key_range
+            )
+            d_q, block_gradients = attend_block(d_q, queries, *block, local_range, slopes, blocks)
+            return d_q, incoming, jax.tree.map(jnp.add, added, block_gradients)
 
         block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
         added = tuple(jnp.zeros(x.shape, jnp.float32) for x in block)
-        d_q, _, added = jax.lax.fori_loop(0, zigzag.devices, step, (d_q, block, added))
-        added = ring.from_the_device_before(added, zigzag.devices)  # and home
+        d_q, _, added = jax.lax.fori_loop(0, zigzag.devices, ring_step, (d_q, block, added))
+        added = ring.ring_shift(added, zigzag.devices)  # and home
         put = jax.lax.dynamic_update_slice_in_dim
         return d_q, tuple(put(x, a, first, axis=2) for x, a in zip(whole, added, strict=True))
 
     whole = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    d_q, (d_k, d_v) = jax.lax.fori_loop(0, length // size, visit, (d_q, whole))
+    d_q, (d_k, d_v) = jax.lax.fori_loop(0, length // size, slot_block_fn, (d_q, whole))
     return d_q, d_k, d_v
 
 
-def meet(
+def attend_block(
     d_q: jax.Array,
     queries: Queries,
     k: jax.Array,
     v: jax.Array,
-    seen: Seen,
+    key_range: KeyRange,
     slopes: jax.Array | None,
     blocks: Blocks,
 ) -> tuple[jax.Array, KeyGradients]:
-    """Adds to d_q what some keys and values give, and returns theirs from all queries.
+    """Adds the contribution of some keys and values to d_q, and returns their own gradients.
 
     Args:
-      d_q: float32, shaped as the queries.
-      queries: all.
+      d_q: float32 gradient of all local queries so far, shaped as queries.q.
+      queries: all local queries.
       k, v: [batch, kv_heads, slots, head_dim].
-      seen: the slots that each query sees.
-      slopes: [kv_heads, group] of ALiBi, or None.
-      blocks: how much is worked on at a time.
+      key_range: range of slots that each query sees.
+      slopes: [kv_heads, group] ALiBi slopes, or None.
+      blocks: block sizes of the computation.
     """
     batch, kv_heads, group, length, head_dim = queries.q.shape
     slots = k.shape[2]
-    size = even(length, max(1, blocks.rows // group))
-    keys_size = even(slots, blocks.keys)
-    positions = jnp.arange(slots) if seen.positions is None else seen.positions
+    size = even_block_size(length, max(1, blocks.rows // group))
+    keys_size = even_block_size(slots, blocks.keys)
+    positions = jnp.arange(slots) if key_range.key_positions is None else key_range.key_positions
 
-    def some_queries(state, start: jax.Array, seen: Seen):
+    def query_block_fn(state, start: jax.Array, key_range: KeyRange):
         d_q, sums = state
         rows = queries.block(start, size)
-        begin, end, at = seen.begin, seen.end, seen.at
+        begin, end, at = key_range.start, key_range.stop, key_range.query_positions
 
-        def some_keys(j: jax.Array, state):
+        def key_block_fn(j: jax.Array, state):
             d_rows, sums = state
-            # The last block may reach back into the one before, which is masked then.
+            # The last block may overlap the previous one; the mask hides the overlap.
             key_start = jnp.minimum(j * keys_size, slots - keys_size)
 
             def take(x: jax.Array) -> jax.Array:
@@ -156,22 +158,22 @@ def meet(
             weights = weights.reshape(batch, kv_heads, group * size, keys_size)
             d_weights = einsum("bkrd,bksd->bkrs", rows.d_out, values)
             d_scores = (weights * (d_weights - rows.delta[..., None])).astype(keys.dtype)
-            own = (
+            block_gradients = (
                 einsum("bkrs,bkrd->bksd", d_scores, rows.q),
                 einsum("bkrs,bkrd->bksd", weights.astype(keys.dtype), rows.d_out),
             )
             sums = tuple(
                 jax.lax.dynamic_update_slice_in_dim(x, take(x) + a, key_start, axis=2)
-                for x, a in zip(sums, own, strict=True)
+                for x, a in zip(sums, block_gradients, strict=True)
             )
             return d_rows + einsum("bkrs,bksd->bkrd", d_scores, keys), sums
 
         first, last = jnp.min(begin) // keys_size, -(-jnp.max(end) // keys_size)
         d_rows = jnp.zeros(rows.q.shape, jnp.float32)
-        d_rows, sums = jax.lax.fori_loop(first, last, some_keys, (d_rows, sums))
+        d_rows, sums = jax.lax.fori_loop(first, last, key_block_fn, (d_rows, sums))
         d_rows = d_rows.reshape(batch, kv_heads, group, size, head_dim)
         d_rows += jax.lax.dynamic_slice_in_dim(d_q, start, size, axis=3)
         return jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, start, axis=3), sums
 
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    return over_queries(some_queries, (d_q, sums), seen, slots, size)
+    return loop_over_query_blocks(query_block_fn, (d_q, sums), key_range, slots, size)

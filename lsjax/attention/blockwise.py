@@ -1,6 +1,6 @@
-"""Attention over a store, block by block: no [queries, keys] matrix is ever whole.
+"""Attention over a KVArray, block by block: the full [queries, keys] matrix never exists.
 
-The slots that queries see bound the loop over key blocks; a mask does the rest.
+The key ranges of the queries bound the loop over key blocks; a mask handles the edges.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
@@ -12,155 +12,160 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.partial import Partial, from_sums
-from lsjax.cache import Store
-from lsjax.precision import einsum
+from lsjax.cache import KVArray
+from lsjax.runtime.precision import einsum
 
-# Tokens of a decode step at most.
-_FEW = 16
-# Keys from which on their scores are worth working out the other way round; see _turned.
+# Maximum number of tokens in a decode step.
+MAX_DECODE_QUERIES = 16
+# Number of keys from which on _scores_keys_as_rows pays off.
 _MANY_KEYS = 256
 
 
 class Blocks(NamedTuple):
-    """How much is worked on at a time.
+    """Upper limits on block sizes.
 
     Attributes:
-      rows: queries times the query heads of a group, at most.
-      keys: at most.
-      keys_for_few: keys at most that the tokens of a decode step attend to.
+      rows: rows per query block, that is queries times query heads per group.
+      keys: keys per block.
+      decode_keys: keys per block in a decode step.
     """
 
     rows: int
     keys: int
-    keys_for_few: int
+    decode_keys: int
 
 
-# A CPU keeps the scores of a block, 1 MiB for each KV head, in a core's cache; in decode the keys
-# and values, which are copied or widened.
-CPU_BLOCKS = Blocks(rows=1024, keys=256, keys_for_few=512)
+# On a CPU, a core's cache holds the scores of a block, 1 MiB per KV head. In decode it holds the
+# keys and values, which are copied or converted to float32.
+CPU_BLOCKS = Blocks(rows=1024, keys=256, decode_keys=512)
 
 
-class Seen(NamedTuple):
-    """The slots of a store that queries see, and where they stand themselves.
+class KeyRange(NamedTuple):
+    """Range of KVArray slots that each query sees, and the positions of queries and keys.
 
     Attributes:
-      begin, end: [batch, length], not decreasing along the length; a query sees the slots
-        begin .. end - 1 as far as there are such. `begin` is None where all see from the first on.
-      at: [batch, length] the queries' own positions.
-      positions: [slots] that the slots stand at, or [batch, slots], which only ALiBi asks for;
-        None where they are the slots' numbers.
+      start, stop: [batch, length], not decreasing along length. A query sees the slots
+        start .. stop - 1, as far as they exist. `start` is None if all queries see from slot 0.
+      query_positions: [batch, length] position of each query.
+      key_positions: [slots] or [batch, slots] position of each slot, needed only for ALiBi; None
+        if slot s holds position s.
     """
 
-    begin: jax.Array | None
-    end: jax.Array
-    at: jax.Array
-    positions: jax.Array | None = None
+    start: jax.Array | None
+    stop: jax.Array
+    query_positions: jax.Array
+    key_positions: jax.Array | None = None
 
-    def queries(self, change: Callable[[jax.Array], jax.Array]) -> "Seen":
-        """With what is there for each query changed."""
-        begin = None if self.begin is None else change(self.begin)
-        return self._replace(begin=begin, end=change(self.end), at=change(self.at))
+    def queries(self, change: Callable[[jax.Array], jax.Array]) -> "KeyRange":
+        """Applies `change` to every per-query array."""
+        return self._replace(
+            start=None if self.start is None else change(self.start),
+            stop=change(self.stop),
+            query_positions=change(self.query_positions),
+        )
 
 
 def attend(
     q: jax.Array,
-    k: Store,
-    v: Store,
-    seen: Seen,
+    k: KVArray,
+    v: KVArray,
+    key_range: KeyRange,
     slopes: jax.Array | None = None,
     blocks: Blocks = CPU_BLOCKS,
 ) -> Partial:
-    """Attention of some queries to the keys in a store.
+    """Computes attention of queries to the keys in a KVArray.
 
     Args:
       q: [batch, kv_heads, group, length, head_dim], already scaled by 1/sqrt(head_dim).
-      k, v: the keys and values.
-      seen: which of them each query sees.
-      slopes: [kv_heads, group] of ALiBi, or None.
-      blocks: how much is worked on at a time.
+      k, v: keys and values.
+      key_range: range of slots that each query sees.
+      slopes: [kv_heads, group] ALiBi slopes, or None.
+      blocks: block sizes of the computation.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
     """
     batch, _, group, length, _ = q.shape
-    if length > _FEW:
+    if length > MAX_DECODE_QUERIES:
 
-        def some(q: jax.Array, seen: Seen) -> Partial:
-            return _attend_block(q, k, v, None, seen, slopes, blocks.keys)
+        def block_fn(q: jax.Array, key_range: KeyRange) -> Partial:
+            return _attend_block(q, k, v, None, key_range, slopes, blocks.keys)
 
-        return in_query_blocks(some, q, seen, max(1, 1 << (blocks.rows // group).bit_length() - 1))
-    # A few are bound by reading the keys, and XLA multiplies narrow floats by them slowly on CPU.
+        return in_query_blocks(
+            block_fn, q, key_range, max(1, 1 << (blocks.rows // group).bit_length() - 1)
+        )
+    # A few queries are bound by reading the keys, and XLA on CPU multiplies narrow floats slowly.
     q = q.astype(jnp.float32)
     if batch == 1:
-        return _attend_block(q, k, v, None, seen, slopes, blocks.keys_for_few)
+        return _attend_block(q, k, v, None, key_range, slopes, blocks.decode_keys)
 
-    def one(row: jax.Array) -> Partial:
-        # Rows of a batch hold different numbers of tokens: each reads its own only.
+    def row_fn(row: jax.Array) -> Partial:
+        # Rows of a batch hold different numbers of tokens: each row reads only its own.
         def take(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, row, 1, 0)
 
-        own = seen.queries(take)
-        if own.positions is not None and own.positions.ndim > 1:
-            own = own._replace(positions=take(own.positions))
-        return _attend_block(take(q), k, v, row, own, slopes, blocks.keys_for_few)
+        row_range = key_range.queries(take)
+        if row_range.key_positions is not None and row_range.key_positions.ndim > 1:
+            row_range = row_range._replace(key_positions=take(row_range.key_positions))
+        return _attend_block(take(q), k, v, row, row_range, slopes, blocks.decode_keys)
 
-    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, jnp.arange(batch)))
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(row_fn, jnp.arange(batch)))
 
 
 def in_query_blocks(
-    attend: Callable[[jax.Array, Seen], Partial], q: jax.Array, seen: Seen, size: int
+    attend: Callable[[jax.Array, KeyRange], Partial], q: jax.Array, key_range: KeyRange, size: int
 ) -> Partial:
-    """Attention of `size` queries at a time, one block of them after the other."""
+    """Calls `attend` on one block of `size` queries after the other."""
     length = q.shape[3]
     if length <= size:
-        return attend(q, seen)
+        return attend(q, key_range)
     blocks = -(-length // size)
     pad = blocks * size - length
-    if pad:  # repeat the last query: it bounds the loop as it did
+    if pad:  # repeat the last query, which leaves the loop bounds unchanged
         q = jnp.pad(q, ((0, 0),) * 3 + ((0, pad), (0, 0)))
-        seen = seen.queries(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"))
+        key_range = key_range.queries(lambda x: jnp.pad(x, ((0, 0), (0, pad)), mode="edge"))
 
-    def one(i: jax.Array, done: Partial) -> Partial:
+    def row_fn(i: jax.Array, done: Partial) -> Partial:
         def take(x: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
         def put(x: jax.Array, block: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(x, block, i * size, axis=3)
 
-        block = attend(take(q, 3), seen.queries(functools.partial(take, axis=1)))
+        block = attend(take(q, 3), key_range.queries(functools.partial(take, axis=1)))
         return jax.tree.map(put, done, block)
 
-    # What it holds at first is of no account, but must come from q: zeros XLA would put down for
-    # all layers when the program begins.
+    # The initial values are overwritten, but they must depend on q: XLA would allocate constant
+    # zeros for all layers at program start.
     anything = q[0, 0, 0, 0, 0].astype(jnp.float32)
     done = Partial(jnp.full(q.shape, anything), jnp.full(q.shape[:-1], anything))
-    done = jax.lax.fori_loop(0, blocks, one, done)
+    done = jax.lax.fori_loop(0, blocks, row_fn, done)
     return jax.tree.map(lambda x: x[:, :, :, :length], done)
 
 
 def _attend_block(
     q: jax.Array,
-    k: Store,
-    v: Store,
+    k: KVArray,
+    v: KVArray,
     row: jax.Array | None,
-    seen: Seen,
+    key_range: KeyRange,
     slopes: jax.Array | None,
     most_keys: int,
 ) -> Partial:
-    """Of a few queries, all rows of the batch or one, to all keys that they see.
+    """Computes attention of one query block to all keys that it sees, for all batch rows or `row`.
 
-    The queries of a group are rows of one product: [group * length, head_dim] times the keys.
+    The queries of a group are rows of one matmul: [group * length, head_dim] times the keys.
     """
-    begin, end, at, positions = seen
+    begin, end, at, positions = key_range
     batch, kv_heads, group, length, head_dim = q.shape
-    # Blocks of one size as far as the capacity allows: what the last one reaches back is lost.
+    # Blocks are as even as the capacity allows: the overlap of the last block is wasted work.
     blocks = -(-k.capacity // most_keys)
     size = -(-k.capacity // blocks)
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
-        weighted, total, highest = state
-        # The last block may reach back into the one before, whose slots are masked then.
+        acc, sum_exp, running_max = state
+        # The last block may overlap the previous one; the mask hides the overlap.
         start = jnp.minimum(i * size, k.capacity - size)
         scores = _scores(rows, k.block(row, start, size))
         by_query = scores.reshape(batch, kv_heads, group, length, size)
@@ -177,15 +182,15 @@ def _attend_block(
                 visible &= slots >= begin[:, :, None]
             by_query = jnp.where(visible[:, None, None], by_query, -jnp.inf)
         scores = by_query.reshape(scores.shape)
-        new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
-        finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
+        new_running_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
+        finite = jnp.where(new_running_max == -jnp.inf, 0.0, new_running_max)
         weights = jnp.exp(scores - finite[..., None])
-        keep = jnp.exp(highest - finite)
-        total = keep * total + jnp.sum(weights, axis=-1)
-        weighed = _weigh(weights, v.block(row, start, size), q.dtype)
-        return keep[..., None] * weighted + weighed, total, new_highest
+        correction = jnp.exp(running_max - finite)
+        sum_exp = correction * sum_exp + jnp.sum(weights, axis=-1)
+        weighed = _weighted_values(weights, v.block(row, start, size), q.dtype)
+        return correction[..., None] * acc + weighed, sum_exp, new_running_max
 
-    # The blocks that hold keys which some query sees.
+    # Range of the blocks with keys that some query sees.
     last = -(-jnp.clip(jnp.max(end), 0, k.capacity) // size)
     first = jnp.zeros_like(last)
     if begin is not None:
@@ -193,12 +198,12 @@ def _attend_block(
     zeros = jnp.zeros(rows.shape, jnp.float32)
     state = (zeros, zeros[..., 0], jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32))
     masked = functools.partial(step, masked=True)
-    if blocks == 1:  # a loop of one round would cost more than it does
+    if blocks == 1:  # a loop of one iteration would cost more than its body
         state = masked(jnp.int32(0), state)
-    elif length <= _FEW:  # bound by reading the keys: the mask costs nothing
+    elif length <= MAX_DECODE_QUERIES:  # bound by reading the keys: the mask costs nothing
         state = jax.lax.fori_loop(first, last, masked, state)
     else:
-        # Those that all queries see whole go without a mask, which costs two passes of six.
+        # Blocks that all queries see completely skip the mask, which costs two of six passes.
         full_first = first
         if begin is not None:
             full_first = jnp.clip(-(-jnp.max(begin) // size), first, last)
@@ -214,35 +219,35 @@ def _attend_block(
     return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), partial)
 
 
-def _scores(rows: jax.Array, k: Store) -> jax.Array:
-    """[batch, kv_heads, rows, block] float32."""
-    keys, factor = k.widened(rows.dtype)
+def _scores(rows: jax.Array, k: KVArray) -> jax.Array:
+    """Returns [batch, kv_heads, rows, block] float32 scores."""
+    keys, factor = k.dequantize_lazy(rows.dtype)
     count, size = rows.shape[2], keys.shape[2]
-    if factor is not None and count >= size:  # on what is smaller, the scores or the keys
+    if factor is not None and count >= size:  # scale the smaller array, the scores or the keys
         keys, factor = _times(keys, factor), None
     if 1 < count < size and size >= _MANY_KEYS:
-        scores = _turned(rows, keys)
+        scores = _scores_keys_as_rows(rows, keys)
     else:
         scores = einsum("bkrd,bksd->bkrs", rows, keys)
     return scores if factor is None else scores * factor[:, :, None]
 
 
-def _turned(rows: jax.Array, keys: jax.Array) -> jax.Array:
-    """Scores of few rows and many keys, by a product with the keys on the left.
+def _scores_keys_as_rows(rows: jax.Array, keys: jax.Array) -> jax.Array:
+    """Scores of few rows and many keys, by a matmul with the keys on the left.
 
-    XLA on CPU repacks what stands on the right, here the rows rather than the keys, and takes
-    less time for eight columns than for seven.
+    XLA on CPU repacks the right operand, here the rows rather than the keys, and takes less time
+    for eight columns than for seven.
     """
     count = rows.shape[2]
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -count % 8), (0, 0)))
-    # XLA would have the rows on the left again, but for the barrier.
+    # Without the barrier XLA would move the rows back to the left.
     scores = jax.lax.optimization_barrier(einsum("bksd,bkrd->bksr", keys, rows))
     return scores.swapaxes(2, 3)[:, :, :count]
 
 
-def _weigh(weights: jax.Array, v: Store, dtype: jnp.dtype) -> jax.Array:
-    """Sum of weighted values, [batch, kv_heads, rows, head_dim] float32."""
-    values, factor = v.widened(dtype)
+def _weighted_values(weights: jax.Array, v: KVArray, dtype: jnp.dtype) -> jax.Array:
+    """Returns the weighted sum of the values, [batch, kv_heads, rows, head_dim] float32."""
+    values, factor = v.dequantize_lazy(dtype)
     if factor is not None:
         if weights.shape[2] < values.shape[3]:
             weights = weights * factor[:, :, None]

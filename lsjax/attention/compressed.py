@@ -1,4 +1,4 @@
-"""Attention over a compressed cache: some heads attend to everything, the rest to a window."""
+"""Attention over a compressed KV cache: some heads attend to all tokens, the rest to a window."""
 
 import functools
 
@@ -7,19 +7,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention import cached
-from lsjax.attention.blockwise import Seen
-from lsjax.attention.by_platform import attend
-from lsjax.attention.compensation import compensation
+from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.dispatch import attend
 from lsjax.attention.partial import merge, merge_over_axis
-from lsjax.attention.streaming import chunk_step, oldest
-from lsjax.cache import CompressedCache, LayerCache, Store, WindowCache, Zigzag, write_tokens
-from lsjax.sharding import (
-    CHUNK,
-    CHUNK_QUERIES,
-    HEADS,
-    QUERIES,
-    TOKENS,
-    compressed_cache_spec,
+from lsjax.attention.streaming import attend_to_compensation_token, chunk_step, next_evicted
+from lsjax.cache import CompressedCache, KVArray, LayerCache, WindowCache, Zigzag, write_tokens
+from lsjax.cache.partition_specs import compressed_cache_spec
+from lsjax.distributed.sharding import (
+    CHUNK_QUERIES_SPEC,
+    CHUNK_SPEC,
+    HEADS_SPEC,
+    QUERIES_SPEC,
+    TOKENS_SPEC,
 )
 
 
@@ -34,34 +33,36 @@ def write_and_attend(
     decode: bool,
     slopes: jax.Array | None = None,
 ) -> tuple[jax.Array, CompressedCache]:
-    """Attention of new tokens to themselves and to what is kept of those before.
+    """Writes new tokens to the cache, and attends to them and to what is kept of earlier ones.
 
     Args:
-      mesh: with the axes data, context and model.
+      mesh: mesh with the axes data, context and model.
       q: [batch, length, heads, head_dim], rotated, not yet scaled.
       k, v: [batch, length, kv_heads, head_dim], keys rotated.
-      positions, lengths: as of cached.write_and_attend.
-      cache: this layer's.
-      decode: this is the one token of a decode step, not a prefill chunk.
-      slopes: [heads] of ALiBi, or None.
+      positions, lengths: see cached.write_and_attend; a prefill chunk needs lengths.
+      cache: this layer's cache.
+      decode: whether this is the single token of a decode step, not a prefill chunk.
+      slopes: [heads] ALiBi slopes, or None.
 
     Returns:
-      [batch, length, heads, head_dim] in q's dtype, and the cache with the tokens written and what
-      had to go for them in the compensation token, where there is one.
+      [batch, length, heads, head_dim] in v's dtype, and the cache with the tokens written. Evicted
+      tokens are added to the compensation token, if there is one.
     """
     context = mesh.shape["context"]
-    dealt = context > 1 and not decode
-    queries, tokens = (CHUNK_QUERIES, CHUNK) if dealt else (QUERIES, TOKENS)
+    in_zigzag_order = context > 1 and not decode
+    queries, tokens = (
+        (CHUNK_QUERIES_SPEC, CHUNK_SPEC) if in_zigzag_order else (QUERIES_SPEC, TOKENS_SPEC)
+    )
     spec = compressed_cache_spec(cache)
     step = jax.shard_map(
         functools.partial(
             _step,
-            zigzag=Zigzag(context, cache.stripe),
+            zigzag=Zigzag(context, cache.block_length),
             decode=decode,
             platform=mesh.devices.flat[0].platform,
         ),
         mesh=mesh,
-        in_specs=(queries, queries, queries, tokens, TOKENS, spec, HEADS),
+        in_specs=(queries, queries, queries, tokens, TOKENS_SPEC, spec, HEADS_SPEC),
         out_specs=(queries, spec),
         check_vma=False,
     )
@@ -105,26 +106,28 @@ def _window_step(q, k, v, positions, cache: WindowCache, slopes, context: int, p
     dtype = v.dtype
     q, k, v = cached.by_head(q, k, v, cache.k)
     spec, position = cache.spec, positions[:, 0]
-    here = cache.k.capacity
-    before = jax.lax.axis_index("context") * here
+    local_capacity = cache.k.capacity
+    before = jax.lax.axis_index("context") * local_capacity
     slot = spec.slot(position)
 
-    def put(store: Store, new: jax.Array) -> Store:
-        encoded = store.encode(new)
+    def put(store: KVArray, new: jax.Array) -> KVArray:
+        encoded = store.quantize(new)
         return write_tokens(store, encoded, slot, slot - before, lambda s: s + before, platform)
 
     k, v = put(cache.k, k), put(cache.v, v)
-    end = jnp.clip(jnp.minimum(positions + 1, spec.slots) - before, 0, here)
+    end = jnp.clip(jnp.minimum(positions + 1, spec.slots) - before, 0, local_capacity)
     slots = None
     if slopes is not None:
         slopes = slopes.reshape(q.shape[1:3])
-        slots = spec.positions(before + jnp.arange(here), position + 1)
-    partial = attend(platform, q, k, v, Seen(None, end, positions, slots), slopes)
+        slots = spec.positions(before + jnp.arange(local_capacity), position + 1)
+    partial = attend(platform, q, k, v, KeyRange(None, end, positions, slots), slopes)
     if context > 1:
         partial = merge_over_axis(partial, "context")
     cache = cache.replace(k=k, v=v)
-    if cache.dropped is not None:
-        dropped = cache.dropped.with_one_more(*cache.oldest, position >= spec.slots)
-        partial = merge(partial, compensation(q, dropped))
-        cache = cache.replace(dropped=dropped, oldest=oldest(cache, position + 1))
+    if cache.compensation_token is not None:
+        token = cache.compensation_token.add(*cache.next_evicted, position >= spec.slots)
+        partial = merge(partial, attend_to_compensation_token(q, token))
+        cache = cache.replace(
+            compensation_token=token, next_evicted=next_evicted(cache, position + 1)
+        )
     return cached.by_token(partial.values).astype(dtype), cache

@@ -1,9 +1,9 @@
-"""Prefill on a GPU: many queries against the cache, by cuDNN's attention.
+"""Prefill on a GPU: attention of many queries to the KV cache with cuDNN.
 
-cuDNN multiplies bfloat16 and masks no more than the keys past a length, so it is given the slots
-that every query sees, a piece of the store at a time: int8 is widened for one piece only, and
-pieces past the last slot seen cost nothing. What only some queries see, at the edges of causality
-and of a sliding window, is left to other code, and the Partials are merged.
+cuDNN multiplies bfloat16, and its mask only hides keys past a length. It therefore gets the slots
+that every query sees, one piece of the cache at a time: int8 is dequantized for one piece only, and
+pieces past the last visible slot cost nothing. Slots that only some queries see, at the edges of
+the causal mask and of a sliding window, are left to other code, and the Partials are merged.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_atten
 
 from lsjax.attention.partial import Partial, merge
 
-# Slots widened at a time: enough work to hide the start of a kernel, in 64 MiB for 4 heads of 128.
+# Slots dequantized at a time: enough work to hide a kernel launch. Keys and values take 64 MiB for
+# 4 KV heads with a head_dim of 128.
 _PIECE = 32768
 
 
@@ -28,14 +29,15 @@ def prefill(
     end: jax.Array,
     edges: Callable[[jax.Array, jax.Array], Partial],
 ) -> Partial:
-    """Attention of some queries to the slots begin <= s < end of each.
+    """Computes attention of each query to its slots begin <= s < end.
 
     Args:
       q: [batch, kv_heads, group, length, head_dim] bfloat16, already scaled by 1/sqrt(head_dim).
       k, v: [batch, kv_heads, capacity, head_dim], int8 or float.
-      k_scale, v_scale: [batch, kv_heads, capacity] of int8 keys and values, else None.
-      begin, end: [batch, length] int32; what they reach beyond the capacity is left out.
-      edges: the same attention, of `q` to these keys, for another begin and end.
+      k_scale, v_scale: [batch, kv_heads, capacity] scales of int8 keys and values, else None.
+      begin, end: [batch, length] int32 slot range of each query; slots past the capacity are
+        ignored.
+      edges: (begin, end) -> the same attention of `q` to these keys, for other slot ranges.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
@@ -44,12 +46,12 @@ def prefill(
     size = min(_PIECE, capacity)
     first = jnp.clip(jnp.max(begin), 0, capacity)
     last = jnp.clip(jnp.min(end), first, capacity)
-    # A slice of `size` from `first` on must lie in the store.
+    # A slice of `size` slots from `first` on must fit into the capacity.
     last = jnp.where(first + size <= capacity, last, first)
     pieces = -(-(last - first) // size)
 
     def step(i: jax.Array, partial: Partial) -> Partial:
-        stop = last - (pieces - 1 - i) * size  # the first piece is the one that is not whole
+        stop = last - (pieces - 1 - i) * size  # only the first piece may be partial
         start = jnp.maximum(stop - size, first)
         keys, values = (
             _widened(x, scale, start, size) for x, scale in ((k, k_scale), (v, v_scale))
@@ -61,7 +63,11 @@ def prefill(
 
 
 def _widened(x: jax.Array, scale: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
-    """[batch, kv_heads, size, head_dim] bfloat16 of the slots start .. start + size - 1."""
+    """Dequantizes slots start .. start + size - 1.
+
+    Returns:
+      [batch, kv_heads, size, head_dim] bfloat16.
+    """
     piece = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
     if scale is not None:
         scale = jax.lax.dynamic_slice_in_dim(scale, start, size, axis=2)
@@ -70,9 +76,9 @@ def _widened(x: jax.Array, scale: jax.Array | None, start: jax.Array, size: int)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> Partial:
-    """Attention of all queries to the first `length` keys, of which there is at least one.
+    """Computes attention of all queries to the first `length` keys; length is at least 1.
 
-    Called below jax.nn.dot_product_attention, which would round the log-sum-exp to bfloat16.
+    Calls the function below jax.nn.dot_product_attention, which would round lse to bfloat16.
     """
     batch, kv_heads, group, queries, head_dim = q.shape
     values, lse = dot_product_attention(

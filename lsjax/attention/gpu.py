@@ -1,8 +1,8 @@
-"""Decode on a GPU: a few queries a row against the cache, as fast as memory gives the cache.
+"""Decode on a GPU: attention of a few queries per row to the KV cache, bound by memory bandwidth.
 
-A Pallas kernel, compiled by Triton. The keys of a row and KV head are cut into splits, one a
-program, so that a single row keeps every multiprocessor reading; each program yields a Partial
-and the Partials are merged. int8 keys and values are widened in registers, after they were read.
+A Pallas kernel, compiled by Triton. The keys of each row and KV head are divided into splits, one
+per program, so that a single row keeps every multiprocessor reading. Each program yields a Partial,
+and the Partials are merged. int8 keys and values are dequantized in registers, after the read.
 Source: Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
@@ -15,12 +15,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from lsjax.attention.partial import Partial, from_sums, merge_over_axis
 
-# Bytes of keys that a program reads at a time, and of values: 64 int8 keys of 128. Two such pairs
-# are on their way while a third is worked on.
+# Bytes of keys, and of values, that a program reads at a time: 64 int8 keys with a head_dim of 128.
+# Two such pairs are in flight while a third is processed.
 _BLOCK_BYTES = 8192
-# Programs that run at once: an H100 has 132 multiprocessors, with room for four on each.
+# Programs that run concurrently: an H100 has 132 multiprocessors, each with room for four.
 _PROGRAMS = 528
-# The least rows and keys that a tensor core multiplies; a group of queries is padded to it.
+# Smallest number of rows and keys that a tensor core multiplies; query rows are padded to it.
 _TILE = 16
 
 
@@ -34,26 +34,29 @@ def decode(
     end: jax.Array,
     interpret: bool = False,
 ) -> Partial:
-    """Attention of a few queries a row and head to the slots begin <= s < end of each.
+    """Computes attention of a few queries per row and head to their slots begin <= s < end.
 
-    Blocks of keys that lie outside of what a row's queries see are not read.
+    Key blocks that none of a row's queries see are not read.
 
     Args:
       q: [batch, kv_heads, group, length, head_dim], already scaled by 1/sqrt(head_dim).
       k, v: [batch, kv_heads, capacity, head_dim], int8 or float.
-      k_scale, v_scale: [batch, kv_heads, capacity] of int8 keys and values, else None.
-      begin, end: [batch, length] int32, not decreasing along the length; what they reach beyond
-        the capacity is left out.
-      interpret: run on any device, slowly.
+      k_scale, v_scale: [batch, kv_heads, capacity] scales of int8 keys and values, else None.
+      begin, end: [batch, length] int32 slot range of each query, not decreasing along length;
+        slots past the capacity are ignored.
+      interpret: whether to interpret the kernel, slowly, on any device.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
+
+    Raises:
+      ValueError: int8 keys take more than 2 GiB and at most 4 GiB on one device.
     """
     batch, kv_heads, group, length, head_dim = q.shape
     queries = group * length
     capacity = k.shape[2]
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
-        # Pallas counts entries in int32 up to 4 GiB.
+        # Pallas uses int32 offsets, in entries, for arrays of up to 4 GiB.
         raise ValueError(
             f"int8 keys of {k.shape} are {k.size} bytes on one device; a Triton kernel reaches "
             f"no more than {2**31} of them: split the cache over more devices, or its batch"
@@ -115,7 +118,7 @@ def _kernel(
     block: int,
     splits: int,
 ) -> None:
-    """The Partial of one split of one row and KV head."""
+    """Computes the Partial of one split of one row and KV head."""
     queries, head_dim = q_ref.shape
     rows = max(_TILE, pl.next_power_of_2(queries))
     columns = pl.next_power_of_2(head_dim)
@@ -142,7 +145,7 @@ def _kernel(
         return x.astype(q.dtype)
 
     def step(i, state):
-        weighted, total, highest = state
+        acc, sum_exp, running_max = state
         at = pl.ds(i * block, block)
         scores = _dot(q, read(k_ref, at).T, precision)
         if k_scale_ref is not None:
@@ -150,17 +153,15 @@ def _kernel(
         slots = i * block + jnp.arange(block)
         visible = (slots >= begin[:, None]) & (slots < end[:, None])
         scores = jnp.where(visible, scores, -jnp.inf)
-        new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
-        finite = jnp.where(new_highest == -jnp.inf, 0.0, new_highest)
+        new_running_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
+        finite = jnp.where(new_running_max == -jnp.inf, 0.0, new_running_max)
         weights = jnp.exp(scores - finite[:, None])
-        keep = jnp.exp(highest - finite)
-        total = keep * total + jnp.sum(weights, axis=-1)
+        correction = jnp.exp(running_max - finite)
+        sum_exp = correction * sum_exp + jnp.sum(weights, axis=-1)
         if v_scale_ref is not None:
             weights *= v_scale_ref[at].astype(jnp.float32)[None, :]
-        weighted = keep[:, None] * weighted + _dot(
-            weights.astype(q.dtype), read(v_ref, at), precision
-        )
-        return weighted, total, new_highest
+        acc = correction[:, None] * acc + _dot(weights.astype(q.dtype), read(v_ref, at), precision)
+        return acc, sum_exp, new_running_max
 
     zeros = jnp.zeros((rows, columns), jnp.float32)
     state = (zeros, jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32))

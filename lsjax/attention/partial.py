@@ -1,4 +1,4 @@
-"""The algebra that everything long rests on.
+"""Partial attention results and their merge, the basis of all long-sequence attention.
 
 Attention over a block of keys yields a Partial. Partials over disjoint keys merge into the
 Partial over their union, in any order and grouping: across key blocks, devices, or kinds of
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Partial:
-    """Attention over some of the keys.
+    """Attention result over a subset of the keys.
 
     Attributes:
-      values: [..., head_dim] float32, the softmax-weighted mean of the block's values; 0 where
-        no key is visible.
-      lse: [...] float32, the log of the sum of the exponentiated scores; -inf where no key is
-        visible.
+      values: [..., head_dim] float32, softmax-weighted mean of these keys' values; 0 where no key
+        is visible.
+      lse: [...] float32, log-sum-exp of the scores; -inf where no key is visible.
     """
 
     values: jax.Array
@@ -26,41 +25,41 @@ class Partial:
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The Partial over the keys of both, which must be disjoint."""
-    highest = _finite(jnp.maximum(a.lse, b.lse))
-    weight_a, weight_b = jnp.exp(a.lse - highest), jnp.exp(b.lse - highest)
-    return _normalise(
+    """Merges two Partials over disjoint sets of keys into the Partial over their union."""
+    running_max = _finite(jnp.maximum(a.lse, b.lse))
+    weight_a, weight_b = jnp.exp(a.lse - running_max), jnp.exp(b.lse - running_max)
+    return _normalize(
         weight_a[..., None] * a.values + weight_b[..., None] * b.values,
         weight_a + weight_b,
-        highest,
+        running_max,
     )
 
 
 def merge_over_axis(partial: Partial, axis_name: str) -> Partial:
-    """Merges the Partials of all devices along a mesh axis; only Partials travel, never keys."""
-    highest = _finite(jax.lax.pmax(partial.lse, axis_name))
-    weight = jnp.exp(partial.lse - highest)
+    """Merges the Partials of all devices along a mesh axis; only Partials are sent, never keys."""
+    running_max = _finite(jax.lax.pmax(partial.lse, axis_name))
+    weight = jnp.exp(partial.lse - running_max)
     values = jax.lax.psum(weight[..., None] * partial.values, axis_name)
-    return _normalise(values, jax.lax.psum(weight, axis_name), highest)
+    return _normalize(values, jax.lax.psum(weight, axis_name), running_max)
 
 
-def from_sums(weighted: jax.Array, total: jax.Array, highest: jax.Array) -> Partial:
-    """A Partial from a running softmax.
+def from_sums(acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array) -> Partial:
+    """Builds a Partial from the state of a running softmax.
 
     Args:
-      weighted: [..., head_dim], sum of exp(score - highest) * value.
-      total: [...], sum of exp(score - highest).
-      highest: [...], the largest score so far, -inf where none was visible.
+      acc: [..., head_dim], sum of exp(score - running_max) * value.
+      sum_exp: [...], sum of exp(score - running_max).
+      running_max: [...], largest score so far, -inf where no key was visible.
     """
-    return _normalise(weighted, total, _finite(highest))
+    return _normalize(acc, sum_exp, _finite(running_max))
 
 
-def _finite(highest: jax.Array) -> jax.Array:
-    # exp(-inf - -inf) would be nan; any finite number serves where no key is visible.
-    return jnp.where(highest == -jnp.inf, 0.0, highest)
+def _finite(running_max: jax.Array) -> jax.Array:
+    # exp(-inf - -inf) would be nan; any finite number works where no key is visible.
+    return jnp.where(running_max == -jnp.inf, 0.0, running_max)
 
 
-def _normalise(weighted: jax.Array, total: jax.Array, highest: jax.Array) -> Partial:
-    seen = total > 0
-    values = weighted / jnp.where(seen, total, 1.0)[..., None]
-    return Partial(values=values, lse=jnp.where(seen, highest + jnp.log(total), -jnp.inf))
+def _normalize(acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array) -> Partial:
+    seen = sum_exp > 0
+    values = acc / jnp.where(seen, sum_exp, 1.0)[..., None]
+    return Partial(values=values, lse=jnp.where(seen, running_max + jnp.log(sum_exp), -jnp.inf))

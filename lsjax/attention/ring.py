@@ -1,7 +1,7 @@
-"""Ring attention: each device's queries meet the keys of all, which travel from device to device.
+"""Ring attention: local queries attend to the keys of all devices, which rotate around a ring.
 
-The next block of keys and values is on its way while the current one is attended to; queries
-stay. Source: Ring Attention (arXiv 2310.01889).
+The next block of keys and values is in flight while the current one is attended to. Queries stay
+on their device. Source: Ring Attention (arXiv 2310.01889).
 """
 
 import math
@@ -12,43 +12,43 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.partial import Partial, merge
-from lsjax.cache import Store, Zigzag
+from lsjax.cache import KVArray, Zigzag
 
-# Slots of each device that travel at once: enough to be worth the way, little enough that the two
-# blocks on the way are small beside a layer's cache.
-MOST_SLOTS = 4096
+# Slots per device that are sent at once: enough to make the transfer worthwhile, few enough that
+# the two blocks in flight are small compared to a layer's cache.
+MAX_SLOTS = 4096
 
-# (keys, values, begin, end, positions of the slots) -> attention to those that each query sees
-AttendTo = Callable[[Store, Store, jax.Array | None, jax.Array, jax.Array], Partial]
+# (keys, values, begin, end, positions of the slots) -> attention to each query's visible slots
+AttendTo = Callable[[KVArray, KVArray, jax.Array | None, jax.Array, jax.Array], Partial]
 
 
-def block_size(capacity: int, most: int = MOST_SLOTS) -> int:
-    """Slots that travel at once, of a device that has `capacity`."""
-    return capacity if capacity <= most else math.gcd(capacity, most)
+def block_size(capacity: int, max_size: int = MAX_SLOTS) -> int:
+    """Returns how many of a device's `capacity` slots are sent at once, at most `max_size`."""
+    return capacity if capacity <= max_size else math.gcd(capacity, max_size)
 
 
 def attend(
     attend_to: AttendTo,
     q: jax.Array,
-    k: Store,
-    v: Store,
+    k: KVArray,
+    v: KVArray,
     zigzag: Zigzag,
     first: jax.Array,
     count: jax.Array,
     begin: jax.Array | None,
     end: jax.Array,
 ) -> Partial:
-    """Attention of this device's queries to the keys of all; to be called under shard_map.
+    """Computes attention of local queries to the keys of all devices; called under shard_map.
 
     Args:
-      attend_to: attends to a block, which is of one of the devices.
-      q: this device's queries, [batch, kv_heads, group, length, head_dim].
-      k, v: this device's keys and values.
-      zigzag: where positions lie.
-      first: the slot that `k` and `v` begin with, the same on all devices.
-      count: how many of their slots hold something, the same on all devices.
-      begin, end: [batch, length] positions that each query sees, begin .. end - 1; `begin` is
-        None where all see from the first on.
+      attend_to: function that attends to a block of one device's slots.
+      q: [batch, kv_heads, group, length, head_dim], local queries.
+      k, v: local keys and values.
+      zigzag: layout of positions along the context axis.
+      first: local slot that `k` and `v` start with, the same on all devices.
+      count: number of slots of `k` and `v` in use, the same on all devices.
+      begin, end: [batch, length]; each query sees the positions begin .. end - 1. `begin` is None
+        if all queries see from position 0.
 
     Returns:
       Partial with values shaped as q.
@@ -57,36 +57,38 @@ def attend(
     device = jax.lax.axis_index("context")
     size = block_size(k.capacity)
 
-    def meet(partial: Partial, block: tuple[Store, Store], owner: jax.Array, start: jax.Array):
+    def attend_block(
+        partial: Partial, block: tuple[KVArray, KVArray], owner: jax.Array, start: jax.Array
+    ):
         def slot(position: jax.Array) -> jax.Array:
-            return jnp.clip(zigzag.slots_before(owner, position) - start, 0, size)
+            return jnp.clip(zigzag.num_local_slots_before(owner, position) - start, 0, size)
 
         at = zigzag.position(owner, start + jnp.arange(size))
         seen_from = None if begin is None else slot(begin)
         return merge(partial, attend_to(*block, seen_from, slot(end), at))
 
-    def visit(i: jax.Array, partial: Partial) -> Partial:
-        def step(step: jax.Array, state):
+    def slot_block_fn(i: jax.Array, partial: Partial) -> Partial:
+        def ring_step(hop: jax.Array, state):
             partial, block = state
-            coming = from_the_device_before(block, devices)
-            owner = (device - step) % devices
-            return meet(partial, block, owner, first + i * size), coming
+            incoming = ring_shift(block, devices)
+            owner = (device - hop) % devices
+            return attend_block(partial, block, owner, first + i * size), incoming
 
         block = k.block(None, i * size, size), v.block(None, i * size, size)
-        partial, block = jax.lax.fori_loop(0, devices - 1, step, (partial, block))
-        return meet(partial, block, (device + 1) % devices, first + i * size)
+        partial, block = jax.lax.fori_loop(0, devices - 1, ring_step, (partial, block))
+        return attend_block(partial, block, (device + 1) % devices, first + i * size)
 
     nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
-    # Else XLA puts zeros down for the rings of all layers when the program begins.
+    # Without the barrier XLA allocates zeros for the rings of all layers at program start.
     nothing, _ = jax.lax.optimization_barrier((nothing, q))
     begin_block = jnp.int32(0)
-    if begin is not None:  # keys before every window stay at home
-        earliest = jax.lax.pmin(jnp.min(zigzag.slots_before(device, begin)), "context")
-        begin_block = jnp.maximum(earliest - first - zigzag.stripe // devices, 0) // size
-    return jax.lax.fori_loop(begin_block, -(-count // size), visit, nothing)
+    if begin is not None:  # keys before every query's window are not sent
+        earliest = jax.lax.pmin(jnp.min(zigzag.num_local_slots_before(device, begin)), "context")
+        begin_block = jnp.maximum(earliest - first - zigzag.block_length // devices, 0) // size
+    return jax.lax.fori_loop(begin_block, -(-count // size), slot_block_fn, nothing)
 
 
-def from_the_device_before(block: Any, devices: int) -> Any:
-    """Arrays of a device, all sent to the next one."""
+def ring_shift(block: Any, devices: int) -> Any:
+    """Sends all arrays of `block` to the next device on the context axis."""
     ring = [(i, (i + 1) % devices) for i in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, "context", ring), block)

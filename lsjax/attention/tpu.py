@@ -1,9 +1,9 @@
-"""Attention over a store on TPU: one Pallas kernel for decode and prefill, int8 and float.
+"""Attention over a KV cache on TPU: one Pallas kernel for decode and prefill, int8 and float.
 
-A kernel reads its operands where they lie: the layout in which a token is written is the one in
-which keys are multiplied, int8 is widened after it reaches VMEM, and HBM never holds a copy. That
-layout is XLA's own for the store's shape: head_dim minor where it is a multiple of the 128 lanes,
-else the capacity minor, which needs no padding.
+The kernel reads its operands in place: keys are multiplied in the layout in which tokens are
+written, int8 is converted after it reaches VMEM, and HBM never holds a copy. That layout is XLA's
+own for the cache's shape: head_dim is minor if it is a multiple of the 128 lanes; otherwise the
+capacity is minor, which needs no padding.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lsjax.attention.partial import Partial
-from lsjax.precision import einsum
+from lsjax.runtime.precision import einsum
 
 _LANES = 128
-_VMEM = 32 * 2**20  # bytes of a core's for one kernel, within every generation's since v4
+_VMEM = 32 * 2**20  # bytes of VMEM for one kernel; every core since v4 has that much
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -32,24 +32,23 @@ def attend(
     end: jax.Array,
     interpret: bool = False,
 ) -> Partial:
-    """Attention of each query to a range of slots.
+    """Computes attention of each query to a range of slots.
 
     Args:
       q: [batch, kv_heads, group, length, head_dim] bfloat16 or float32, already scaled by
         1/sqrt(head_dim).
       k, v: [batch, kv_heads, capacity, head_dim], int8 or float; capacity is a power of two or a
         multiple of 128.
-      k_scale, v_scale: [batch, kv_heads, capacity] bfloat16, what int8 is to be multiplied by;
-        None for float.
-      begin, end: [batch, length] int32: a query sees the slots begin <= slot < end, those of them
-        that there are.
-      interpret: evaluate the kernel in plain JAX, on a machine without a TPU.
+      k_scale, v_scale: [batch, kv_heads, capacity] bfloat16 scales of int8 keys and values; None
+        for float.
+      begin, end: [batch, length] int32; each query sees the slots begin <= slot < end that exist.
+      interpret: whether to evaluate the kernel in plain JAX, without a TPU.
 
     Returns:
       Partial with values [batch, kv_heads, group, length, head_dim].
     """
     batch, kv_heads, group, length, head_dim = q.shape
-    # All queries of a KV head are rows of one product, token by token: its keys are read once.
+    # All queries of a KV head are rows of one matmul, token by token, so its keys are read once.
     rows = length * group
     heads, size, keys = _block_sizes(kv_heads, rows, head_dim, k)
     pad = -rows % size
@@ -65,7 +64,7 @@ def attend(
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
     kept = [x for x in (k, v, k_scale, v_scale) if x is not None]
     if not interpret:
-        # Left to itself XLA may first bring all of a store into VMEM, of which queries see little.
+        # Otherwise XLA may first copy a whole cache into VMEM, though queries see little of it.
         kept = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in kept]
     k, v, *scales = kept
 
@@ -73,7 +72,7 @@ def attend(
         return b, h, r
 
     def of_keys(b, h, r, i, first, stop, *_):
-        # A step past the last block names it again, and fetches nothing.
+        # A step past the last block repeats its index, so nothing is fetched.
         return b, h, jnp.maximum(jnp.minimum(first[b, r] + i, stop[b, r] - 1), 0)
 
     def vectors_of_keys(*at):
@@ -87,7 +86,7 @@ def attend(
         functools.partial(_kernel, keys, "ds" if capacity_minor else "sd"),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(spans),
-            # As many steps as the longest span needs, however much the store could hold.
+            # As many steps as the longest span needs, regardless of the capacity.
             grid=(
                 batch,
                 kv_heads // heads,
@@ -128,34 +127,34 @@ def attend(
 
 
 def _block_sizes(kv_heads: int, rows: int, head_dim: int, k: jax.Array) -> tuple[int, int, int]:
-    """KV heads, rows of queries and keys of a block.
+    """Returns the KV heads, query rows and keys per block.
 
-    What a block holds stays, with the second buffers of the pipeline, under _VMEM.
+    A block's data, including the pipeline's second buffers, stays under _VMEM.
     """
-    # The scales stand head by head in tiles of 8: a block has all heads or whole tiles of them.
+    # Scales are tiled by 8 heads: a block has all heads or a whole tile of them.
     heads = 8 if kv_heads % 8 == 0 else kv_heads
     width = -(-head_dim // _LANES) * _LANES
-    # 1 MiB of accumulated values; with queries and output, each twice, some 5 MiB.
+    # 1 MiB of accumulated values; about 5 MiB with queries and output, each double-buffered.
     size = min(max(_power_of_two(2**18 // (heads * width)), _LANES), 512)
     size = min(size, -(-rows // 16) * 16)  # tiles of bfloat16 are 16 rows high
-    # 1 MiB of keys and as much of values: a transfer long enough to hide a step's fixed cost. And
-    # at most 1 MiB of scores of a head, which live with the weights made of them.
+    # 1 MiB of keys and 1 MiB of values: a transfer long enough to hide a step's fixed cost. And at
+    # most 1 MiB of scores per head, which coexist with the softmax weights computed from them.
     keys = 2**20 // (heads * head_dim * k.dtype.itemsize)
     keys = max(_power_of_two(min(keys, 2**18 // size)), _LANES)
     return heads, size, min(keys, k.shape[2] & -k.shape[2])
 
 
 def _power_of_two(n: int) -> int:
-    """The largest power of two up to n."""
+    """Returns the largest power of two up to n."""
     return 1 << n.bit_length() - 1
 
 
 def _spans(bounds: jax.Array, size: int, keys: int) -> tuple[jax.Array, ...]:
-    """What the rows of a block see, each [batch, row blocks] int32.
+    """Summarizes the slot ranges of the rows of each row block.
 
     Returns:
-      The first block of keys that some row sees, the one after the last such, and the first slot
-      and the one after the last that all rows see.
+      Four arrays [batch, row blocks] int32: the first key block that some row sees, one past the
+      last such block, the first slot that all rows see, and one past the last such slot.
     """
     batch, _, rows = bounds.shape
     begin, end = jnp.moveaxis(bounds.reshape(batch, 2, rows // size, size), 1, 0)
@@ -177,16 +176,22 @@ def _kernel(
     scales,
     values,
     lse,
-    weighted,
-    total,
-    highest,
+    acc,
+    sum_exp,
+    running_max,
 ):
-    """One block of queries and one of keys, of some heads.
+    """Processes one block of query rows and one block of keys, for some KV heads.
 
-    Refs: of [batch, row blocks] in SMEM, what _spans gives; bounds [2, rows];
-    q, values, weighted [heads, rows, head_dim]; k, v [heads, keys, head_dim], or the last two
-    swapped, as order says; scales, none or two of [heads, keys]; lse [heads, rows];
-    total, highest [heads, rows, 1].
+    Args:
+      keys: number of keys per block.
+      order: axes of a head's keys and values, "sd" or "ds" (s: slots, d: head_dim).
+      first, stop, all_begin, all_end: refs [batch, row blocks] in SMEM, results of _spans.
+      bounds: ref [2, rows], begin and end of each row.
+      q, values, acc: refs [heads, rows, head_dim].
+      k, v: refs [heads, keys, head_dim], or [heads, head_dim, keys] with order "ds".
+      scales: none or two refs [heads, keys].
+      lse: ref [heads, rows].
+      sum_exp, running_max: refs [heads, rows, 1].
     """
     b, r, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block = first[b, r] + i
@@ -194,15 +199,15 @@ def _kernel(
     whole = (all_begin[b, r] <= slot) & (slot + keys <= all_end[b, r])
 
     def each_head(body):
-        # Unrolled, heads overlap, which the short chains of a decode step need; the long ones of
-        # a prefill do not, and would take long to compile.
+        # Unrolling lets heads overlap. The short dependency chains of a decode step need that; the
+        # long ones of prefill do not, and unrolling them would take long to compile.
         jax.lax.fori_loop(0, q.shape[0], lambda h, _: body(h), None, unroll=q.shape[1] < _LANES)
 
     @pl.when(i == 0)
     def start():
-        weighted[...] = jnp.zeros_like(weighted)
-        total[...] = jnp.zeros_like(total)
-        highest[...] = jnp.full_like(highest, -jnp.inf)
+        acc[...] = jnp.zeros_like(acc)
+        sum_exp[...] = jnp.zeros_like(sum_exp)
+        running_max[...] = jnp.full_like(running_max, -jnp.inf)
 
     def step(visible=None):
         @each_head
@@ -212,16 +217,16 @@ def _kernel(
                 scores *= _row(scales[0][...], h)
             if visible is not None:
                 scores = jnp.where(visible, scores, -jnp.inf)
-            new = jnp.maximum(highest[h], jnp.max(scores, axis=1, keepdims=True))
+            new = jnp.maximum(running_max[h], jnp.max(scores, axis=1, keepdims=True))
             finite = jnp.where(new == -jnp.inf, 0.0, new)
             weights = jnp.exp(scores - finite)
-            keep = jnp.exp(highest[h] - finite)
-            highest[h] = new
-            total[h] = keep * total[h] + jnp.sum(weights, axis=1, keepdims=True)
+            correction = jnp.exp(running_max[h] - finite)
+            running_max[h] = new
+            sum_exp[h] = correction * sum_exp[h] + jnp.sum(weights, axis=1, keepdims=True)
             if scales:
                 weights *= _row(scales[1][...], h)
             added = einsum(f"rs,{order}->rd", weights.astype(q.dtype), v[h].astype(q.dtype))
-            weighted[h] = keep * weighted[h] + added
+            acc[h] = correction * acc[h] + added
 
     @pl.when((block < stop[b, r]) & whole)
     def inside():
@@ -236,13 +241,16 @@ def _kernel(
     @pl.when(i == pl.num_programs(3) - 1)
     def finish():
         @each_head
-        def normalise(h):
-            seen = total[h] > 0
-            values[h] = weighted[h] / jnp.where(seen, total[h], 1.0)
-            lse[pl.ds(h, 1)] = jnp.where(seen, highest[h] + jnp.log(total[h]), -jnp.inf).T
+        def normalize(h):
+            seen = sum_exp[h] > 0
+            values[h] = acc[h] / jnp.where(seen, sum_exp[h], 1.0)
+            lse[pl.ds(h, 1)] = jnp.where(seen, running_max[h] + jnp.log(sum_exp[h]), -jnp.inf).T
 
 
 def _row(x: jax.Array, h: jax.Array) -> jax.Array:
-    """[1, n] float32, row h of x: a bfloat16 tile has no row at an index known only in the loop."""
+    """Returns row h of x as [1, n] float32, by a masked sum.
+
+    A row of a bfloat16 tile cannot be indexed with a value known only inside the loop.
+    """
     here = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == h
     return jnp.sum(jnp.where(here, x.astype(jnp.float32), 0.0), axis=0, keepdims=True)

@@ -1,9 +1,9 @@
-"""The KV cache: a pytree of one entry a layer, float, int8 or int4, sharded over the sequence."""
+"""The KV cache: a pytree of one float, int8 or int4 entry per layer, sharded over the sequence."""
 
 from lsjax.cache.compressed import (
+    CompensationToken,
     CompressedCache,
-    Dropped,
-    Parts,
+    HeadGroups,
     WindowCache,
     WindowSpec,
     compress,
@@ -13,37 +13,42 @@ from lsjax.cache.kv_cache import (
     BLOCK,
     CACHE_DTYPES,
     CacheSpec,
+    FloatTail,
     KVCache,
     LayerCache,
-    Recent,
     empty_cache,
     empty_layer,
 )
-from lsjax.cache.store import Store, empty_store, write, write_tokens
-from lsjax.cache.zigzag import GRANULE, Zigzag, stripe_of, whole_stripes
+from lsjax.cache.store import KVArray, empty_kv_array, write, write_tokens
+from lsjax.distributed.sequence_layout import (
+    CAPACITY_MULTIPLE,
+    Zigzag,
+    block_length_of,
+    round_up_to_blocks,
+)
 
 __all__ = [
     "BLOCK",
     "CACHE_DTYPES",
-    "GRANULE",
+    "CAPACITY_MULTIPLE",
     "CacheSpec",
+    "CompensationToken",
     "CompressedCache",
-    "Dropped",
+    "FloatTail",
+    "HeadGroups",
+    "KVArray",
     "KVCache",
     "LayerCache",
-    "Parts",
-    "Recent",
-    "Store",
     "WindowCache",
     "WindowSpec",
     "Zigzag",
+    "block_length_of",
     "compress",
     "empty_cache",
+    "empty_kv_array",
     "empty_layer",
-    "empty_store",
     "floats_at",
-    "stripe_of",
-    "whole_stripes",
+    "round_up_to_blocks",
     "write",
     "write_tokens",
 ]

@@ -1,9 +1,9 @@
-"""The cache of a layer whose heads differ in reach: a few keep everything, the rest a window.
+"""The compressed cache of a layer: a few heads keep all tokens, the others keep a window.
 
-A head of short reach keeps the first tokens, the last ones, and one compensation token that stands
-for all those dropped between: the means of their keys and values, weighing as much as they are.
-With ALiBi it keeps the last ones only: what it drops has next to no weight.
-Source: RazorAttention (arXiv 2407.15891).
+A window head keeps the first tokens, the last tokens, and one compensation token that stands for
+all the tokens dropped in between: it has the means of their keys and values, and counts as many
+times as there are dropped tokens. With ALiBi a window head keeps only the last tokens, because the
+tokens that it drops have next to no weight. Source: RazorAttention (arXiv 2407.15891).
 """
 
 import dataclasses
@@ -14,119 +14,132 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.cache.kv_cache import LayerCache
-from lsjax.cache.store import Store
-from lsjax.cache.zigzag import GRANULE, Zigzag
+from lsjax.cache.store import KVArray
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, Zigzag
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-    """What a head of short reach keeps: the first tokens, and the last ones in a ring behind them.
+    """The tokens that a window head keeps: the first ones, then a ring buffer of the last ones.
 
     Attributes:
-      sinks: tokens kept from the first on.
-      last: of the last tokens, how many are kept.
-      compensates: whether a compensation token stands for those dropped.
+      sinks: number of first tokens kept.
+      last: number of last tokens kept.
+      has_compensation: whether a compensation token stands for the dropped tokens.
     """
 
     sinks: int
     last: int
-    compensates: bool = True
+    has_compensation: bool = True
 
     @property
     def slots(self) -> int:
         return self.sinks + self.last
 
     def capacity(self, capacity: int, context: int) -> int:
-        """Slots that are set up for rows of `capacity` slots in all: never more than those."""
-        granule = GRANULE * context
-        return min(capacity, -(-self.slots // granule) * granule)
+        """Returns the number of slots to allocate, at most the `capacity` of the full cache.
+
+        Rounded up to a multiple of CAPACITY_MULTIPLE on each of the `context` devices.
+        """
+        multiple = CAPACITY_MULTIPLE * context
+        return min(capacity, -(-self.slots // multiple) * multiple)
 
     def slot(self, position: jax.Array) -> jax.Array:
-        """Where a position is kept."""
+        """Returns the slot of a position."""
         behind = self.sinks + (position - self.sinks) % self.last
         return jnp.where(position < self.sinks, position, behind)
 
     def positions(self, slots: jax.Array, length: jax.Array) -> jax.Array:
-        """Which of `length` [...] tokens slots keep, [..., slots]; some later one for none yet."""
+        """Returns [..., slots] positions that slots hold after `length` [...] tokens.
+
+        A slot that is still empty gets a position of at least `length`.
+        """
         newest = length[..., None] - 1
-        turned = newest - (newest - slots) % self.last
-        return jnp.where((slots < self.sinks) | (turned < self.sinks), slots, turned)
+        rolled = newest - (newest - slots) % self.last
+        return jnp.where((slots < self.sinks) | (rolled < self.sinks), slots, rolled)
 
 
 @flax.struct.dataclass
-class Dropped:
-    """The compensation token of each head: what stands for the tokens that it has dropped.
+class CompensationToken:
+    """The compensation token of each head, which stands for the tokens that the head has dropped.
 
     Attributes:
-      k, v: [batch, kv_heads, head_dim] float32, their means, keys as they are attended to.
-      count: [batch] how many they are.
+      k, v: [batch, kv_heads, head_dim] float32 means of the dropped keys and values; keys in the
+        form that queries attend to.
+      count: [batch] number of dropped tokens.
     """
 
     k: jax.Array
     v: jax.Array
     count: jax.Array
 
-    def with_one_more(self, k: jax.Array, v: jax.Array, valid: jax.Array) -> "Dropped":
-        """[batch, kv_heads, head_dim] float32 dropped as well, where `valid` [batch] says so."""
+    def add(self, k: jax.Array, v: jax.Array, valid: jax.Array) -> "CompensationToken":
+        """Adds one dropped token to each row in which `valid` [batch] is true.
+
+        `k` and `v` are [batch, kv_heads, head_dim] float32.
+        """
         count = self.count + valid
         share = (valid / jnp.maximum(count, 1))[:, None, None]
-        return Dropped(self.k + share * (k - self.k), self.v + share * (v - self.v), count)
+        return CompensationToken(
+            self.k + share * (k - self.k), self.v + share * (v - self.v), count
+        )
 
 
 @flax.struct.dataclass
 class WindowCache:
-    """What the heads of short reach keep.
+    """The cache of window heads.
 
     Attributes:
-      k, v: [batch, kv_heads, slots, head_dim], dealt out over the context axis slot by slot.
-      dropped: what stands for the rest, or None.
-      oldest: of a cache with such, keys and values, [batch, kv_heads, head_dim] float32 each, of
-        the token that the next one drives out: read after a step's write, since XLA copies a store
-        that is read before it.
-      spec: which slot keeps what.
+      k, v: [batch, kv_heads, slots, head_dim]; slots are sharded over the context axis in order,
+        not in zigzag order.
+      compensation_token: the token that stands for the dropped ones, or None.
+      next_evicted: key and value, [batch, kv_heads, head_dim] float32 each, of the token that the
+        next token evicts; None if there is no compensation token. They are read after a step's
+        write, because XLA copies an array that is read before it is written.
+      spec: the window, which says what each slot holds.
     """
 
-    k: Store
-    v: Store
-    dropped: Dropped | None
-    oldest: tuple[jax.Array, jax.Array] | None
+    k: KVArray
+    v: KVArray
+    compensation_token: CompensationToken | None
+    next_evicted: tuple[jax.Array, jax.Array] | None
     spec: WindowSpec = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
 class CompressedCache:
-    """Keys and values of one layer.
+    """Keys and values of one layer, with heads in groups.
 
-    On each device of the model axis heads come in this order.
+    On each device of the model axis, heads are in the order of the groups: `whole`, then `windows`.
 
     Attributes:
-      whole: of the heads that keep everything; None where there are none.
-      windows: of the others, those together that keep as much.
-      stripe: how positions of prompts are dealt out to the mesh's context axis, see Zigzag.
+      whole: cache of the heads that keep all tokens; None if there are none.
+      windows: one cache for each group of heads that share a WindowSpec.
+      block_length: layout of prompt positions along the mesh's context axis; see Zigzag.
     """
 
     whole: LayerCache | None
     windows: tuple[WindowCache, ...]
-    stripe: int = flax.struct.field(pytree_node=False)
+    block_length: int = flax.struct.field(pytree_node=False)
 
     @property
     def entries(self) -> tuple[LayerCache | WindowCache, ...]:
-        """What there is, in the order of the heads."""
+        """The caches of all head groups, in the order of the heads."""
         return self.windows if self.whole is None else (self.whole, *self.windows)
 
     def with_entries(self, entries: Sequence[LayerCache | WindowCache]) -> "CompressedCache":
-        """The same with other `entries`."""
+        """Returns the cache with its `entries` replaced."""
         whole, windows = (None, entries) if self.whole is None else (entries[0], entries[1:])
         return self.replace(whole=whole, windows=tuple(windows))
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """How many of a layer's heads keep what, on each shard of them and in this order.
+class HeadGroups:
+    """Groups of a layer's KV heads by what they keep, per shard and in the order of the heads.
 
     Attributes:
-      whole: keep everything.
-      windows: keep as much as each of these says.
+      whole: number of heads that keep all tokens.
+      windows: the number of heads and the window of each other group.
     """
 
     whole: int
@@ -134,71 +147,78 @@ class Parts:
 
 
 def compress(
-    cache: LayerCache, lengths: jax.Array, parts: Parts, shards: int, zigzag: Zigzag
+    cache: LayerCache, lengths: jax.Array, parts: HeadGroups, shards: int, zigzag: Zigzag
 ) -> CompressedCache:
-    """Drops what the heads of short reach do not keep.
+    """Compresses a layer's cache: drops the tokens that window heads do not keep.
 
     Args:
-      cache: a layer's, with all positions.
-      lengths: [batch] tokens of each row.
-      parts: what each shard's heads keep.
-      shards: that the heads lie in.
-      zigzag: how positions lie in it.
+      cache: full cache of a layer.
+      lengths: [batch] number of tokens in each row.
+      parts: head groups of each shard.
+      shards: number of shards that the heads are split into.
+      zigzag: layout of positions in `cache`.
     """
     heads = cache.k.data.shape[1] // shards
 
-    def some(first: int, count: int, tree):
+    def slice_heads(first: int, count: int, tree):
         def take(x: jax.Array) -> jax.Array:
             apart = x.reshape(x.shape[0], shards, heads, *x.shape[2:])
             return apart[:, :, first : first + count].reshape(x.shape[0], -1, *x.shape[2:])
 
         return jax.tree.map(take, tree)
 
-    whole = some(0, parts.whole, cache) if parts.whole else None
+    whole = slice_heads(0, parts.whole, cache) if parts.whole else None
     windows, first = [], parts.whole
     for count, spec in parts.windows:
-        windows.append(_window(*some(first, count, (cache.k, cache.v)), lengths, zigzag, spec))
+        windows.append(
+            _window(*slice_heads(first, count, (cache.k, cache.v)), lengths, zigzag, spec)
+        )
         first += count
-    return CompressedCache(whole, tuple(windows), zigzag.stripe)
+    return CompressedCache(whole, tuple(windows), zigzag.block_length)
 
 
 def _window(
-    k: Store, v: Store, lengths: jax.Array, zigzag: Zigzag, spec: WindowSpec
+    k: KVArray, v: KVArray, lengths: jax.Array, zigzag: Zigzag, spec: WindowSpec
 ) -> WindowCache:
-    """What is kept of some heads' keys and values."""
+    """Builds the window cache from the full keys and values of its heads."""
     each = k.capacity // zigzag.devices
     slots = jnp.arange(spec.capacity(k.capacity, zigzag.devices))
     at = spec.positions(slots, lengths)  # [batch, slots]
-    index = zigzag.device(at) * each + zigzag.slots_before(zigzag.device(at), at)
+    index = zigzag.device(at) * each + zigzag.num_local_slots_before(zigzag.device(at), at)
 
-    def keep(x: jax.Array) -> jax.Array:
+    def gather_slots(x: jax.Array) -> jax.Array:
         where = jnp.minimum(index, x.shape[2] - 1).reshape(x.shape[0], 1, -1, *[1] * (x.ndim - 3))
         return jnp.take_along_axis(x, where, axis=2)
 
-    kept_k, kept_v = (jax.tree.map(keep, x) for x in (k, v))
-    if not spec.compensates:
+    kept_k, kept_v = (jax.tree.map(gather_slots, x) for x in (k, v))
+    if not spec.has_compensation:
         return WindowCache(kept_k, kept_v, None, None, spec)
-    # Which position lies where, device after device.
+    # The position of each slot, device by device.
     device, slot = jnp.divmod(jnp.arange(k.capacity), each)
     position = zigzag.position(device, slot)
     dropped = (position >= spec.sinks) & (position < lengths[:, None] - spec.last)
     count = jnp.sum(dropped, axis=1)
 
-    def mean(store: Store) -> jax.Array:
-        total = jnp.sum(jnp.where(dropped[:, None, :, None], store.floats(), 0), axis=2)
+    def mean(store: KVArray) -> jax.Array:
+        total = jnp.sum(jnp.where(dropped[:, None, :, None], store.dequantize(), 0), axis=2)
         return total / jnp.maximum(count, 1)[:, None, None]
 
-    oldest = tuple(floats_at(x, spec.slot(lengths)) for x in (kept_k, kept_v))
-    return WindowCache(kept_k, kept_v, Dropped(mean(k), mean(v), count), oldest, spec)
+    next_evicted = tuple(floats_at(x, spec.slot(lengths)) for x in (kept_k, kept_v))
+    return WindowCache(
+        kept_k, kept_v, CompensationToken(mean(k), mean(v), count), next_evicted, spec
+    )
 
 
-def floats_at(store: Store, slot: jax.Array) -> jax.Array:
-    """[batch, kv_heads, head_dim] float32 in each row's slot; zeros where that is not here."""
+def floats_at(store: KVArray, slot: jax.Array) -> jax.Array:
+    """Returns the dequantized entries at `slot` [batch], [batch, kv_heads, head_dim] float32.
+
+    A row whose slot is outside `store` gets zeros.
+    """
     inside = (slot >= 0) & (slot < store.capacity)
     at = jnp.clip(slot, 0, store.capacity - 1)
 
     def take(x: jax.Array) -> jax.Array:
         return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1, axis=1))(x, at)
 
-    found = jax.tree.map(take, store).floats()[:, :, 0]
+    found = jax.tree.map(take, store).dequantize()[:, :, 0]
     return jnp.where(inside[:, None, None], found, 0)

@@ -1,10 +1,11 @@
-"""A fixed rotation of a head's channels that spreads outliers before keys are quantised.
+"""Hadamard transform of a head's channels, which spreads outliers before keys are quantized.
 
-Keys have channels far larger than the others (Qwen's biases put them there), and a step that
-fits those is too coarse for the rest. Turned by a Hadamard matrix every channel is a sum of all,
-with signs, so that no channel stands out. The matrix is orthogonal: turning queries too leaves
-every score as it was, and nothing has to be calibrated. Source: QuaRot (arXiv 2404.00456);
-matrices of other orders than powers of two by Paley's construction.
+Keys have a few channels that are far larger than the others (in Qwen, because of its biases). A
+quantization step that fits those is too coarse for the rest. After a Hadamard transform every
+channel is a signed sum of all channels, so no channel stands out. The transform is orthogonal:
+with queries transformed too, all scores stay the same. Nothing has to be calibrated.
+Source: QuaRot (arXiv 2404.00456). Matrices whose order is not a power of two use Paley's
+construction.
 """
 
 import functools
@@ -13,23 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.precision import einsum
+from lsjax.runtime.precision import einsum
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """[..., head_dim] -> the same turned, float32; scores of two turned vectors do not change."""
-    signs = jnp.asarray(spreading_matrix(x.shape[-1]))
-    if np.all(np.abs(spreading_matrix(x.shape[-1])) == 1):
+def hadamard_transform(x: jax.Array) -> jax.Array:
+    """Transforms [..., head_dim] to float32 of the same shape; dot products are preserved."""
+    signs = jnp.asarray(hadamard_matrix(x.shape[-1]))
+    if np.all(np.abs(hadamard_matrix(x.shape[-1])) == 1):
         signs = signs.astype(x.dtype)  # exact in any dtype
     return einsum("...d,de->...e", x, signs) * x.shape[-1] ** -0.5
 
 
 @functools.cache
-def spreading_matrix(width: int) -> np.ndarray:
-    """[width, width] float32, orthogonal but for a factor of sqrt(width).
+def hadamard_matrix(width: int) -> np.ndarray:
+    """Returns [width, width] float32, an orthogonal matrix times sqrt(width).
 
-    Entries are 1 and -1 where a Hadamard matrix of that order is at hand (64, 80, 96, 128, 256
-    and most multiples of 4); else the odd part of the width is turned by a cosine transform.
+    Entries are 1 and -1 if a Hadamard matrix of that order is available (64, 80, 96, 128, 256 and
+    most multiples of 4). Otherwise the matrix is the Kronecker product of a cosine transform, for
+    the odd part of the width, and a Hadamard matrix.
     """
     odd = width // (width & -width)
     found = _hadamard(width)
@@ -48,7 +50,7 @@ def _hadamard(order: int) -> np.ndarray | None:
 
 
 def _paley(prime: int) -> np.ndarray:
-    """Of order prime + 1, for a prime that is 3 modulo 4."""
+    """Returns a Hadamard matrix of order prime + 1, for a prime that is 3 modulo 4."""
     squares = {i * i % prime for i in range(1, prime)}
     character = np.array([0, *(1 if i in squares else -1 for i in range(1, prime))])
     matrix = np.ones((prime + 1, prime + 1))
@@ -63,7 +65,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _cosines(size: int) -> np.ndarray:
-    """The cosine transform, scaled as a Hadamard matrix is: rows of length sqrt(size)."""
+    """Returns the cosine transform, scaled like a Hadamard matrix: rows have norm sqrt(size)."""
     rows, columns = np.arange(size)[:, None], np.arange(size)
     matrix = np.sqrt(2) * np.cos(np.pi * (columns + 0.5) * rows / size)
     matrix[0] = 1

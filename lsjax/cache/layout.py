@@ -1,18 +1,23 @@
-"""How a store's arrays lie in memory, by platform."""
+"""Memory layout and storage dtype of a KVArray's arrays, by platform."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-_LANES = 128  # of a TPU's vectors
+_LANES = 128  # of a TPU vector
 
 
-def pinned(x: jax.Array, platform: str) -> jax.Array:
-    """A store's array, or what is written to it, [batch, kv_heads, slots, ...], where it lies.
+def with_tpu_layout(x: jax.Array, platform: str) -> jax.Array:
+    """Constrains a cache array, or an update to it, to the layout that the TPU kernel reads.
 
-    On a TPU the attention kernel reads rows of whole vectors: channels innermost where they are a
-    multiple of the lanes, else slots. Left to itself XLA takes the layout that suits the writing
-    of one token, and copies the cache between the two at every step. Elsewhere it needs no telling.
+    On TPU the attention kernel reads rows of whole vectors: channels are innermost if their number
+    is a multiple of the lanes, else slots are. By itself XLA would choose the layout that suits
+    writing one token, and would copy the cache between the two layouts at every step. Other
+    platforms need no constraint.
+
+    Args:
+      x: [batch, kv_heads, slots, ...].
+      platform: cpu, gpu (or cuda) or tpu.
     """
     if platform != "tpu":
         return x
@@ -23,23 +28,23 @@ def pinned(x: jax.Array, platform: str) -> jax.Array:
 
 
 def narrow_dtype(platform: str) -> jnp.dtype:
-    """What a store holds bfloat16 entries in: on a CPU, uint16, their bits.
+    """Returns the dtype that bfloat16 entries are stored in: on CPU uint16, for their bits.
 
-    XLA has no bfloat16 there: to write one entry of an array it would widen the whole of it and
-    narrow it again, at every step.
+    XLA on CPU has no native bfloat16: to write one entry it would convert the whole array to
+    float32 and back, at every step.
     """
     return jnp.dtype(jnp.uint16 if platform == "cpu" else jnp.bfloat16)
 
 
-def to_held(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x as the entries of an array of `dtype`, where uint16 stands for the bits of bfloat16."""
+def to_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Converts `x` to the storage dtype `dtype`; uint16 means the bits of bfloat16."""
     if dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)
     return x.astype(dtype)
 
 
-def to_floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Entries in the floats of `dtype`; the inverse of `to_held`."""
+def from_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Converts stored entries to the float dtype `dtype`; the inverse of `to_storage`."""
     if x.dtype == jnp.uint16:
         x = jax.lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
     return x.astype(dtype)

@@ -1,7 +1,7 @@
-"""Conversions between a Hugging Face folder and a converted one, bit for bit both ways.
+"""Converts a Hugging Face folder to a converted folder and back, bit for bit both ways.
 
 A converted folder holds `params/`, an Orbax checkpoint of the parameter tree in the dtypes of the
-original, and the original's config, tokenizer and generation files as they were.
+original, and unchanged copies of the original's config, tokenizer and generation files.
 """
 
 import os
@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lsjax.checkpoint.carried import carried_bytes, carry, note_left_out
-from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unread
+from lsjax.checkpoint.atomic_directory import atomic_directory
+from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unused
 from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Abstract, write_weights
 from lsjax.checkpoint.model_folder import read_model_config
-from lsjax.checkpoint.new_folder import new_folder
 from lsjax.checkpoint.orbax_checkpoint import (
     OrbaxCheckpoint,
     finish_saving,
@@ -21,27 +20,28 @@ from lsjax.checkpoint.orbax_checkpoint import (
     open_orbax,
     save_part,
 )
-from lsjax.checkpoint.stored import in_groups, total_bytes
+from lsjax.checkpoint.sidecar_files import copy_sidecar_files, note_left_out, sidecar_bytes
+from lsjax.checkpoint.tensor_info import in_groups, total_bytes
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import make_mesh
 from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters
-from lsjax.sharding import make_mesh
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int], None]
 
 
 def convert_hf_to_orbax(hf_folder: Path, out: Path, progress: Progress | None = None) -> None:
-    """Writes a converted folder from a Hugging Face one.
+    """Writes a converted folder from a Hugging Face folder.
 
     Args:
-      hf_folder: config.json, safetensors files and whatever stands beside them.
-      out: the folder to make; it appears when it is complete.
-      progress: called with the bytes that were converted since the last call; they sum up to
+      hf_folder: folder with config.json, safetensors files and the files that belong to them.
+      out: folder to create; it appears only when it is complete.
+      progress: called with the number of bytes converted since the last call; the calls sum to
         checkpoint_bytes(hf_folder).
 
     Raises:
-      UserError: a fault of the input, `out` is taken, or the disk is too small.
+      UserError: the input is invalid, `out` is taken, or the disk is too small.
     """
     hf_folder, out = os.fspath(hf_folder), os.fspath(out)
     config = read_model_config(hf_folder)
@@ -50,16 +50,16 @@ def convert_hf_to_orbax(hf_folder: Path, out: Path, progress: Progress | None = 
     abstract = _on_one_device(config)
     checkpoint = open_hf(hf_folder, config, abstract)
     abstract = _as_stored(abstract, checkpoint)
-    needed = total_bytes(checkpoint.stored.values()) + carried_bytes(hf_folder)
+    needed = total_bytes(checkpoint.stored.values()) + sidecar_bytes(hf_folder)
     note_left_out(hf_folder)
-    with new_folder(out, needed) as folder:
-        warn_unread(hf_folder, checkpoint.unread)
+    with atomic_directory(out, needed) as folder:
+        warn_unused(hf_folder, checkpoint.unread)
         for group in in_groups(checkpoint.stored.values()):
             save_part(folder, checkpoint.load(group, abstract))
             if progress is not None:
                 progress(total_bytes(group))
         finish_saving(folder)
-        carry(hf_folder, folder)
+        copy_sidecar_files(hf_folder, folder)
 
 
 def convert_orbax_to_hf(
@@ -68,17 +68,17 @@ def convert_orbax_to_hf(
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a Hugging Face folder from a converted one.
+    """Writes a Hugging Face folder from a converted folder.
 
     Args:
-      orbax_folder: a folder that convert_hf_to_orbax wrote.
-      out: the folder to make; it appears when it is complete.
-      progress: called with the bytes that were converted since the last call; they sum up to
+      orbax_folder: folder that convert_hf_to_orbax wrote.
+      out: folder to create; it appears only when it is complete.
+      progress: called with the number of bytes converted since the last call; the calls sum to
         checkpoint_bytes(orbax_folder).
-      max_shard_bytes: the tensors of one file take at most this much, or are a single one.
+      max_shard_bytes: limit on the tensor bytes in one file; a larger tensor gets its own file.
 
     Raises:
-      UserError: a fault of the input, `out` is taken, or the disk is too small.
+      UserError: the input is invalid, `out` is taken, or the disk is too small.
     """
     orbax_folder, out = os.fspath(orbax_folder), os.fspath(out)
     if max_shard_bytes < 1:
@@ -89,16 +89,16 @@ def convert_orbax_to_hf(
     abstract = _on_one_device(config)
     checkpoint = open_orbax(orbax_folder, abstract)
     abstract = _as_stored(abstract, checkpoint)
-    needed = total_bytes(checkpoint.stored.values()) + carried_bytes(orbax_folder)
+    needed = total_bytes(checkpoint.stored.values()) + sidecar_bytes(orbax_folder)
     note_left_out(orbax_folder)
-    with new_folder(out, needed) as folder:
-        warn_unread(orbax_folder, checkpoint.unread)
+    with atomic_directory(out, needed) as folder:
+        warn_unused(orbax_folder, checkpoint.unread)
 
         def arrays(paths: list[str]) -> Iterator[np.ndarray]:
             return _arrays(checkpoint, paths, abstract, progress)
 
         write_weights(folder, config, abstract, arrays, max_shard_bytes)
-        carry(orbax_folder, folder)
+        copy_sidecar_files(orbax_folder, folder)
 
 
 def _on_one_device(config: ModelConfig) -> Abstract:
@@ -113,7 +113,7 @@ def _as_stored(abstract: Abstract, checkpoint: HFCheckpoint | OrbaxCheckpoint) -
 def _arrays(
     checkpoint: OrbaxCheckpoint, paths: list[str], abstract: Abstract, progress: Progress | None
 ) -> Iterator[np.ndarray]:
-    """The parameters in the order of `paths`, a group in memory at a time."""
+    """Yields the parameters in the order of `paths`, with one group in memory at a time."""
     for group in in_groups(checkpoint.stored[path] for path in paths):
         yield from map(np.asarray, checkpoint.load(group, abstract).values())
         if progress is not None:

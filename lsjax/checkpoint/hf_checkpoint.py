@@ -1,4 +1,4 @@
-"""Reading the parameters of a Hugging Face folder."""
+"""Reads the parameters of a Hugging Face folder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,30 +7,29 @@ import jax
 
 from lsjax.checkpoint.hf_folder import stored_tensors
 from lsjax.checkpoint.shards import read_rows
-from lsjax.checkpoint.stored import Stored
-from lsjax.checkpoint.tensors import abstract_tensor
+from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import Tensor, family_of
-from lsjax.notes import note
+from lsjax.runtime.notes import note
 
 
 @dataclasses.dataclass(frozen=True)
 class HFCheckpoint:
-    """The tensors of a Hugging Face folder that the model reads.
+    """The tensors in a Hugging Face folder that the model reads.
 
     Attributes:
-      tensors: what each tensor holds, by its name.
-      stored: where each tensor lies, by its name.
-      unread: names of the tensors that nothing reads.
+      tensors: tensor name -> the parameters that it holds.
+      stored: tensor name -> its location, shape and dtype.
+      unread: names of the tensors that the model does not read.
     """
 
     tensors: dict[str, Tensor]
-    stored: dict[str, Stored]
+    stored: dict[str, TensorInfo]
     unread: tuple[str, ...]
 
     def dtypes(self) -> dict[str, jax.numpy.dtype]:
-        """Parameter path -> the dtype that it is stored in."""
+        """Returns the stored dtype of each parameter, by path."""
         return {
             path: stored.numpy_dtype
             for name, stored in self.stored.items()
@@ -38,12 +37,12 @@ class HFCheckpoint:
         }
 
     def load(
-        self, group: Sequence[Stored], abstract: dict[str, jax.ShapeDtypeStruct]
+        self, group: Sequence[TensorInfo], abstract: dict[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """The parameters by path that some tensors of one file hold.
+        """Loads the parameters that a group of tensors from one file holds.
 
-        They come in the dtypes and shardings asked for. Each process reads only the bytes of its
-        own shards.
+        Returns them by path, in the dtypes and shardings of `abstract`. Each process reads only
+        the bytes of its own shards.
         """
         params: dict[str, jax.Array] = {}
         for item in group:
@@ -57,16 +56,17 @@ class HFCheckpoint:
 def open_hf(
     folder: str, config: ModelConfig, abstract: dict[str, jax.ShapeDtypeStruct]
 ) -> HFCheckpoint:
-    """Checks a Hugging Face folder against the model, from the headers of its files.
+    """Checks a Hugging Face folder against the model, reading only the headers of its files.
 
     Raises:
-      UserError: whatever keeps it from being read, naming the file and the tensor.
+      UserError: the folder does not fit the model; names the file and the tensor.
     """
     found = stored_tensors(folder)
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
     embedding, head = vocabulary_tensors(config)
     if config.tie_embeddings and embedding not in found and head in found:
-        tensors[head] = dataclasses.replace(tensors.pop(embedding), name=head)  # one of two names
+        # A tied model may store its one tensor under either name.
+        tensors[head] = dataclasses.replace(tensors.pop(embedding), name=head)
     for name, tensor in tensors.items():
         if name not in found:
             raise UserError(
@@ -81,23 +81,32 @@ def open_hf(
     )
 
 
-def warn_unread(folder: str, names: tuple[str, ...]) -> None:
-    """Names the tensors that are left out, in one warning."""
+def warn_unused(folder: str, names: tuple[str, ...]) -> None:
+    """Warns once, naming the tensors that are not part of the model."""
     if names:
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
         note(f"{folder}: not part of the model, left out: {shown}")
 
 
 def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
-    """Names of the embedding and of the output head, which tied models store as one."""
+    """Returns the tensor names of the embedding and the head; tied models may store just one."""
     untied = family_of(config).tensors(dataclasses.replace(config, tie_embeddings=False))
     by_param = {tensor.params[0]: tensor.name for tensor in untied}
     return by_param["embed/weight"], by_param["lm_head/weight"]
 
 
-def expendable(config: ModelConfig) -> set[str]:
-    """Tensors that may stay unread without a word: buffers, and a tied head written out."""
+def ignorable_tensors(config: ModelConfig) -> set[str]:
+    """Returns the tensors that may stay unread without a warning: buffers, and a tied head."""
     family = family_of(config)
     untied = dataclasses.replace(config, tie_embeddings=False)
     names = {tensor.name for tensor in family.tensors(untied)}
     return names.union(family.ignored) - {tensor.name for tensor in family.tensors(config)}
+
+
+def abstract_tensor(
+    tensor: Tensor, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of a tensor, from those of the parameters that it holds."""
+    parts = [abstract[path] for path in tensor.params]
+    rows = sum(part.shape[0] for part in parts)
+    return jax.ShapeDtypeStruct((rows, *parts[0].shape[1:]), parts[0].dtype)

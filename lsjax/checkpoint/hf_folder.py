@@ -1,12 +1,12 @@
-"""A Hugging Face folder: which tensors it holds, and in which of its files."""
+"""Finds the tensors in a Hugging Face folder and the files that hold them."""
 
 import os
 
 from lsjax.checkpoint.safetensors_header import read_header, read_metadata
-from lsjax.checkpoint.stored import Stored
+from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.errors import UserError
-from lsjax.files import read_json
-from lsjax.notes import note
+from lsjax.runtime.notes import note
+from lsjax.runtime.text_files import read_json
 
 SUFFIX = ".safetensors"
 WHOLE = "model.safetensors"
@@ -14,24 +14,25 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
 
 
-def stored_tensors(folder: str) -> dict[str, Stored]:
-    """The tensors of all the safetensors files by name, read from their headers alone.
+def stored_tensors(folder: str) -> dict[str, TensorInfo]:
+    """Returns the tensors of all safetensors files by name, reading only the file headers.
 
-    Where the folder has an index, it says which tensors there are; but model.safetensors, of which
-    it does not know, is the model then, as in transformers.
+    If the folder has an index, the index says which tensors there are. A model.safetensors that the
+    index does not name is read instead of the indexed files, as in transformers.
 
     Raises:
-      UserError: no safetensors files, one that is missing or corrupt, or a tensor given twice.
+      UserError: there are no safetensors files, one is missing or corrupt, or two files hold the
+        same tensor.
     """
     files = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
     if os.path.exists(os.path.join(folder, INDEX)):
         if WHOLE not in files or WHOLE in _read_index(os.path.join(folder, INDEX)).values():
             return _by_index(folder)
-        note(f"{folder} holds both {WHOLE} and {INDEX}: the first is read, the other's files not.")
+        note(f"{folder} holds both {WHOLE} and {INDEX}: only {WHOLE} is read.")
         files = [WHOLE]
     if not files:
         raise UserError(_no_weights(folder))
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, stored in read_header(os.path.join(folder, file)).items():
             if name in tensors:
@@ -44,11 +45,11 @@ def stored_tensors(folder: str) -> dict[str, Stored]:
 
 
 def aliases(file: str) -> dict[str, str]:
-    """Names that a safetensors file gives to tensors it holds under another: name -> that one."""
+    """Returns the aliases in a safetensors file's metadata: alias -> name of the stored tensor."""
     return {k: v for k, v in read_metadata(file).items() if isinstance(v, str)}
 
 
-def _by_index(folder: str) -> dict[str, Stored]:
+def _by_index(folder: str) -> dict[str, TensorInfo]:
     weight_map = _read_index(os.path.join(folder, INDEX))
     headers = {}
     for file in sorted(set(weight_map.values())):
@@ -62,7 +63,7 @@ def _by_index(folder: str) -> dict[str, Stored]:
                 f"{os.path.join(folder, file)} lacks {name!r}, which {INDEX} places there; "
                 "download both files again."
             )
-    # In the order of the data, so that files are read from their start to their end.
+    # The tensors follow the order of their data, so that each file is read from start to end.
     return {
         name: stored
         for file, header in headers.items()

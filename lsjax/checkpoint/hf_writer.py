@@ -1,4 +1,4 @@
-"""Writing the weights of a Hugging Face folder."""
+"""Writes the weights of a Hugging Face folder."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
+from lsjax.checkpoint.hf_checkpoint import abstract_tensor
 from lsjax.checkpoint.hf_folder import INDEX
 from lsjax.checkpoint.safetensors_writer import aligned, nbytes, write_safetensors
-from lsjax.checkpoint.tensors import abstract_tensor
 from lsjax.config import ModelConfig
 from lsjax.families import family_of
 
@@ -25,14 +25,14 @@ def write_weights(
     arrays: Callable[[list[str]], Iterable[np.ndarray]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the safetensors files, and their index where there are several.
+    """Writes the safetensors files, and an index if there are several.
 
     Args:
-      folder: exists.
-      config: the model.
-      abstract: shapes and dtypes of the parameters by path.
-      arrays: gives the parameters of some paths, in their order and dtypes.
-      max_shard_bytes: the tensors of one file take at most this much, or are a single one.
+      folder: existing folder to write into.
+      config: model config.
+      abstract: shapes and dtypes of the parameters, by path.
+      arrays: returns the parameters at the given paths, in that order and with those dtypes.
+      max_shard_bytes: limit on the tensor bytes in one file; a larger tensor gets its own file.
     """
     shards = _shards(config, abstract, max_shard_bytes)
     for file, shard in shards.items():
@@ -44,19 +44,19 @@ def write_weights(
 def written_paths(
     config: ModelConfig, abstract: Abstract, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
-    """The paths that write_weights asks for, in its order."""
+    """Returns the parameter paths that write_weights asks for, in the same order."""
     shards = _shards(config, abstract, max_shard_bytes).values()
     return [path for shard in shards for path in _paths(config, shard)]
 
 
 def _paths(config: ModelConfig, shard: Abstract) -> list[str]:
-    """The parameters of a file's tensors, as they follow each other in it."""
+    """Returns the parameter paths of a file's tensors, in the order of the file."""
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
     return [path for name in aligned(shard) for path in tensors[name].params]
 
 
 def _shards(config: ModelConfig, abstract: Abstract, max_shard_bytes: int) -> dict[str, Abstract]:
-    """File name -> its tensors, cut and named as transformers does."""
+    """Returns file name -> its tensors, split and named as in transformers."""
     tensors = {t.name: abstract_tensor(t, abstract) for t in family_of(config).tensors(config)}
     shards: list[Abstract] = [{}]
     size = 0

@@ -1,4 +1,4 @@
-"""A model folder, of either layout -> the parameter tree on a mesh."""
+"""Loads the parameters of a model folder, Hugging Face or converted, onto a mesh."""
 
 import os
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, expendable, open_hf, warn_unread
+from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, ignorable_tensors, open_hf, warn_unused
 from lsjax.checkpoint.model_folder import read_model_config
 from lsjax.checkpoint.orbax_checkpoint import OrbaxCheckpoint, is_orbax, open_orbax
-from lsjax.checkpoint.stored import in_groups, total_bytes
+from lsjax.checkpoint.tensor_info import in_groups, total_bytes
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import abstract_mesh
 from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters, unflatten
-from lsjax.sharding import abstract_mesh
 
 
 def load_parameters(
@@ -23,25 +23,26 @@ def load_parameters(
     dtype: str,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
-    """Reads a model's parameters onto a mesh.
+    """Loads a model's parameters onto a mesh.
 
-    Host memory is bounded by a few tensors beyond what the parameters themselves take, and each
-    process reads only what its own devices hold.
+    Host memory is bounded by a few tensors beyond the parameters themselves, and each process reads
+    only the shards of its own devices.
 
     Args:
-      folder: a Hugging Face folder with safetensors files, or a converted one.
-      config: the model, from read_config(folder).
-      mesh: the devices; check_fits_mesh(config, mesh) has passed.
-      dtype: the dtype that the parameters are wanted in, whatever they are stored in.
-      progress: called with the bytes that were read since the last call; they sum up to
+      folder: Hugging Face folder with safetensors files, or converted folder.
+      config: model config, from read_model_config(folder).
+      mesh: mesh that has passed check_fits_mesh(config, mesh.shape).
+      dtype: dtype of the returned parameters, whatever the stored dtype is.
+      progress: called with the number of bytes read since the last call; the calls sum to
         checkpoint_bytes(folder).
 
     Returns:
-      The nested tree of abstract_parameters(config, mesh, dtype), filled.
+      The nested parameter tree, with the shapes, dtypes and shardings of
+      abstract_parameters(config, mesh, dtype).
 
     Raises:
-      UserError: whatever is wrong with the folder, naming the file and the tensor; found before
-        any weight is read, except for damage within the data of a converted folder.
+      UserError: the folder is invalid; names the file and the tensor. It is raised before any
+        weight is read, except for damage inside the data of a converted folder.
     """
     folder = os.fspath(folder)
     abstract = abstract_parameters(config, mesh, dtype)
@@ -56,14 +57,14 @@ def load_parameters(
 
 
 def checkpoint_bytes(folder: str | os.PathLike[str], config: ModelConfig | None = None) -> int:
-    """The bytes that load_parameters will read from a model folder.
+    """Returns the number of bytes that load_parameters reads from a model folder.
 
     Args:
       folder: see load_parameters.
-      config: from read_model_config(folder), which is called without it.
+      config: result of read_model_config(folder); None to read it here.
 
     Raises:
-      UserError: its config.json or its checkpoint cannot be read.
+      UserError: config.json or the checkpoint cannot be read.
     """
     folder = os.fspath(folder)
     config = config or read_model_config(folder)
@@ -84,5 +85,5 @@ def _open(
 
 
 def _note_unread(folder: str, config: ModelConfig, checkpoint: HFCheckpoint | OrbaxCheckpoint):
-    silent = () if is_orbax(folder) else expendable(config)
-    warn_unread(folder, tuple(name for name in checkpoint.unread if name not in silent))
+    silent = () if is_orbax(folder) else ignorable_tensors(config)
+    warn_unused(folder, tuple(name for name in checkpoint.unread if name not in silent))

@@ -1,4 +1,4 @@
-"""A model folder's config, as its weights say it should be read."""
+"""Reads a model folder's config and corrects it from the weights in the folder."""
 
 import dataclasses
 import os
@@ -6,24 +6,25 @@ import os
 from lsjax.checkpoint.hf_checkpoint import vocabulary_tensors
 from lsjax.checkpoint.hf_folder import aliases, stored_tensors
 from lsjax.checkpoint.orbax_checkpoint import is_orbax, stored_parameters
-from lsjax.checkpoint.stored import Stored
+from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import read_config
-from lsjax.notes import note
+from lsjax.runtime.notes import note
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_COMPARED = 2**24  # bytes at a time
+_COMPARED = 2**24  # bytes compared at a time
 
 
 def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Reads a model folder's config.json; its weights decide whether embedding and head are one.
+    """Reads a model folder's config.json and sets tie_embeddings as the weights require.
 
-    Of two tensors that differ the head counts though config.json ties them, as in transformers.
-    One tensor that stands for both ties them though config.json does not.
+    If the folder stores an embedding and a head that differ, they are untied even where config.json
+    ties them, as in transformers. If one is stored and the other is its alias, they are tied even
+    where config.json does not tie them.
 
     Raises:
-      UserError: no such file, its content is wrong, or an adapter lies in the folder.
+      UserError: config.json is missing or invalid, or the folder holds an adapter.
     """
     folder = os.fspath(folder)
     for name in _ADAPTERS:
@@ -60,8 +61,8 @@ def _tied(folder: str, config: ModelConfig) -> bool:
     return False
 
 
-def _same(a: Stored, b: Stored) -> bool:
-    """Whether two tensors hold the same bytes."""
+def _same(a: TensorInfo, b: TensorInfo) -> bool:
+    """Returns whether two tensors have the same shape, dtype and bytes."""
     if (a.shape, a.dtype, a.nbytes) != (b.shape, b.dtype, b.nbytes):
         return False
     with open(a.path, "rb") as one, open(b.path, "rb") as other:

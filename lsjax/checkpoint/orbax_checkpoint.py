@@ -1,6 +1,7 @@
-"""Reading and writing the parameters of a converted folder, which Orbax keeps."""
+"""Reads and writes the parameters of a converted folder, which are an Orbax checkpoint."""
 
 import dataclasses
+import gc
 import math
 import os
 from collections.abc import Sequence
@@ -9,57 +10,58 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from lsjax.checkpoint.settle import settled
-from lsjax.checkpoint.stored import Stored
+from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.errors import UserError
 from lsjax.nn.parameters import flatten, unflatten
 
 PARAMS = "params"
 
-# Arrays are compressed in pieces of this size, so that a device which holds a shard need not read
+# Arrays are compressed in chunks of this size, so that a device that holds one shard need not read
 # the whole array.
 _CHUNK_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxCheckpoint:
-    """The parameters of a converted folder that the model reads.
+    """The parameters in a converted folder that the model reads.
 
     Attributes:
-      stored: what each parameter is, by its path in the tree.
-      unread: paths of the parameters that nothing reads.
+      stored: parameter path -> its location, shape and dtype.
+      unread: paths of the parameters that the model does not read.
     """
 
-    stored: dict[str, Stored]
+    stored: dict[str, TensorInfo]
     unread: tuple[str, ...]
 
     def dtypes(self) -> dict[str, jnp.dtype]:
-        """Parameter path -> the dtype that it is stored in."""
+        """Returns the stored dtype of each parameter, by path."""
         return {path: stored.numpy_dtype for path, stored in self.stored.items()}
 
     def load(
-        self, group: Sequence[Stored], abstract: dict[str, jax.ShapeDtypeStruct]
+        self, group: Sequence[TensorInfo], abstract: dict[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """Some of the parameters by path, in their order and in the dtypes and shardings asked for.
+        """Loads some parameters by path, in the dtypes and shardings of `abstract`.
+
+        They come in the order of `group`.
 
         Raises:
           UserError: Orbax cannot read them.
         """
         wanted = unflatten({item.name: abstract[item.name] for item in group})
         values = flatten(_load(group[0].path, wanted))
-        return settled({item.name: values[item.name] for item in group})
+        return release_host_buffers({item.name: values[item.name] for item in group})
 
 
 def is_orbax(folder: str) -> bool:
-    """Whether a model folder was converted."""
+    """Returns whether a model folder is a converted folder."""
     return os.path.isdir(os.path.join(folder, PARAMS))
 
 
-def stored_parameters(folder: str) -> dict[str, Stored]:
-    """The parameters of a converted folder by path, read from Orbax's metadata alone.
+def stored_parameters(folder: str) -> dict[str, TensorInfo]:
+    """Returns the parameters of a converted folder by path, reading only Orbax's metadata.
 
     Raises:
-      UserError: Orbax cannot read it.
+      UserError: Orbax cannot read the folder.
     """
     params = _params(folder)
     try:
@@ -68,7 +70,7 @@ def stored_parameters(folder: str) -> dict[str, Stored]:
             raise ValueError("its parameters are cut off")
         leaves = flatten(tree)
         return {
-            path: Stored(
+            path: TensorInfo(
                 path,
                 params,
                 tuple(leaf.shape),
@@ -82,10 +84,10 @@ def stored_parameters(folder: str) -> dict[str, Stored]:
 
 
 def open_orbax(folder: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> OrbaxCheckpoint:
-    """Checks a converted folder against the model, from Orbax's metadata.
+    """Checks a converted folder against the model, reading only Orbax's metadata.
 
     Raises:
-      UserError: whatever keeps it from being read, naming the parameter.
+      UserError: the folder does not fit the model; names the parameter.
     """
     found = stored_parameters(folder)
     for path, wanted in abstract.items():
@@ -102,19 +104,19 @@ def open_orbax(folder: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> OrbaxC
 
 
 def save_all(folder: str, params: dict) -> None:
-    """Writes a converted folder's parameters, from every process that holds some of them."""
+    """Writes a converted folder's parameters; every process that holds some of them calls this."""
     with _saving():
         ocp.save(_params(folder), params)
 
 
 def save_part(folder: str, part: dict[str, jax.Array]) -> None:
-    """Writes some of a converted folder's parameters; finish_saving makes them readable."""
+    """Writes some parameters of a converted folder; finish_saving makes them readable."""
     with _saving():
         ocp.partial.save(_params(folder), unflatten(part))
 
 
 def finish_saving(folder: str) -> None:
-    """Makes one checkpoint of all the parts that were saved."""
+    """Combines all saved parts into one checkpoint."""
     ocp.partial.finalize(_params(folder))
 
 
@@ -128,8 +130,8 @@ def _saving() -> ocp.Context:
     return context
 
 
-# What Orbax raises for files that are missing, cut off or overwritten. Running out of memory is
-# none of these.
+# What Orbax raises for files that are missing, truncated or overwritten. Running out of memory
+# raises none of these.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -148,3 +150,14 @@ def _load(params: str, abstract: dict) -> dict:
             return ocp.load(params, abstract)
     except _UNREADABLE as error:
         raise _corrupt(params, error) from error
+
+
+def release_host_buffers(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the arrays once they are on their devices and their host buffers are freed.
+
+    Orbax leaves those buffers in reference cycles, so they accumulate until the garbage collector
+    runs. The collector does not see their size and runs too late.
+    """
+    jax.block_until_ready(params)
+    gc.collect()
+    return params

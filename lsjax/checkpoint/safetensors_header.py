@@ -1,4 +1,4 @@
-"""The header of a safetensors file: every fault of the file is found before its data is read."""
+"""Reads the header of a safetensors file and finds all faults before the data is read."""
 
 import json
 import math
@@ -6,20 +6,20 @@ import os
 
 import jax.numpy as jnp
 
-from lsjax.checkpoint.stored import Stored
+from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.errors import UserError
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# The limit of the safetensors library; a larger figure means that this is another kind of file.
+# The limit of the safetensors library. A larger number means that the file is of another kind.
 _MAX_HEADER_BYTES = 100 * 10**6
 
 
-def read_header(file: str) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, in the order of their data.
+def read_header(file: str) -> dict[str, TensorInfo]:
+    """Returns the tensors of a safetensors file by name, in the order of their data.
 
     Raises:
-      UserError: no safetensors file, a corrupt header, or a file that was cut off.
+      UserError: the file is not a safetensors file, is truncated, or has a corrupt header.
     """
     header, data_at, file_bytes = _read(file)
     try:
@@ -31,19 +31,19 @@ def read_header(file: str) -> dict[str, Stored]:
 
 
 def read_metadata(file: str) -> dict[str, str]:
-    """What a safetensors file says beside its tensors."""
+    """Returns the metadata of a safetensors file, {} if it has none."""
     return _read(file)[0].get("__metadata__") or {}
 
 
 def _read(file: str) -> tuple[dict, int, int]:
-    """The header, where data begin, and the file's size."""
+    """Returns the header, the offset of the data and the size of the file, both in bytes."""
     try:
         with open(file, "rb") as f:
             file_bytes = os.fstat(f.fileno()).st_size
             header_bytes = int.from_bytes(f.read(8), "little")
             if header_bytes > _MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
                 raise UserError(
-                    f"{file} is cut off within its header or is no safetensors file "
+                    f"{file} is cut off within its header or is not a safetensors file "
                     f"({file_bytes} bytes); download it again."
                 )
             header = f.read(header_bytes)
@@ -58,7 +58,7 @@ def _read(file: str) -> tuple[dict, int, int]:
     return found, 8 + header_bytes, file_bytes
 
 
-def _parse(file: str, header: dict, data_at: int, file_bytes: int) -> dict[str, Stored]:
+def _parse(file: str, header: dict, data_at: int, file_bytes: int) -> dict[str, TensorInfo]:
     data_bytes = file_bytes - data_at
     tensors = {}
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -78,5 +78,5 @@ def _parse(file: str, header: dict, data_at: int, file_bytes: int) -> dict[str, 
                 f"{file} is cut off: {name!r} needs {end} bytes of data, but {data_bytes} are "
                 "there; download it again."
             )
-        tensors[name] = Stored(name, file, shape, dtype, end - begin, data_at + begin)
+        tensors[name] = TensorInfo(name, file, shape, dtype, end - begin, data_at + begin)
     return tensors

@@ -1,6 +1,6 @@
-"""Writing safetensors as a stream, so that no more than one array is in memory.
+"""Writes safetensors files as a stream, so that no more than one array is in memory.
 
-The library's own writer takes all the tensors of a file at once.
+The writer of the safetensors library takes all tensors of a file at once.
 """
 
 import json
@@ -16,23 +16,23 @@ _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def aligned(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The tensors in the order of a file: wide dtypes first, so that all of them are aligned."""
+    """Returns the tensors in file order: widest dtypes first, so that all of them are aligned."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 def write_safetensors(
     file: str, tensors: Mapping[str, jax.ShapeDtypeStruct], arrays: Iterable[np.ndarray]
 ) -> None:
-    """Writes one file.
+    """Writes one safetensors file.
 
     Args:
-      file: its path.
-      tensors: name -> shape and dtype (one of lsjax.config.DTYPES).
-      arrays: the content of aligned(tensors), in its order; a tensor may come as several arrays,
-        one below the other.
+      file: path of the file.
+      tensors: tensor name -> shape and dtype (one of lsjax.config.DTYPES).
+      arrays: contents of the tensors, in the order of aligned(tensors). A tensor may come as
+        several arrays, concatenated along the first axis.
 
     Raises:
-      ValueError: the arrays are not of the size that `tensors` says.
+      ValueError: the total size of the arrays is not that of `tensors`.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,45 +1,45 @@
-"""The parameter tree on a mesh -> a converted folder, or a Hugging Face one."""
+"""Saves a parameter tree on a mesh as a converted folder or a Hugging Face folder."""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from lsjax.checkpoint.carried import carried_bytes, carry
+from lsjax.checkpoint.atomic_directory import atomic_directory
 from lsjax.checkpoint.hf_writer import write_weights, written_paths
-from lsjax.checkpoint.new_folder import new_folder
 from lsjax.checkpoint.orbax_checkpoint import save_all
-from lsjax.compression import HEAD_FILE
+from lsjax.checkpoint.sidecar_files import copy_sidecar_files, sidecar_bytes
+from lsjax.distributed.multihost import broadcast_from_primary, to_host
 from lsjax.families import parse_config
-from lsjax.hosts import from_the_first, is_first, to_host
 from lsjax.nn.parameters import flatten
+from lsjax.runtime.primary import is_primary
 
 
 def save_parameters(params: dict, like: str | os.PathLike[str], out: str | os.PathLike[str]):
-    """Writes a converted folder, which any mesh can restore.
+    """Writes a converted folder, which can be loaded onto any mesh.
 
-    Of several processes each writes what its own devices hold; they share the disk.
+    Each process writes the shards of its own devices, so all processes must share the disk.
 
     Args:
-      params: the tree that load_parameters returns.
-      like: the model folder whose config, tokenizer and generation files go with it.
-      out: the folder to make; it appears when it is complete.
+      params: parameter tree, as load_parameters returns it.
+      like: model folder whose config, tokenizer and generation files are copied.
+      out: folder to create; it appears only when it is complete.
 
     Raises:
       UserError: `out` is taken, or the disk is too small.
     """
     like, out = os.fspath(like), os.fspath(out)
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + carried_bytes(like)
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + sidecar_bytes(like)
     with contextlib.ExitStack() as stack:
-        folder = from_the_first(lambda: stack.enter_context(new_folder(out, nbytes)))
+        folder = broadcast_from_primary(lambda: stack.enter_context(atomic_directory(out, nbytes)))
         save_all(folder, params)
-        if is_first():
-            carry(like, folder)
-    from_the_first(lambda: out)  # nobody goes on before it is there
+        if is_primary():
+            copy_sidecar_files(like, folder)
+    broadcast_from_primary(lambda: out)  # no process continues before the folder exists
 
 
 def export_parameters(
@@ -47,17 +47,18 @@ def export_parameters(
     hf_config: Mapping[str, Any],
     like: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
+    without: Collection[str] = (),
 ) -> None:
-    """Writes a Hugging Face folder, in the dtype that its config.json says.
+    """Writes a Hugging Face folder, in the dtype that its config.json names.
 
-    Of several processes the first one writes; no more than one parameter is in its memory.
+    Only the primary process writes. Parameters are gathered into host memory one at a time.
 
     Args:
-      params: the tree, in any dtype, on a mesh or in the host's memory.
-      hf_config: what config.json is to hold.
-      like: the folder whose tokenizer, generation and licence files go with it; None for none.
-        What is known of its heads is not carried along: these are other weights.
-      out: the folder to make; it appears when it is complete.
+      params: parameter tree in any dtype, on a mesh or in host memory.
+      hf_config: content of config.json.
+      like: folder whose tokenizer, generation and license files are copied; None copies none.
+      out: folder to create; it appears only when it is complete.
+      without: names of files in `like` that are not copied.
 
     Raises:
       UserError: `out` is taken, or the disk is too small.
@@ -71,16 +72,16 @@ def export_parameters(
             yield to_host(jax.numpy.asarray(flat[path], dtype))
 
     nbytes = dtype.itemsize * sum(leaf.size for leaf in abstract.values())
-    nbytes += carried_bytes(os.fspath(like)) if like else 0
+    nbytes += sidecar_bytes(os.fspath(like)) if like else 0
     with contextlib.ExitStack() as stack:
-        folder = from_the_first(lambda: stack.enter_context(new_folder(out, nbytes)))
-        if not is_first():
-            for _ in arrays(written_paths(config, abstract)):  # each holds some of it
+        folder = broadcast_from_primary(lambda: stack.enter_context(atomic_directory(out, nbytes)))
+        if not is_primary():
+            for _ in arrays(written_paths(config, abstract)):  # gathering needs every process
                 continue
         else:
             write_weights(folder, config, abstract, arrays)
             if like:
-                carry(os.fspath(like), folder, but=(HEAD_FILE,))  # other weights, other heads
+                copy_sidecar_files(os.fspath(like), folder, without)
             with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
                 f.write(json.dumps(hf_config, indent=2) + "\n")
-    from_the_first(lambda: out)  # nobody goes on before it is there
+    broadcast_from_primary(lambda: out)  # no process continues before the folder exists

@@ -1,6 +1,6 @@
-"""Reading no more of a safetensors file than the devices of this process hold.
+"""Reads only those parts of a safetensors file that the devices of this process hold.
 
-Orbax and safetensors read more: whole tensors, or a row of a matrix for a part of it.
+Orbax and safetensors read more: whole tensors, or a whole matrix row for a part of it.
 """
 
 import io
@@ -9,19 +9,19 @@ import math
 import jax
 import numpy as np
 
-from lsjax.checkpoint.stored import Stored
+from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.errors import UserError
 
 Ranges = tuple[tuple[int, int], ...]
 
 
-def read_rows(stored: Stored, first: int, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Some rows of a tensor, on the devices.
+def read_rows(stored: TensorInfo, first: int, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """Reads consecutive rows of a tensor onto the devices.
 
     Args:
-      stored: the tensor.
-      first: of its rows, where those wanted begin.
-      wanted: their shape, dtype and sharding.
+      stored: tensor in the file.
+      first: index of the first row to read.
+      wanted: shape, dtype and sharding of the result.
 
     Raises:
       UserError: the file ends too early.
@@ -32,7 +32,7 @@ def read_rows(stored: Stored, first: int, wanted: jax.ShapeDtypeStruct) -> jax.A
         def part(index: tuple[slice, ...]) -> np.ndarray:
             sizes = zip(index, wanted.shape, strict=True)
             ranges = tuple(where.indices(size)[:2] for where, size in sizes)
-            if ranges not in parts:  # devices may hold the same
+            if ranges not in parts:  # several devices may hold the same part
                 found = _read(file, stored, first, wanted.shape, ranges)
                 parts[ranges] = found.astype(wanted.dtype, copy=False)
             return parts[ranges]
@@ -41,7 +41,7 @@ def read_rows(stored: Stored, first: int, wanted: jax.ShapeDtypeStruct) -> jax.A
 
 
 def _read(
-    file: io.RawIOBase, stored: Stored, first: int, shape: tuple[int, ...], ranges: Ranges
+    file: io.RawIOBase, stored: TensorInfo, first: int, shape: tuple[int, ...], ranges: Ranges
 ) -> np.ndarray:
     out = np.empty([end - begin for begin, end in ranges], stored.numpy_dtype)
     itemsize = out.dtype.itemsize
@@ -56,7 +56,7 @@ def _read(
     return out
 
 
-def _fill(file: io.RawIOBase, stored: Stored, at: int, out: np.ndarray) -> None:
+def _fill(file: io.RawIOBase, stored: TensorInfo, at: int, out: np.ndarray) -> None:
     left = memoryview(out.reshape(-1).view(np.uint8))
     file.seek(at)
     while left:

@@ -1,11 +1,11 @@
-"""KV head compression: which heads keep everything, and how the model is arranged for it."""
+"""KV head compression: which heads keep all tokens, and how heads are reordered for it."""
 
 from lsjax.compression.razor import (
     Compression,
-    Razor,
-    assumed,
+    RazorConfig,
     choose,
     compression_of,
+    estimate_without_scores,
     parse_compression,
 )
 from lsjax.compression.scores import (
@@ -20,10 +20,10 @@ __all__ = [
     "HEAD_FILE",
     "Compression",
     "HeadScores",
-    "Razor",
-    "assumed",
+    "RazorConfig",
     "choose",
     "compression_of",
+    "estimate_without_scores",
     "parse_compression",
     "read_scores",
     "write_bounds",

@@ -1,4 +1,4 @@
-"""What is compressed: settings, and the heads that they choose."""
+"""RazorAttention: its settings, and the choice of the heads that keep all tokens."""
 
 import dataclasses
 import json
@@ -9,34 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.cache import Parts, WindowSpec
-from lsjax.compression.reach import reaches
+from lsjax.cache import HeadGroups, WindowSpec
+from lsjax.compression.alibi_span import alibi_spans
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Razor:
+class RazorConfig:
     """Settings of RazorAttention; the defaults are the paper's (arXiv 2407.15891).
 
-    On a model axis every device has as many heads of a layer that keep everything; where those
-    chosen do not come out even, others keep everything as well.
+    With a model axis, every device has the same number of heads per layer that keep all tokens. If
+    the chosen heads do not divide evenly, more heads keep all tokens.
 
-    With ALiBi a head's reach follows from its slope and its weights. Each keeps what is within it,
-    and `epsilon` is all there is to set; it means nothing elsewhere.
+    With ALiBi a head's span follows from its slope and its weights. Each head keeps the tokens
+    within its span, which `epsilon` sets; induction, echo, sinks, window and window_share do not
+    apply.
 
     Attributes:
-      induction: share of the model's KV heads that keep everything for their induction score.
-      echo: the same, for their echo score.
-      sinks: first tokens that every head keeps.
-      window: last tokens that it keeps, at least,
-      window_share: and at least this share of the prompt that there is room for.
-      epsilon: with ALiBi, the weight that a head's dropped tokens have together at most.
-      streaming: compress a prompt as it comes, chunk by chunk through all layers. No layer is ever
-        whole; but tokens of the prompt see less than they would, so that answers are approximate,
-        and depend on the chunk.
-      heads: file of the head scores; None for retrieval_heads.json in the model's folder.
+      induction: share of the KV heads that keep all tokens because of their induction score.
+      echo: share of the KV heads that keep all tokens because of their echo score.
+      sinks: number of first tokens that every head keeps.
+      window: minimum number of last tokens that every head keeps.
+      window_share: minimum share of the prompt capacity that the window covers.
+      epsilon: largest total attention weight of the tokens that a head drops (ALiBi only).
+      streaming: whether to compress a prompt during prefill, chunk by chunk through all layers. No
+        layer's full cache is then in memory, but tokens of the prompt see fewer keys, so outputs
+        are approximate and depend on the chunk size.
+      heads: file of head scores; None for retrieval_heads.json in the model folder.
     """
 
     induction: float = 0.14
@@ -51,54 +52,54 @@ class Razor:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """A model's compression, settled.
+    """The resolved compression of a model.
 
     Attributes:
-      razor: the settings.
-      order: of each layer, its KV heads in the order that they are run in: on each shard those
-        that reach farthest come first.
-      reach: of each layer, for each of a shard's heads in that order, how many of the last tokens
-        it keeps: math.inf for all, 0 for a window and a compensation token.
-      shards: devices along the model axis.
+      razor: settings.
+      order: for each layer, its KV heads in the order in which the model runs them; on each shard
+        the heads with the longest span come first.
+      alibi_span: for each layer and each head of a shard, in that order, the number of last tokens
+        that it keeps: math.inf for all tokens, 0 for a window and a compensation token.
+      shards: number of devices on the model axis.
     """
 
-    razor: Razor
+    razor: RazorConfig
     order: tuple[tuple[int, ...], ...]
-    reach: tuple[tuple[float, ...], ...]
+    alibi_span: tuple[tuple[float, ...], ...]
     shards: int
 
-    def parts(self, room: int) -> tuple[Parts, ...]:
-        """Of each layer, what its heads keep of prompts of up to `room` tokens, and of answers."""
-        return tuple(self._parts(reach, room) for reach in self.reach)
+    def parts(self, prompt_capacity: int) -> tuple[HeadGroups, ...]:
+        """Returns each layer's head groups, for prompts of up to `prompt_capacity` tokens."""
+        return tuple(self._parts(alibi_span, prompt_capacity) for alibi_span in self.alibi_span)
 
-    def kept(self, room: int) -> int:
-        """KV heads of the model that keep everything of such prompts."""
-        return sum(parts.whole for parts in self.parts(room)) * self.shards
+    def num_full_heads(self, prompt_capacity: int) -> int:
+        """Returns how many KV heads keep prompts of up to `prompt_capacity` tokens whole."""
+        return sum(parts.whole for parts in self.parts(prompt_capacity)) * self.shards
 
-    def _parts(self, reach: tuple[float, ...], room: int) -> Parts:
-        whole = sum(tokens >= room for tokens in reach)
-        windows, rest = [], reach[whole:]
+    def _parts(self, alibi_span: tuple[float, ...], prompt_capacity: int) -> HeadGroups:
+        whole = sum(tokens >= prompt_capacity for tokens in alibi_span)
+        windows, rest = [], alibi_span[whole:]
         while rest:
-            # Those together that keep at most twice what they would apart.
+            # Heads share a group if none of them keeps more than twice its own span.
             count = sum(2 * tokens >= rest[0] for tokens in rest)
-            windows.append((count, self._window(rest[0], room)))
+            windows.append((count, self._window(rest[0], prompt_capacity)))
             rest = rest[count:]
-        return Parts(whole, tuple(windows))
+        return HeadGroups(whole, tuple(windows))
 
-    def _window(self, reach: float, room: int) -> WindowSpec:
-        if reach:
-            return WindowSpec(0, int(reach), compensates=False)
+    def _window(self, alibi_span: float, prompt_capacity: int) -> WindowSpec:
+        if alibi_span:
+            return WindowSpec(0, int(alibi_span), has_compensation=False)
         r = self.razor
-        return WindowSpec(r.sinks, max(r.window, math.ceil(room * r.window_share)))
+        return WindowSpec(r.sinks, max(r.window, math.ceil(prompt_capacity * r.window_share)))
 
 
-def parse_compression(given: str | Mapping[str, Any] | Razor | None) -> Razor | None:
-    """`none`, `razor`, or an object (or its JSON) with the settings of Razor that differ.
+def parse_compression(given: str | Mapping[str, Any] | RazorConfig | None) -> RazorConfig | None:
+    """Parses `none`, `razor`, or an object (or its JSON) of RazorConfig settings to change.
 
     Raises:
-      UserError: something else, an unknown setting, or a value out of range.
+      UserError: the value is something else, or has an unknown setting or one out of range.
     """
-    if given is None or isinstance(given, Razor) or given == "none":
+    if given is None or isinstance(given, RazorConfig) or given == "none":
         razor = None if given == "none" else given
     else:
         if isinstance(given, str) and given.strip().startswith("{"):
@@ -113,46 +114,49 @@ def parse_compression(given: str | Mapping[str, Any] | Razor | None) -> Razor | 
                 f"kv_compression {given!r} is not known; use none, razor, or settings as in "
                 '{"window": 2000}.'
             )
-        known = {f.name for f in dataclasses.fields(Razor)}
+        known = {f.name for f in dataclasses.fields(RazorConfig)}
         if unknown := sorted(set(given) - known):
             raise UserError(
                 f"kv_compression has no setting {unknown[0]!r}; use {', '.join(sorted(known))}."
             )
-        razor = Razor(**given)
+        razor = RazorConfig(**given)
     if razor is not None:
         _check(razor)
     return razor
 
 
-def compression_of(razor: Razor, folder: str, config: ModelConfig, shards: int) -> Compression:
-    """Settles which heads keep everything.
+def compression_of(
+    razor: RazorConfig, folder: str, config: ModelConfig, shards: int
+) -> Compression:
+    """Chooses how much each head keeps, from the model's head scores (with ALiBi, score bounds).
 
     Args:
-      razor: the settings.
-      folder: the model's.
-      config: the model.
-      shards: devices along the model axis, which divide the KV heads.
+      razor: settings.
+      folder: model folder.
+      config: model configuration.
+      shards: number of devices on the model axis, which must divide the KV heads.
 
     Raises:
-      UserError: no scores, another model's, or a model that is not compressed so.
+      UserError: the file of head scores is missing, damaged or another model's; or the model does
+        not support this compression or one of its settings.
     """
     check_compresses(config)
     _check_goes_with(razor, config)
     path = razor.heads or os.path.join(folder, HEAD_FILE)
     if config.alibi:
-        reach = reaches(config, read_bounds(path, config), razor.epsilon)
+        alibi_span = alibi_spans(config, read_bounds(path, config), razor.epsilon)
     else:
         scores = read_scores(path, config)
         wanted = choose(scores, config.num_kv_heads, razor.induction, razor.echo)
-        reach = np.where(wanted, math.inf, 0)
-    return _arranged(razor, reach, shards)
+        alibi_span = np.where(wanted, math.inf, 0)
+    return _arranged(razor, alibi_span, shards)
 
 
-def assumed(razor: Razor, config: ModelConfig, shards: int) -> Compression:
-    """The compression of a model whose folder is not at hand: its heads spread evenly.
+def estimate_without_scores(razor: RazorConfig, config: ModelConfig, shards: int) -> Compression:
+    """Estimates the compression without a model folder: chosen heads are spread over the layers.
 
-    Arguments and errors are those of `compression_of`, and the file of heads is read if the
-    settings name it.
+    If the settings name a file of head scores, it is used instead. ALiBi models need such a file.
+    Arguments and errors are as in `compression_of`.
     """
     if razor.heads:
         return compression_of(razor, "", config, shards)
@@ -171,10 +175,10 @@ def assumed(razor: Razor, config: ModelConfig, shards: int) -> Compression:
 
 
 def check_compresses(config: ModelConfig) -> None:
-    """Refuses a model that is not compressed so.
+    """Checks that a model supports RazorAttention.
 
     Raises:
-      UserError: says why.
+      UserError: the model has sliding windows.
     """
     if any(config.windows):
         raise UserError(
@@ -184,10 +188,10 @@ def check_compresses(config: ModelConfig) -> None:
 
 
 def choose(scores: HeadScores, kv_heads: int, induction: float, echo: float) -> np.ndarray:
-    """[layers, kv_heads] whether a KV head keeps everything.
+    """Returns [layers, kv_heads], whether each KV head keeps all tokens.
 
-    A KV head has the highest score of its query heads; of all KV heads of the model the first by
-    either score, as many as the shares say, rounded up.
+    A KV head's score is the highest score of its query heads. For each kind of score, the best KV
+    heads of the whole model are chosen; their number is the share times all KV heads, rounded up.
     """
     layers, heads = scores.echo.shape
     chosen = np.zeros(layers * kv_heads, bool)
@@ -201,25 +205,25 @@ def _count(share: float, heads: int) -> int:
     return math.ceil(share * heads - 1e-9)
 
 
-def _arranged(razor: Razor, reach: np.ndarray, shards: int) -> Compression:
-    """With [layers, kv_heads] how far heads reach.
+def _arranged(razor: RazorConfig, alibi_span: np.ndarray, shards: int) -> Compression:
+    """Builds the compression from [layers, kv_heads] spans of heads.
 
-    Heads are dealt out to the shards by their reach; those that have the same place on different
-    shards all keep what one of them needs.
+    Heads are assigned to shards round-robin, by descending span. Heads with the same index on
+    different shards all keep the longest span among them.
     """
-    ranked = np.argsort(-reach, axis=1, kind="stable")
-    dealt = ranked.reshape(len(reach), -1, shards)  # [layers, place, shard]
-    farthest = np.take_along_axis(reach, ranked, axis=1).reshape(dealt.shape).max(axis=-1)
-    order = dealt.swapaxes(1, 2).reshape(reach.shape)
+    ranked = np.argsort(-alibi_span, axis=1, kind="stable")
+    dealt = ranked.reshape(len(alibi_span), -1, shards)  # [layers, place, shard]
+    farthest = np.take_along_axis(alibi_span, ranked, axis=1).reshape(dealt.shape).max(axis=-1)
+    order = dealt.swapaxes(1, 2).reshape(alibi_span.shape)
     return Compression(
         razor, tuple(map(tuple, order.tolist())), tuple(map(tuple, farthest.tolist())), shards
     )
 
 
-def _check_goes_with(razor: Razor, config: ModelConfig) -> None:
-    """Refuses settings that mean nothing for the model."""
+def _check_goes_with(razor: RazorConfig, config: ModelConfig) -> None:
+    """Refuses settings that do not apply to the model."""
     others = {"induction", "echo", "sinks", "window", "window_share"}
-    for field in dataclasses.fields(Razor):
+    for field in dataclasses.fields(RazorConfig):
         if getattr(razor, field.name) == field.default:
             continue
         if config.alibi and field.name in others:
@@ -234,7 +238,7 @@ def _check_goes_with(razor: Razor, config: ModelConfig) -> None:
             )
 
 
-def _check(razor: Razor) -> None:
+def _check(razor: RazorConfig) -> None:
     for name in ("induction", "echo", "window_share"):
         share = getattr(razor, name)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:

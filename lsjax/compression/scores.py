@@ -1,4 +1,4 @@
-"""What is known of each query head, for KV head compression: a small JSON file beside the model."""
+"""Scores of query heads for KV head compression, in a small JSON file in the model folder."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
-from lsjax.files import write_atomically
+from lsjax.runtime.text_files import write_atomically
 
 HEAD_FILE = "retrieval_heads.json"
 
@@ -20,7 +20,7 @@ class HeadScores:
 
     Attributes:
       echo: [layers, heads] attention to earlier copies of the current token.
-      induction: [layers, heads] attention to the tokens after them.
+      induction: [layers, heads] attention to the tokens that follow those copies.
     """
 
     echo: np.ndarray
@@ -33,7 +33,11 @@ def write_scores(path: str, config: ModelConfig, scores: HeadScores) -> None:
 
 
 def read_scores(path: str, config: ModelConfig) -> HeadScores:
-    """Reads the scores of a model; raises as `read_bounds`."""
+    """Reads the head scores of a model.
+
+    Raises:
+      UserError: the file is missing or damaged, or belongs to another model.
+    """
     return HeadScores(*_read(path, config, ("echo", "induction")))
 
 
@@ -43,16 +47,16 @@ def write_bounds(path: str, config: ModelConfig, bounds: np.ndarray) -> None:
 
 
 def read_bounds(path: str, config: ModelConfig) -> np.ndarray:
-    """[layers, heads] bounds of the scores of a model with ALiBi, see `reach.score_bounds`.
+    """Reads [layers, heads] score bounds of a model with ALiBi; see `alibi_span.score_bounds`.
 
     Raises:
-      UserError: there is no such file, it is damaged, or it is another model's.
+      UserError: the file is missing or damaged, or belongs to another model.
     """
     return _read(path, config, ("bound",))[0]
 
 
 def _write(path: str, config: ModelConfig, rows: Mapping[str, np.ndarray]) -> None:
-    """A number for each layer and query head, under each name."""
+    """Writes a number for each layer and query head, under each name."""
     rounded = {name: [[round(float(x), 6) for x in y] for y in of] for name, of in rows.items()}
     write_atomically(path, json.dumps({"model": _shape(config), **rounded}) + "\n")
 

@@ -1,8 +1,8 @@
-"""What a compressed cache is made of, before there is one."""
+"""Shapes of a compressed cache, before it is allocated."""
 
 import jax
 
-from lsjax.cache import CacheSpec, CompressedCache, Parts, Zigzag, compress, empty_layer
+from lsjax.cache import CacheSpec, CompressedCache, HeadGroups, Zigzag, compress, empty_layer
 from lsjax.compression.razor import Compression
 from lsjax.config import ModelConfig
 
@@ -11,25 +11,25 @@ def compressed_shapes(
     config: ModelConfig,
     spec: CacheSpec,
     compression: Compression,
-    room: int,
+    prompt_capacity: int,
     context: int,
     platform: str = "cpu",
 ) -> list[CompressedCache]:
-    """Of each layer, of jax.ShapeDtypeStruct.
+    """Returns each layer's compressed cache, with jax.ShapeDtypeStruct in place of arrays.
 
     Args:
-      config: the model.
-      spec: of the cache before it is compressed.
-      compression: of the KV heads.
-      room: tokens of prompt that there is room for.
-      context: devices that positions are dealt out to.
-      platform: that it runs on: cpu, gpu (or cuda) or tpu.
+      config: model configuration.
+      spec: spec of the cache before compression.
+      compression: compression of the KV heads.
+      prompt_capacity: longest prompt that the cache holds, in tokens.
+      context: number of devices on the context axis.
+      platform: cpu, gpu (or cuda) or tpu.
     """
     lengths = jax.ShapeDtypeStruct((spec.batch,), "int32")
     whole = jax.eval_shape(lambda: empty_layer(config, spec, platform))
-    zigzag, layers = Zigzag(context, spec.stripe), compression.parts(room)
+    zigzag, layers = Zigzag(context, spec.block_length), compression.parts(prompt_capacity)
 
-    def kept_by(parts: Parts) -> CompressedCache:
+    def kept_by(parts: HeadGroups) -> CompressedCache:
         return jax.eval_shape(
             lambda cache, n: compress(cache, n, parts, compression.shards, zigzag), whole, lengths
         )

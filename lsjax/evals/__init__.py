@@ -1,1 +1,1 @@
-"""Measuring what a model can still do at a length: perplexity by position, pass keys by depth."""
+"""Measures how well a model uses long contexts: perplexity by position, pass keys by depth."""

@@ -1,29 +1,33 @@
-"""Pass keys hidden in long texts: how many are read right, by length and depth.
+"""Pass keys hidden in long texts: the share answered correctly, by length and depth.
 
 Source of the task: Landmark Attention (arXiv 2305.16300).
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsjax.errors import UserError
-from lsjax.language_model import LanguageModel
-from lsjax.shipped.passages import SHORTEST, Passage, make_passage
+from lsjax.evals.passkey import SHORTEST, Passage, make_passage
+from lsjax.runtime.html import grid
 from lsjax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lsjax.language_model import LanguageModel
 
 _DIGITS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class NeedleMap:
-    """Shares of pass keys read right.
+    """Shares of pass keys answered correctly.
 
     Attributes:
-      lengths: tokens of prompt.
+      lengths: prompt lengths in tokens.
       depths: where the key stands, 0 at the start and 1 at the end.
-      shares: [len(lengths)][len(depths)], from 0 to 1.
+      shares: [len(lengths)][len(depths)] shares from 0 to 1.
     """
 
     lengths: tuple[int, ...]
@@ -31,12 +35,20 @@ class NeedleMap:
     shares: tuple[tuple[float, ...], ...]
 
     def by_length(self) -> list[float]:
-        """The share right at each length, over all depths."""
+        """Returns the share of correct answers at each length, averaged over all depths."""
         return [float(np.mean(row)) for row in self.shares]
+
+    def _repr_html_(self) -> str:
+        """Shows the shares in a notebook, a row per length and a column per depth."""
+        rows = zip(self.lengths, self.shares, strict=True)
+        return grid(
+            ("tokens", *(f"{depth:.0%} deep" for depth in self.depths)),
+            ((f"{length:,}", *(f"{share:.0%}" for share in row)) for length, row in rows),
+        )
 
 
 def needle_map(
-    model: LanguageModel,
+    model: "LanguageModel",
     lengths: Sequence[int],
     depths: Sequence[float],
     keys: int = 1,
@@ -47,10 +59,10 @@ def needle_map(
     """Asks for `keys` pass keys at each length and depth.
 
     Args:
-      model: to measure; answers greedily, past its trained length too.
-      lengths: tokens of prompt; a prompt has that many or a few less.
-      depths: from 0 to 1.
-      keys: texts for each cell.
+      model: the model to measure. It answers greedily, even past its trained length.
+      lengths: prompt lengths in tokens; a prompt has that many tokens or a few less.
+      depths: where the key stands, 0 at the start and 1 at the end.
+      keys: texts per cell.
       max_batch_size: texts answered together.
       progress: called with the number of texts answered.
     """
@@ -79,7 +91,7 @@ def needle_map(
 
 
 def passage_of(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Passage:
-    """A passage whose prompt has `length` tokens or, where tokens are words, a few less."""
+    """Makes a passage whose prompt has `length` tokens, or a few less if tokens are words."""
     characters, best = max(length, SHORTEST), None
     for _ in range(12):
         passage = make_passage(seed, characters, depth)
@@ -95,5 +107,5 @@ def passage_of(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Pa
 
 
 def _digits(text: str) -> str:
-    """The answer's first digits; what stands around them does not matter."""
+    """Returns the first five digits of an answer, ignoring the text around them."""
     return "".join(c for c in text if c.isdecimal())[:_DIGITS]

@@ -1,11 +1,14 @@
-"""Loss by position: whether the tokens far into a text are still foreseen."""
+"""Loss by position: shows whether tokens far into a text are still predicted well."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsjax.errors import UserError
-from lsjax.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from lsjax.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Curve:
 
     Attributes:
       ends: last position of each stretch, in tokens.
-      losses: mean loss of the stretch's tokens, in nats.
+      losses: mean loss of each stretch's tokens, in nats.
       perplexity: exp of the mean loss over all tokens.
     """
 
@@ -24,22 +27,22 @@ class Curve:
 
 
 def loss_curve(
-    model: LanguageModel,
+    model: "LanguageModel",
     token_ids: list[int],
     length: int,
     prompt_length: int = 0,
     stretches: int = 32,
 ) -> Curve:
-    """The loss of each next token, averaged over stretches of positions.
+    """Computes the loss of each next token, averaged over stretches of positions.
 
     Args:
-      model: to measure.
-      token_ids: a text of at least `length` tokens; as many windows of `length` tokens as it
-        holds, up to four, are averaged.
+      model: the model to measure.
+      token_ids: a text of at least `length` tokens. The average is over as many windows of
+        `length` tokens as it holds, up to four.
       length: tokens that the model reads.
-      prompt_length: of them, the prompt: the others are decoded one by one, and only their losses
-        count. 0: all are a prompt, and all count.
-      stretches: how many points the curve has, at most.
+      prompt_length: tokens of the prompt. Later tokens are decoded one by one, and only their
+        losses count, from the second one on. 0: the prompt is the whole text, and all count.
+      stretches: largest number of points on the curve.
 
     Raises:
       UserError: the text is too short.
@@ -52,9 +55,9 @@ def loss_curve(
         )
     texts = [token_ids[i * length : (i + 1) * length] for i in range(windows)]
     if prompt_length:
-        rows = [model.decode_losses([text], prompt_length)[0] for text in texts]
+        rows = [model.teacher_forced_nll([text], prompt_length)[0] for text in texts]
     else:
-        rows = [model.losses([text])[0] for text in texts]
+        rows = [model.token_nll([text])[0] for text in texts]
     losses = np.mean(rows, axis=0)
     parts = np.array_split(losses, min(stretches, len(losses)))
     begin = length - 1 - len(losses)

@@ -1,4 +1,4 @@
-"""Pictures of the measurements, as PNG files."""
+"""Plots of the measurements, as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from lsjax.evals.perplexity import Curve
 
 
 def plot_curves(curves: Mapping[str, Curve], trained_length: int, path: str) -> None:
-    """Loss against position, a line for each setting."""
+    """Plots loss against position, one line per setting."""
     figure, axes = _figure()
     for name, curve in curves.items():
         axes.plot(curve.ends, curve.losses, label=f"{name} (perplexity {curve.perplexity:.3g})")
@@ -22,7 +22,7 @@ def plot_curves(curves: Mapping[str, Curve], trained_length: int, path: str) -> 
 
 
 def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
-    """Shares right as a heat map, depth against length."""
+    """Plots the shares of correct answers as a heat map, depth against length."""
     figure, axes = _figure()
     image = axes.imshow(
         [list(column) for column in zip(*needles.shares, strict=True)],
@@ -36,7 +36,7 @@ def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
 
 
 def plot_needle_curves(maps: Mapping[str, NeedleMap], path: str) -> None:
-    """Shares right against length, over all depths; a line for each map."""
+    """Plots the share of correct answers over all depths against length, one line per map."""
     figure, axes = _figure()
     for name, needles in maps.items():
         axes.plot(needles.lengths, needles.by_length(), marker="o", label=name)
@@ -49,7 +49,7 @@ def plot_needle_curves(maps: Mapping[str, NeedleMap], path: str) -> None:
 
 
 def plot_heads(maps: Mapping[str, np.ndarray], path: str) -> None:
-    """[layers, heads] numbers as heat maps, by title."""
+    """Plots [layers, heads] arrays as heat maps; the keys of `maps` are the titles."""
     figure, axes = _figure(columns=len(maps))
     for one, (title, rows) in zip(np.atleast_1d(axes), maps.items(), strict=True):
         image = one.imshow(rows, vmin=0, cmap="viridis", aspect="auto")
@@ -64,7 +64,7 @@ def plot_shares(
     perplexities: Mapping[str, Sequence[float]],
     path: str,
 ) -> None:
-    """Share read right and perplexity against length, a line for each setting."""
+    """Plots the share of correct answers and perplexity against length, one line per setting."""
     figure, (left, right) = _figure(columns=2)
     for axes, lines in ((left, shares), (right, perplexities)):
         for name, values in lines.items():
@@ -78,11 +78,11 @@ def plot_shares(
 
 
 def plot_ring(rows: Sequence[Mapping[str, Any]], path: str) -> None:
-    """Tokens a second, and the busiest device's work over the mean, by device count.
+    """Plots tokens per second and the busiest device's work over the mean, by device count.
 
     Args:
-      rows: with layout, devices, length, tokens_per_second and busiest_over_mean.
-      path: of the PNG.
+      rows: measurements with layout, devices, length, tokens_per_second and busiest_over_mean.
+      path: the PNG file to write.
     """
     figure, (speed, work) = _figure(columns=2)
     lengths, counts = (sorted({r[name] for r in rows}) for name in ("length", "devices"))
@@ -105,11 +105,11 @@ def plot_ring(rows: Sequence[Mapping[str, Any]], path: str) -> None:
 
 
 def plot_plan(plan: Mapping[str, Any], path: str) -> None:
-    """Bytes a device against length, stacked, below what there is.
+    """Plots bytes per device against length, stacked, and the capacity as a line.
 
     Args:
-      plan: as Plan.as_json gives it.
-      path: of the PNG.
+      plan: a plan as Plan.as_json returns it.
+      path: the PNG file to write.
     """
     figure, axes = _figure()
     lengths = [row["length"] for row in plan["table"]]
@@ -129,11 +129,11 @@ def plot_plan(plan: Mapping[str, Any], path: str) -> None:
 
 
 def plot_training(lines: Sequence[Mapping[str, Any]], path: str) -> None:
-    """Loss against step, and on held-out documents by the length that they are cut to.
+    """Plots loss against step, for training and for held-out documents cut to each length.
 
     Args:
-      lines: of a run's log.
-      path: of the PNG.
+      lines: lines of a run's log.
+      path: the PNG file to write.
     """
     figure, axes = _figure()
     steps = [line for line in lines if "loss" in line]
@@ -153,7 +153,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], path: str) -> None:
 
 
 def plot_times(cases: Mapping[str, Mapping[str, float]], path: str) -> None:
-    """Seconds of each formulation of a case, as bars; our own stand out."""
+    """Plots the time of each formulation of a case as bars; those of lsjax stand out."""
     figure, _ = _figure(columns=len(cases))
     for axes, (case, seconds) in zip(figure.axes, cases.items(), strict=True):
         colors = ["tab:orange" if "lsjax" in name else "tab:blue" for name in seconds]

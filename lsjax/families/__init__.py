@@ -1,4 +1,4 @@
-"""The model families: what differs between them, as data."""
+"""Model families: the differences between them, expressed as data."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ from lsjax.families.fields import Fields
 from lsjax.families.glm import CHATGLM, GLM
 from lsjax.families.llama import LLAMA
 from lsjax.families.qwen import QWEN2, QWEN3
-from lsjax.files import read_json
 from lsjax.positions.scaling import check_widths
+from lsjax.runtime.text_files import read_json
 
 __all__ = ["FAMILIES", "Family", "Tensor", "family_of", "parse_config", "read_config"]
 
@@ -26,19 +26,20 @@ FAMILIES = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a parsed model belongs to."""
+    """Returns the family that a parsed model belongs to."""
     return FAMILIES[config.architecture]
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The object in a config.json -> ModelConfig.
+    """Parses the JSON object of a config.json into a ModelConfig.
 
     Raises:
-      UserError: an unknown architecture, or a field that is missing, wrong or contradictory.
+      UserError: the architecture is unknown, the checkpoint is quantized, or a field is missing,
+        invalid or contradictory.
     """
     if not isinstance(raw, Mapping):
         raise UserError("config.json must hold a JSON object.")
-    _refuse_quantised(raw)
+    _refuse_quantized(raw)
     names = raw.get("architectures")
     if not isinstance(names, list) or not names:
         raise UserError(
@@ -53,7 +54,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
     config = FAMILIES[name].parse(fields, name)
     config = dataclasses.replace(config, exact_length=fields.exact_length())
-    fields.settle_unread()
+    fields.warn_unused()
     if config.num_heads % config.num_kv_heads:
         raise UserError(
             f"config.json asks for {config.num_heads} query heads over {config.num_kv_heads} KV "
@@ -69,22 +70,22 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return check_widths(config)
 
 
-def _refuse_quantised(raw: Mapping[str, Any]) -> None:
+def _refuse_quantized(raw: Mapping[str, Any]) -> None:
     for field in ("quantization_config", "compression_config"):
         if raw.get(field):
             block = raw[field] if isinstance(raw[field], Mapping) else {}
             method = block.get("quant_method") or field
             raise UserError(
-                f"config.json says {method}, a quantised checkpoint, which is not supported; use "
+                f"config.json says {method}, a quantized checkpoint, which is not supported; use "
                 "the model's release in bfloat16, float16 or float32."
             )
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Reads a config.json, or the one in a model folder.
+    """Reads a config.json, given its path or its model folder.
 
     Raises:
-      UserError: no such file, or its content is wrong.
+      UserError: the file is missing or invalid.
     """
     path = os.fspath(path)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path

@@ -1,7 +1,7 @@
-"""Baichuan2: 13B with ALiBi, 7B with rotary positions, under the same tensor names.
+"""Baichuan2: 13B uses ALiBi, 7B rotary positions; both have the same tensor names.
 
-Source: baichuan-inc's modeling_baichuan.py. The output head's rows are normalised before the
-product.
+Source: baichuan-inc's modeling_baichuan.py. The output head's rows are normalized before the
+matrix product.
 """
 
 from lsjax.config import ModelConfig
@@ -12,17 +12,17 @@ from lsjax.families.hf_names import PRE_NORMS, hf_tensors
 
 
 def _parse(fields: Fields, architecture: str) -> ModelConfig:
-    # Only 7B, the rotary one, has max_position_embeddings.
+    # Only 7B, which has rotary positions, sets max_position_embeddings.
     alibi = fields.raw_value("max_position_embeddings") is None
-    fields.know("model_max_length")
+    fields.mark_known("model_max_length")
     length = fields.size("model_max_length") if alibi else fields.size("max_position_embeddings")
     return parse_hf(
-        fields.having(max_position_embeddings=length),
+        fields.with_overrides(max_position_embeddings=length),
         architecture,
         qkv_bias=False,
         alibi=alibi,
-        # Baichuan1's vocabulary is of 64,000, and its head is a plain one.
-        normalised_head=fields.size("vocab_size") != 64000,
+        # Baichuan1 has a vocabulary of 64,000 and an output head that is not normalized.
+        normalized_head=fields.size("vocab_size") != 64000,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a family is: how its config.json reads, and how its checkpoint names its tensors."""
+"""Defines a model family: how to parse its config.json, and how its checkpoints name tensors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from lsjax.families.fields import Fields
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: its name, and the parameters it holds.
+    """A checkpoint tensor: its name and the paths of the parameters that it holds.
 
-    Parameters are laid out as checkpoints are, [out, in]; a fused tensor holds several, one
-    below the other along its first axis.
+    Parameters have the layout of checkpoints, [out, in]. A fused tensor holds several parameters,
+    concatenated along its first axis.
     """
 
     name: str
@@ -24,10 +24,10 @@ class Family:
     """Architectures that share their config fields and tensor names.
 
     Attributes:
-      architectures: the names in config.json's `architectures`.
-      parse: config.json -> ModelConfig.
-      tensors: the tensors that a checkpoint of this model holds.
-      ignored: names of tensors that carry nothing (buffers computed again from the config).
+      architectures: names in config.json's `architectures`.
+      parse: (fields of config.json, architecture) -> ModelConfig.
+      tensors: ModelConfig -> the tensors that a checkpoint of this model holds.
+      ignored: names of tensors that are not needed (buffers that the config determines).
     """
 
     architectures: tuple[str, ...]
@@ -37,6 +37,6 @@ class Family:
 
 
 def with_bias(name: str, params: tuple[str, ...], bias: bool) -> list[Tensor]:
-    """A projection's weight and, where it has one, its bias."""
+    """Returns a projection's weight tensor and, if `bias` is true, its bias tensor."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return [Tensor(f"{name}.{k}", tuple(f"{p}/{k}" for p in params)) for k in kinds]

@@ -1,4 +1,4 @@
-"""Reading config.json: typed fields, and errors that name the field."""
+"""Reads config.json as typed fields, with errors that name the field."""
 
 import re
 from collections.abc import Mapping
@@ -6,28 +6,28 @@ from typing import Any
 
 from lsjax.config import DTYPES
 from lsjax.errors import UserError
-from lsjax.generation_config import eos_token_ids
-from lsjax.notes import note
+from lsjax.families.generation_config import eos_token_ids
 from lsjax.positions.scaling import is_positive
+from lsjax.runtime.notes import note
 
 _MISSING = object()
-# What files hold that says nothing about the numbers a model computes: where it comes from, how
-# it was trained, and which of its library's code paths runs.
+# Fields that do not affect the numbers a model computes: they describe where it comes from, how it
+# was trained, and which code paths of its library run.
 _OF_NO_EFFECT = {
-    # Of every model: which outputs a Python call returns, heads for other tasks, encoders.
+    # Common to all models: outputs that a Python call returns, heads for other tasks, encoders.
     "add_cross_attention", "chunk_size_feed_forward", "cross_attention_hidden_size",
     "decoder_start_token_id", "is_decoder", "is_encoder_decoder", "output_attentions",
     "output_hidden_states", "output_scores", "prefix", "problem_type", "pruned_heads",
     "remove_invalid_values", "return_dict", "return_dict_in_generate", "sep_token_id",
     "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "torchscript",
     "use_bfloat16",
-    # How to generate, which transformers reads from generation_config.json alone.
+    # Generation settings, which transformers reads only from generation_config.json.
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
     "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "repetition_penalty",
     "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
-    # Of one model or another.
+    # Found in some models.
     "_attn_implementation", "_from_model_config", "_name_or_path",
     "apply_query_key_layer_scaling", "architectures", "attention_dropout",
     "attention_softmax_in_fp32", "attn_implementation", "auto_map", "bias_dropout_fusion",
@@ -36,46 +36,47 @@ _OF_NO_EFFECT = {
     "model_type", "pad_token_id", "pretraining_tp", "tokenizer_class", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
-_DECISIVE = re.compile("rope_|.*_attention_config$")
+_REFUSED_IF_UNREAD = re.compile("rope_|.*_attention_config$")
 
 
 class Fields:
-    """The object in config.json, read field by field.
+    """Reads the JSON object of a config.json field by field.
 
     Attributes:
-      raw: the object.
-      read: names asked for so far.
+      raw: the JSON object.
+      read: names of the fields that were read or marked as known so far.
     """
 
     def __init__(self, raw: Mapping[str, Any]):
         self.raw = raw
         self.read: set[str] = set()
 
-    def having(self, **values: Any) -> "Fields":
-        """The same with other values; reading it counts as reading this."""
+    def with_overrides(self, **values: Any) -> "Fields":
+        """Returns a copy with other values; fields read from the copy count as read here."""
         other = Fields({**self.raw, **values})
         other.read = self.read
         return other
 
     def raw_value(self, name: str, default: Any = None) -> Any:
-        """What the file holds, unchecked."""
+        """Returns a field's value as it is in the file, unchecked."""
         self.read.add(name)
         return self.raw.get(name, default)
 
-    def know(self, *names: str) -> None:
-        """Says that fields are understood, though nothing has to be done for them here."""
+    def mark_known(self, *names: str) -> None:
+        """Marks fields as understood, although their values need no action here."""
         self.read.update(names)
 
-    def settle_unread(self) -> None:
-        """Decides on what the file sets and no part of the family has asked for: it is refused
-        where it would change positions or attention, and else named in a note.
+    def warn_unused(self) -> None:
+        """Refuses or notes the fields that the file sets and the family has not read.
+
+        Fields that would change positions or attention are refused. Others are named in a note.
 
         Raises:
-          UserError: naming the fields.
+          UserError: names the refused fields.
         """
         given = {name for name, value in self.raw.items() if value not in (None, {})}
         unread = sorted(given - self.read - _OF_NO_EFFECT)
-        if decisive := [name for name in unread if _DECISIVE.match(name)]:
+        if decisive := [name for name in unread if _REFUSED_IF_UNREAD.match(name)]:
             raise UserError(
                 f"config.json sets {', '.join(decisive)}, which would change positions or "
                 "attention and is not supported; use a model without it."
@@ -84,12 +85,12 @@ class Fields:
             note(f"config.json sets {', '.join(unread)}, which nothing here reads.")
 
     def exact_length(self) -> int | None:
-        """Tokens that a request may have while attention is as it is computed here; None for any.
+        """Returns the tokens per request up to which attention is exact; None if unlimited.
 
-        Dual chunk attention changes nothing up to chunk_size. Sparse attention is an approximation
-        of what is computed here.
+        Dual chunk attention changes nothing up to chunk_size tokens. Sparse attention approximates
+        the full attention that is computed here, so it sets no limit.
         """
-        self.know("sparse_attention_config")
+        self.mark_known("sparse_attention_config")
         block = self.get("dual_chunk_attention_config", dict, None)
         sparse = self.raw.get("sparse_attention_config") or (block or {}).get(
             "sparse_attention_config"
@@ -99,10 +100,11 @@ class Fields:
         return None if block is None else Fields(block).size("chunk_size")
 
     def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
-        """The field `name`, or `default` where it is absent or null; a float is above 0.
+        """Returns the field `name`, or `default` if it is absent or null.
 
         Raises:
-          UserError: no such field and no default, or a value that is not of `kind`.
+          UserError: the field is absent and has no default, its value is not of type `kind`, or a
+            float is not above 0 (and at most 1e12).
         """
         value = self.raw_value(name)
         if value is None:
@@ -121,7 +123,7 @@ class Fields:
         return value
 
     def size(self, name: str, default: Any = _MISSING) -> Any:
-        """A whole number from 1 to 2^31 - 1, or `default`."""
+        """Returns an integer field from 1 to 2^31 - 1, or `default`."""
         value = self.get(name, int, default)
         if value is not default and not 1 <= value < 2**31:
             raise UserError(
@@ -130,7 +132,7 @@ class Fields:
         return value
 
     def expect(self, name: str, allowed: Any, default: Any) -> None:
-        """Refuses a setting that the family's code does not implement."""
+        """Refuses every value except `allowed`, the only one that the family implements."""
         value = self.raw_value(name, default)
         if value != allowed:
             raise UserError(
@@ -138,7 +140,7 @@ class Fields:
             )
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        self.know("eos_token_id")
+        self.mark_known("eos_token_id")
         return eos_token_ids(self.raw, "config.json")
 
     def dtype(self) -> str:
@@ -150,7 +152,9 @@ class Fields:
         return value
 
     def rope_block(self) -> Mapping[str, Any] | None:
-        """`rope_parameters` (transformers 5) or `rope_scaling` (transformers 4), or both as one.
+        """Returns `rope_parameters` (transformers 5) or `rope_scaling` (transformers 4).
+
+        If the file has both, they are merged.
 
         Raises:
           UserError: the two contradict each other.
@@ -159,7 +163,7 @@ class Fields:
         if not (isinstance(new, Mapping) and isinstance(old, Mapping) and new and old):
             return new or old
         blocks = [dict(old), dict(new)]
-        # A block that says no kind, or the default one, leaves it to the other.
+        # A block without a kind, or of the default kind, takes the kind of the other block.
         kinds = [block.pop("rope_type", block.pop("type", None)) for block in blocks]
         for block in blocks:
             block.pop("type", None)
@@ -172,8 +176,8 @@ class Fields:
         return blocks[0] | blocks[1] | {"rope_type": said[0] if said else "default"}
 
     def rope(self, name: str, default: float) -> float:
-        """A rope field that transformers 5 keeps in the block and 4 beside it."""
-        self.know(name)
+        """Returns a field that transformers 5 keeps in the rope block and 4 beside it."""
+        self.mark_known(name)
         block = self.rope_block()
         if isinstance(block, Mapping) and block.get(name) is not None:
             value = Fields(block).get(name, float)

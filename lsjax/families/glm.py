@@ -1,4 +1,4 @@
-"""GLM-4-9B in both of its layouts, and GLM-4-0414.
+"""GLM-4-9B in both of its checkpoint layouts, and GLM-4-0414.
 
 Source: transformers' modeling_glm.py and modeling_glm4.py; THUDM's modeling_chatglm.py.
 """
@@ -19,7 +19,7 @@ _POST_NORMS = {
 def _parse_glm(fields: Fields, architecture: str) -> ModelConfig:
     head_dim = fields.size("head_dim", 128)
     return parse_hf(
-        fields.having(head_dim=head_dim),
+        fields.with_overrides(head_dim=head_dim),
         architecture,
         qkv_bias=fields.get("attention_bias", bool, True),
         rotary_factor=0.5,
@@ -38,7 +38,7 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         ("apply_residual_connection_post_layernorm", False),
     ):
         fields.expect(name, allowed, allowed)
-    # Without groups the fused tensor holds q, k and v head by head.
+    # Without grouped KV heads, the fused tensor interleaves q, k and v head by head.
     fields.expect("multi_query_attention", True, False)
     heads, num_layers = fields.size("num_attention_heads"), fields.size("num_layers")
     fields.expect("num_hidden_layers", num_layers, num_layers)
@@ -67,7 +67,7 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         qk_norm=False,
         post_norms=False,
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
-        normalised_head=False,
+        normalized_head=False,
         windows=(None,) * num_layers,
         eos_token_ids=fields.eos_token_ids(),
         dtype=fields.dtype(),

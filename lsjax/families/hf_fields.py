@@ -1,4 +1,4 @@
-"""Config fields that the families of transformers share."""
+"""Parses the config fields that the families in transformers share."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from lsjax.positions.scaling import parse_rope_scaling
 
 
 def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConfig:
-    """ModelConfig from the common field names.
+    """Builds a ModelConfig from the common field names.
 
     Args:
-      fields: config.json.
-      architecture: the name in `architectures`.
-      **differences: fields of ModelConfig that this family settles otherwise; besides them
-        `rotary_factor`, the share of head_dim that is rotated where config.json is silent.
+      fields: fields of config.json.
+      architecture: name in config.json's `architectures`.
+      **differences: fields of ModelConfig that the family sets differently, and `rotary_factor`,
+        the fraction of head_dim that is rotated if config.json does not say (default 1).
     """
     fields.expect("hidden_act", "silu", "silu")
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
@@ -45,7 +45,7 @@ def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConf
         "qk_norm": False,
         "post_norms": False,
         "tie_embeddings": fields.get("tie_word_embeddings", bool, False),
-        "normalised_head": False,
+        "normalized_head": False,
         "windows": (None,) * num_layers,
         "eos_token_ids": fields.eos_token_ids(),
         "dtype": fields.dtype(),

@@ -1,4 +1,4 @@
-"""Tensor names of the layouts that transformers itself writes."""
+"""Tensor names in the checkpoint layouts that transformers writes."""
 
 from lsjax.config import ModelConfig
 from lsjax.families.family import Tensor, with_bias
@@ -9,12 +9,12 @@ def hf_tensors(
     norms: dict[str, str],
     fused_gate_up: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Tensors under `model.layers.N`.
+    """Returns the tensors of a checkpoint whose layers are named `model.layers.N`.
 
     Args:
-      config: the model.
-      norms: name in a layer of the checkpoint -> norm of the block.
-      fused_gate_up: gate and up stand in one tensor, gate first.
+      config: model config.
+      norms: norm name in a checkpoint layer -> norm name in the parameter tree.
+      fused_gate_up: whether one tensor holds gate and up, gate first.
     """
     tensors = [Tensor("model.embed_tokens.weight", ("embed/weight",))]
     for i in range(config.num_layers):

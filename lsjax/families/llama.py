@@ -1,4 +1,4 @@
-"""Llama 3, 3.1, 3.2 and others of the LlamaForCausalLM layout.
+"""Llama 3, 3.1, 3.2 and other models in the LlamaForCausalLM layout.
 
 Source: transformers' modeling_llama.py.
 """

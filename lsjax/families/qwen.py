@@ -20,7 +20,7 @@ def _parse_qwen3(fields: Fields, architecture: str) -> ModelConfig:
     bias = fields.get("attention_bias", bool, False)
     head_dim = fields.size("head_dim", 128)
     return parse_hf(
-        fields.having(head_dim=head_dim),
+        fields.with_overrides(head_dim=head_dim),
         architecture,
         qkv_bias=bias,
         out_bias=bias,
@@ -30,12 +30,13 @@ def _parse_qwen3(fields: Fields, architecture: str) -> ModelConfig:
 
 
 def _windows(fields: Fields) -> tuple[int | None, ...]:
-    """A layer slides where `layer_types` says so, or from max_window_layers on.
+    """Returns each layer's sliding window in tokens, or None for full attention.
 
-    `sliding_window` alone does nothing: Qwen's files carry it with use_sliding_window false.
+    `layer_types` says which layers slide. Without it, layers from max_window_layers on slide.
+    `sliding_window` alone has no effect: Qwen's files set it with use_sliding_window false.
     """
     num_layers = fields.size("num_hidden_layers")
-    fields.know("sliding_window", "max_window_layers", "layer_types")
+    fields.mark_known("sliding_window", "max_window_layers", "layer_types")
     if not fields.get("use_sliding_window", bool, False):
         return (None,) * num_layers
     window = fields.size("sliding_window")

@@ -1,1 +1,1 @@
-"""The Flax modules: parameters and the order of operations, nothing else."""
+"""Flax modules: they define parameters and the order of operations, nothing else."""

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions or ALiBi and an explicit cache."""
+"""Grouped-query attention with rotary positions or ALiBi and an explicit KV cache."""
 
 import flax.linen as nn
 import jax
@@ -12,15 +12,15 @@ from lsjax.config import ModelConfig
 from lsjax.nn.linear import Linear, RMSNorm
 from lsjax.positions.rotary import rotate
 
-Places = tuple[jax.Array, jax.Array] | jax.Array
+PositionInputs = tuple[jax.Array, jax.Array] | jax.Array
 
 
 class Attention(nn.Module):
-    """Projections, optional norms of q and k, rotation, attention over the cache, projection.
+    """Q, K and V projections, optional Q and K norms, rotation, attention, output projection.
 
     Attributes:
-      config: the model.
-      mesh: see lsjax.sharding.
+      config: model configuration.
+      mesh: see lsjax.distributed.sharding.
       window: this layer's sliding window, or None.
     """
 
@@ -33,19 +33,29 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        places: Places,
+        places: PositionInputs,
         cache: LayerCache | CompressedCache | None,
         lengths: jax.Array | None,
         decode: bool,
         begin: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | CompressedCache | None]:
-        """[batch, length, hidden] -> the same, and the cache with these tokens written.
+        """Maps [batch, length, hidden] to the same shape, and writes the tokens to the cache.
 
-        `places` tells the heads where tokens are: cos and sin at their positions, each [batch,
-        length, rotary_dim / 2], or the slopes of ALiBi, [heads] in the order of the heads.
+        Without a cache the tokens are whole rows, and gradients flow.
 
-        Without a cache the tokens are whole rows, and gradients flow; see self_attention for
-        their order and `begin`.
+        Args:
+          x: [batch, length, hidden] activations.
+          positions: [batch, length]; see cached.write_and_attend.
+          places: cos and sin at the tokens' positions, each [batch, length, rotary_dim / 2]; with
+            ALiBi the slopes, [heads] in the order of the heads.
+          cache: this layer's cache, or None.
+          lengths: [batch] total number of tokens in each row, or None.
+          decode: whether these are the few tokens of a decode step.
+          begin: first token that each token sees, without a cache; see self_attention, also for
+            the order of the tokens.
+
+        Returns:
+          [batch, length, hidden] output, and the cache with the tokens written.
         """
         c = self.config
 
@@ -63,7 +73,7 @@ class Attention(nn.Module):
         if not c.alibi:
             q = rotate(q, *places, c.rope_interleaved)
             k = rotate(k, *places, c.rope_interleaved)
-        # What heads look at is asked for to find those that retrieve; else nothing is kept.
+        # Recorded on request, to find retrieval heads; otherwise nothing is stored.
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
         if cache is None:

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from lsjax.cache import LayerCache
 from lsjax.config import ModelConfig
-from lsjax.nn.attention import Attention, Places
+from lsjax.nn.attention import Attention, PositionInputs
 from lsjax.nn.linear import Linear, RMSNorm
 
 
@@ -27,7 +27,10 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; families with post norms also norm what is added back."""
+    """Pre-norm attention and MLP; families with post norms also normalize what is added back.
+
+    See Attention for the attributes and for the arguments and results of `__call__`.
+    """
 
     config: ModelConfig
     mesh: Mesh
@@ -47,7 +50,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        places: Places,
+        places: PositionInputs,
         cache: LayerCache | None,
         lengths: jax.Array | None,
         decode: bool,
@@ -57,12 +60,12 @@ class Block(nn.Module):
         return self.feed_forward(x), cache
 
     def attend(self, x, positions, places, cache, lengths, decode, begin=None):
-        """The first half, which brings tokens together; arguments and result as of the whole."""
+        """Runs the attention half, which mixes tokens; arguments and results as in `__call__`."""
         y = self.attn_norm(x)
         y, cache = self.attn(y, positions, places, cache, lengths, decode, begin)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
-        """The second half, of each token by itself: [batch, length, hidden] -> the same."""
+        """Runs the MLP half on each token separately; [batch, length, hidden] in and out."""
         y = self.mlp(self.mlp_norm(x))
         return x + (self.post_mlp_norm(y) if self.config.post_norms else y)

@@ -1,4 +1,4 @@
-"""The decoder: token ids and a cache in, hidden states and the cache out."""
+"""The decoder: maps token ids and a KV cache to hidden states and the updated cache."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lsjax.cache import KVCache
 from lsjax.config import ModelConfig
-from lsjax.nn.attention import Places
+from lsjax.nn.attention import PositionInputs
 from lsjax.nn.block import Block
 from lsjax.nn.linear import Embedding, RMSNorm
 from lsjax.positions.alibi import layer_slopes
@@ -18,25 +18,24 @@ from lsjax.positions.rotary import RotaryTables, cos_sin
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer of any of the families.
+    """A decoder-only transformer of any supported family.
 
-    Layers are unrolled, each with a cache entry of its own: scanning over stacked layers would
+    Layers are unrolled, each with its own cache entry: scanning over stacked layers would
     copy the cache into and out of the loop.
 
     Attributes:
-      config: the model.
-      mesh: see lsjax.sharding.
-      dtype: of parameters and activations.
-      gather: (name of a layer, its parameters) -> those to run it with in prefill, brought
-        together from where they lie; None where they are whole.
-      heads: of each layer, its query heads in the order that they stand in; None where they stand
-        as the checkpoint has them.
+      config: model configuration.
+      mesh: device mesh; see lsjax.distributed.sharding.
+      dtype: dtype of parameters and activations.
+      all_gather_weights: (layer name, its parameters) -> the parameters gathered over the context
+        axis, used in prefill; None if they are not sharded over it.
+      heads: query heads of each layer in their stored order; None for the checkpoint's order.
     """
 
     config: ModelConfig
     mesh: Mesh
     dtype: jnp.dtype
-    gather: Callable[[str, dict], dict] | None = None
+    all_gather_weights: Callable[[str, dict], dict] | None = None
     heads: tuple[tuple[int, ...], ...] | None = None
 
     def setup(self):
@@ -46,7 +45,7 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.lm_head = Embedding(
-                c.vocab_size, c.hidden_size, self.dtype, self.mesh, c.normalised_head
+                c.vocab_size, c.hidden_size, self.dtype, self.mesh, c.normalized_head
             )
 
     def __call__(
@@ -59,26 +58,26 @@ class Decoder(nn.Module):
         decode: bool = False,
         begin: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs new tokens.
+        """Runs all layers on new tokens.
 
         Args:
-          tokens: [batch, length] ids.
-          positions: [batch, length]; see lsjax.attention.cached for what they may be.
-          tables: of the requests in the batch.
-          cache: holding everything before; None where the tokens are whole rows and gradients
-            are wanted.
-          lengths: [batch] tokens of each row in all, where later ones only fill a chunk up.
+          tokens: [batch, length] token ids.
+          positions: [batch, length]; see lsjax.attention.cached for the allowed values.
+          tables: rotary tables of the requests in the batch.
+          cache: KV cache with all earlier tokens; None if the tokens are whole rows and
+            gradients are needed.
+          lengths: [batch] total number of tokens in each row; later ones are padding. Or None.
           decode: whether these are the few tokens of a decode step, not a prefill chunk.
-          begin: [batch, length] without a cache, the first token of its row that each sees; None
-            for that of the row.
+          begin: [batch, length] index in the row of the first token that each token sees, used
+            without a cache; None if all see from the row's first token.
 
         Returns:
-          [batch, length, hidden] hidden states after the last norm, and the cache with the new
+          [batch, length, hidden] hidden states after the final norm, and the cache with the new
           tokens written.
         """
         x = self.embed_tokens(tokens)
         places = self._places(tables, positions)
-        # Whatever is recorded on the way, as parameters are at first, the modules do themselves.
+        # To initialize parameters or record intermediates, the bound modules themselves must run.
         recorded = any(map(self.is_mutable_collection, ("params", "intermediates")))
         entries = []
         for i, layer in enumerate(self.layers):
@@ -86,40 +85,40 @@ class Decoder(nn.Module):
             entry = None if cache is None else cache[i]
             x, entry = run(x, positions, places[i], entry, lengths, decode, begin)
             entries.append(entry)
-        return self.normed(x), None if cache is None else tuple(entries)
+        return self.apply_final_norm(x), None if cache is None else tuple(entries)
 
-    def _places(self, tables: RotaryTables, positions: jax.Array) -> Sequence[Places]:
-        """Of each layer, see Attention."""
+    def _places(self, tables: RotaryTables, positions: jax.Array) -> Sequence[PositionInputs]:
+        """Returns the `places` of each layer; see Attention."""
         c = self.config
         if not c.alibi:
             return [cos_sin(tables, positions)] * c.num_layers
         return layer_slopes(c, self.heads)
 
     def _run(self, i: int, x, positions, places, entry, lengths, decode, begin):
-        """Layer i; arguments and result as of Block."""
+        """Runs layer i; arguments and results as in Block."""
         weights = self.layers[i].variables["params"]
-        if self.gather and entry is not None and not decode:
-            # Brought together once the layer's input is there: XLA would hold those of many layers.
+        if self.all_gather_weights and entry is not None and not decode:
+            # Wait for the layer's input: XLA would otherwise hold gathered weights of many layers.
             x, weights = jax.lax.optimization_barrier((x, weights))
-            weights = self.gather(f"layers_{i}", weights)
+            weights = self.all_gather_weights(f"layers_{i}", weights)
         block = Block(self.config, self.mesh, self.config.windows[i], parent=None)
         return _run_block(block, decode, weights, x, positions, places, entry, lengths, begin)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """[batch, length] ids -> [batch, length, hidden], what the first layer gets."""
+        """Embeds [batch, length] token ids as [batch, length, hidden], the first layer's input."""
         return self.embed(tokens)
 
-    def normed(self, hidden: jax.Array) -> jax.Array:
-        """What the last layer gives, after the last norm."""
+    def apply_final_norm(self, hidden: jax.Array) -> jax.Array:
+        """Applies the final norm to the last layer's output."""
         return self.final_norm(hidden)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[batch, length, hidden] -> [batch, length, vocab] float32."""
+        """Returns [batch, length, vocab] float32 logits of hidden [batch, length, hidden]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return head.logits(hidden)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_block(block, decode, weights, x, positions, places, entry, lengths, begin):
-    """Traced and lowered once for all layers that are alike."""
+    """Runs one layer; traced and lowered once for all identical layers."""
     return block.apply({"params": weights}, x, positions, places, entry, lengths, decode, begin)

@@ -1,4 +1,4 @@
-"""The parameter tree: its shapes, dtypes and shardings, known before any weight is."""
+"""The parameter tree: its shapes, dtypes and shardings, known before any weights are loaded."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from jax.nn.initializers import Initializer
 from jax.sharding import Mesh, NamedSharding
 
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import abstract_mesh, parameter_spec, sharding
 from lsjax.nn.decoder import Decoder
 from lsjax.positions.rotary import rotary_tables
-from lsjax.sharding import abstract_mesh, parameter_spec, sharding
 
 _FIRST_LAYER = "layers_0/"
 _NORMAL = nn.initializers.normal(0.02)
@@ -23,7 +23,7 @@ _NORMAL = nn.initializers.normal(0.02)
 def abstract_parameters(
     config: ModelConfig, mesh: Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path in the parameter tree ("layers_0/attn/q/weight") -> shape, dtype and sharding."""
+    """Returns shape, dtype and sharding of each parameter, by path ("layers_0/attn/q/weight")."""
     one = dataclasses.replace(config.traced, num_layers=1, windows=config.windows[:1])
     first, found = {}, {}
     for path, box in _boxed_parameters(one, dtype).items():
@@ -31,16 +31,17 @@ def abstract_parameters(
         where = sharding(mesh, parameter_spec(mesh, box.names, shape))
         leaf = jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=where)
         (first if path.startswith(_FIRST_LAYER) else found)[path] = leaf
-    for i in range(config.num_layers):  # all are alike
+    for i in range(config.num_layers):  # all layers are alike
         found |= {path.replace(_FIRST_LAYER, f"layers_{i}/"): leaf for path, leaf in first.items()}
     return found
 
 
 def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:
-    """A tree of random parameters, made on the mesh: to train from, or to measure speed.
+    """Creates random parameters on the mesh, for training from scratch or measuring speed.
 
-    They are drawn as the modules would draw them. But the modules' own `init` is one program for
-    all layers, which XLA takes minutes to compile for a GPU; here is one for each shape.
+    They are drawn from the modules' own initial distributions. But the modules' `init` is one
+    program for all layers, which XLA takes minutes to compile for a GPU; this function compiles one
+    program per shape.
     """
     key, flat = jax.random.key(seed), {}
     for path, leaf in abstract_parameters(config, mesh, dtype).items():
@@ -67,20 +68,20 @@ def _draw(
 
 
 def flatten(params: dict) -> dict[str, jax.Array]:
-    """Nested tree -> {"layers_0/attn/q/weight": leaf}."""
+    """Flattens a nested tree to {"layers_0/attn/q/weight": leaf}."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
 def unflatten(flat: dict) -> dict:
-    """The inverse of flatten."""
+    """Inverts `flatten`."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 @functools.lru_cache(maxsize=32)
 def _boxed_parameters(config: ModelConfig, dtype: str) -> dict[str, nn.Partitioned]:
-    """Path -> shape and dtype, boxed with what the axes mean.
+    """Returns shape and dtype of each parameter by path, boxed with the names of its axes.
 
-    The smallest call reaches all parameters, and their shapes do not depend on a mesh.
+    The smallest possible call reaches all parameters, and their shapes do not depend on a mesh.
     """
     mesh = abstract_mesh((1, 1, 1))
     decoder = Decoder(config, mesh, jnp.dtype(dtype))

@@ -1,8 +1,8 @@
-"""What a model will need on a machine that may not be here."""
+"""Planning: what a model needs on devices that need not be present."""
 
-from lsjax.planning.layout import Layout
-from lsjax.planning.needs import Needs
-from lsjax.planning.planner import Plan, plan
+from lsjax.planning.deployment import Deployment, MemoryUsage
+from lsjax.planning.planner import plan
+from lsjax.planning.result import Plan
 from lsjax.planning.targets import Target, find_target, target_mesh
 
-__all__ = ["Layout", "Needs", "Plan", "Target", "find_target", "plan", "target_mesh"]
+__all__ = ["Deployment", "MemoryUsage", "Plan", "Target", "find_target", "plan", "target_mesh"]

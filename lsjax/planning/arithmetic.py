@@ -1,7 +1,6 @@
-"""Bytes a device by arithmetic: weights and cache exactly, temporaries nearly.
+"""Bytes per device by arithmetic: exact for weights and cache, approximate for temporaries.
 
-How temporaries follow from a model's sizes was read off programs that were compiled; tests/ahead
-compares.
+The formula for temporaries was fitted to compiled programs; tests/ahead compares the two.
 """
 
 import dataclasses
@@ -13,26 +12,28 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.cache import CacheSpec, empty_layer
+from lsjax.cache.partition_specs import compressed_cache_spec, layer_cache_spec
 from lsjax.compression.shapes import compressed_shapes
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import sharding
+from lsjax.inference.request import round_up
 from lsjax.nn.parameters import abstract_parameters
-from lsjax.planning.layout import Layout
-from lsjax.planning.needs import Needs
-from lsjax.requests import round_up
-from lsjax.sharding import compressed_cache_spec, layer_cache_spec, sharding
+from lsjax.planning.deployment import Deployment, MemoryUsage
 
 
 @dataclasses.dataclass(frozen=True)
 class _Temporaries:
-    """Of prefill on a platform; what comes in pairs is without and with a model axis.
+    """Temporaries of prefill on a platform.
+
+    Pairs hold a value without a model axis and one with it.
 
     Attributes:
-      mlp: how many vectors of the MLP's size each token of a chunk takes.
-      hidden: the same, of the hidden size.
-      gathered: how much of a layer's weights, or of a model axis' part of them, is whole at once
-        where a context axis splits them.
-      layer_bytes: of each layer's own, code above all.
-      elsewhere: bytes, at most half of all, that lie in memory of another kind.
+      mlp: number of vectors of the MLP's size (split over the model axis) per token of a chunk.
+      hidden: number of vectors of the hidden size per token of a chunk.
+      gathered: share of a layer's weights (of one shard of the model axis) that is gathered at
+        once if a context axis splits them.
+      layer_bytes: further bytes per layer, mostly code.
+      elsewhere: bytes that lie in another kind of memory; at most half of the temporaries.
     """
 
     mlp: float
@@ -50,28 +51,35 @@ _TEMPORARIES = {
 
 
 def needs_of(
-    config: ModelConfig, platform: str, layout: Layout, input_length: int
-) -> dict[str, Needs]:
-    """What "prefill" and "decode" take on a platform, "cpu", "gpu" or "tpu"."""
-    layer, rest = weight_bytes(config, layout.mesh, layout.dtype)
+    config: ModelConfig, platform: str, deployment: Deployment, input_length: int
+) -> dict[str, MemoryUsage]:
+    """Returns the memory per device that "prefill" and "decode" need.
+
+    Args:
+      config: model configuration.
+      platform: "cpu", "gpu" or "tpu".
+      deployment: layout of the model on the devices.
+      input_length: prompt length in tokens.
+    """
+    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype)
     weights = config.num_layers * layer + rest
-    cache = cache_bytes(config, platform, layout, input_length)
+    cache = cache_bytes(config, platform, deployment, input_length)
     decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
-    prefill = _prefill_temporaries(config, platform, layout, layer)
-    if layout.compression and not layout.compression.razor.streaming:
-        spec = layout.cache_spec(input_length)
-        prefill += _layer_bytes(config, platform, layout, spec)
-        prefill += hidden_bytes(config, layout, input_length)
+    prefill = _prefill_temporaries(config, platform, deployment, layer)
+    if deployment.compression and not deployment.compression.razor.streaming:
+        spec = deployment.cache_spec(input_length)
+        prefill += _layer_bytes(config, platform, deployment, spec)
+        prefill += hidden_bytes(config, deployment, input_length)
     return {
-        "prefill": Needs(weights, cache, prefill),
-        "decode": Needs(weights, cache, decode),
+        "prefill": MemoryUsage(weights, cache, prefill),
+        "decode": MemoryUsage(weights, cache, decode),
     }
 
 
 @functools.lru_cache
 def weight_bytes(config: ModelConfig, mesh: tuple[int, int, int], dtype: str) -> tuple[int, int]:
-    """Of a layer, and of what is not in layers, a device."""
-    devices = Layout(mesh, dtype, dtype, 1, 1, 1).abstract_mesh
+    """Returns the bytes per device of one layer's weights, and of all weights outside layers."""
+    devices = Deployment(mesh, dtype, dtype, 1, 1, 1).abstract_mesh
     layer = rest = 0
     for path, leaf in abstract_parameters(config, devices, dtype).items():
         nbytes = _shard_bytes(leaf, leaf.sharding)
@@ -82,32 +90,38 @@ def weight_bytes(config: ModelConfig, mesh: tuple[int, int, int], dtype: str) ->
     return layer, rest
 
 
-def cache_bytes(config: ModelConfig, platform: str, layout: Layout, input_length: int) -> int:
-    """Of the whole cache, a device."""
-    spec = layout.cache_spec(input_length)
-    if layout.compression is None:
-        return config.num_layers * _layer_bytes(config, platform, layout, spec)
-    context = layout.sizes["context"]
-    layers = compressed_shapes(config, spec, layout.compression, input_length, context, platform)
-    return sum(_bytes(layer, compressed_cache_spec(layer), layout) for layer in layers)
+def cache_bytes(
+    config: ModelConfig, platform: str, deployment: Deployment, input_length: int
+) -> int:
+    """Returns the bytes per device of the whole cache."""
+    spec = deployment.cache_spec(input_length)
+    if deployment.compression is None:
+        return config.num_layers * _layer_bytes(config, platform, deployment, spec)
+    context = deployment.sizes["context"]
+    layers = compressed_shapes(
+        config, spec, deployment.compression, input_length, context, platform
+    )
+    return sum(_bytes(layer, compressed_cache_spec(layer), deployment) for layer in layers)
 
 
-def _layer_bytes(config: ModelConfig, platform: str, layout: Layout, spec: CacheSpec) -> int:
-    """Of one layer's cache with all positions, a device."""
+def _layer_bytes(
+    config: ModelConfig, platform: str, deployment: Deployment, spec: CacheSpec
+) -> int:
+    """Returns the bytes per device of one layer's uncompressed cache."""
     layer = jax.eval_shape(lambda: empty_layer(config, spec, platform))
-    return _bytes(layer, layer_cache_spec(layer), layout)
+    return _bytes(layer, layer_cache_spec(layer), deployment)
 
 
-def hidden_bytes(config: ModelConfig, layout: Layout, input_length: int) -> int:
-    """Of the hidden states of all tokens, which a prefill layer by layer holds, a device."""
-    data, context, _ = layout.mesh
-    tokens = layout.batch // data * round_up(input_length, layout.prefill_chunk) // context
-    return tokens * config.hidden_size * jnp.dtype(layout.dtype).itemsize
+def hidden_bytes(config: ModelConfig, deployment: Deployment, input_length: int) -> int:
+    """Returns the bytes per device of all hidden states, which layer-by-layer prefill holds."""
+    data, context, _ = deployment.mesh
+    tokens = deployment.batch // data * round_up(input_length, deployment.prefill_chunk) // context
+    return tokens * config.hidden_size * jnp.dtype(deployment.dtype).itemsize
 
 
-def _bytes(tree: Any, specs: Any, layout: Layout) -> int:
-    """Of arrays that lie as their specs say, a device."""
-    placed = jax.tree.map(lambda s: sharding(layout.abstract_mesh, s), specs)
+def _bytes(tree: Any, specs: Any, deployment: Deployment) -> int:
+    """Returns the bytes per device of arrays sharded by their partition specs."""
+    placed = jax.tree.map(lambda s: sharding(deployment.abstract_mesh, s), specs)
     return sum(map(_shard_bytes, *map(jax.tree.leaves, (tree, placed))))
 
 
@@ -115,19 +129,21 @@ def _shard_bytes(x: jax.ShapeDtypeStruct, placed: jax.sharding.NamedSharding) ->
     return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def _prefill_temporaries(config: ModelConfig, platform: str, layout: Layout, layer: int) -> int:
-    data, context, model = layout.mesh
+def _prefill_temporaries(
+    config: ModelConfig, platform: str, deployment: Deployment, layer: int
+) -> int:
+    data, context, model = deployment.mesh
     takes, split = _TEMPORARIES[platform], int(model > 1)
-    tokens = layout.batch // data * layout.prefill_chunk // context
+    tokens = deployment.batch // data * deployment.prefill_chunk // context
     channels = takes.mlp * config.intermediate_size / model
     channels += takes.hidden[split] * config.hidden_size
-    total = tokens * channels * jnp.dtype(layout.dtype).itemsize
+    total = tokens * channels * jnp.dtype(deployment.dtype).itemsize
     if context > 1:
-        # XLA gathers the weights of all layers at once on a CPU.
+        # On a CPU, XLA gathers the weights of all layers at once.
         layers = config.num_layers if platform == "cpu" else 1
         total += takes.gathered[split] * layer * context * layers
     total -= min(takes.elsewhere, total / 2)
-    if context > 1 and platform == "tpu":  # what the ring holds of a chunk
-        total += 6 * tokens * config.hidden_size * jnp.dtype(layout.dtype).itemsize
+    if context > 1 and platform == "tpu":  # the ring's buffers for a chunk
+        total += 6 * tokens * config.hidden_size * jnp.dtype(deployment.dtype).itemsize
     total += takes.layer_bytes * config.num_layers
     return int(total)

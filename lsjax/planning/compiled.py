@@ -1,56 +1,67 @@
-"""Bytes a device, as the compiler says them of the very programs that would run."""
+"""Bytes per device according to the compiler, from the programs that would run."""
 
 from typing import Any
 
 from lsjax.config import ModelConfig
-from lsjax.engine import Engine
+from lsjax.inference.engine import Engine
 from lsjax.planning.arithmetic import hidden_bytes
-from lsjax.planning.layout import Layout
-from lsjax.planning.needs import Needs
+from lsjax.planning.deployment import Deployment, MemoryUsage
 from lsjax.planning.targets import Target, target_mesh
 
 
 def compile_for(
-    config: ModelConfig, target: Target, layout: Layout, input_length: int
-) -> dict[str, Needs]:
+    config: ModelConfig, target: Target, deployment: Deployment, input_length: int
+) -> dict[str, MemoryUsage]:
     """Compiles prefill and decode for a target.
 
+    Args:
+      config: model configuration.
+      target: devices to compile for.
+      deployment: layout of the model on the devices.
+      input_length: prompt length in tokens.
+
     Returns:
-      The needs of "prefill" and of "decode".
+      The memory per device that "prefill" and "decode" need.
 
     Raises:
-      TooLargeError: the compiler has refused, since the target's memory does not hold the program.
+      TooLargeError: the compiler refused a program that does not fit the target's memory.
       UserError: the target's compiler is not installed, or the target has too few devices.
     """
-    mesh = target_mesh(target, layout.sizes)
-    spec = layout.cache_spec(input_length)
-    settings = layout.dtype, layout.kv_cache_dtype, layout.prefill_chunk, layout.compression
-    engine = Engine(config, mesh, *settings)
+    mesh = target_mesh(target, deployment.sizes)
+    spec = deployment.cache_spec(input_length)
+    options = (
+        deployment.dtype,
+        deployment.kv_cache_dtype,
+        deployment.prefill_chunk,
+        deployment.compression,
+    )
+    engine = Engine(config, mesh, *options)
     try:
         prefill, decode = (p.memory_analysis() for p in engine.compile_ahead(spec, input_length))
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLargeError(str(error).partition("\n")[0]) from None
         raise
-    # Decode takes all weights; prefill leaves the head alone, but it lies there. The cache is what
-    # comes out where it went in.
+    # Decode takes all weights. Prefill does not take the LM head, which occupies memory all the
+    # same. The cache is donated, so its size is that of the aliased outputs.
     weights = decode.argument_size_in_bytes - decode.alias_size_in_bytes
 
-    def needs(program: Any) -> Needs:
+    def needs(program: Any) -> MemoryUsage:
         cache = program.alias_size_in_bytes
         out = program.output_size_in_bytes - cache
-        return Needs(weights, cache, program.temp_size_in_bytes + out)
+        return MemoryUsage(weights, cache, program.temp_size_in_bytes + out)
 
     if not engine.by_layer:
         return {"prefill": needs(prefill), "decode": needs(decode)}
-    # A chunk in one layer, beside all weights, what is compressed already, and all hidden states.
+    # Prefill runs a chunk through one layer, while memory also holds all weights, the compressed
+    # cache, and all hidden states.
     one = needs(prefill)
-    work = one.cache + one.temporaries + hidden_bytes(config, layout, input_length)
+    work = one.cache + one.temporaries + hidden_bytes(config, deployment, input_length)
     return {
-        "prefill": Needs(weights, decode.alias_size_in_bytes, work),
+        "prefill": MemoryUsage(weights, decode.alias_size_in_bytes, work),
         "decode": needs(decode),
     }
 
 
 class TooLargeError(Exception):
-    """A compiler's refusal of a program that its device's memory does not hold."""
+    """Raised when the compiler refuses a program that does not fit the device's memory."""

@@ -1,6 +1,6 @@
-"""How long a run will take, from what devices can do at best and the shares of it assumed here.
+"""Expected speed: the devices' peak rates, times the shares of them that are assumed here.
 
-No time in it was measured on the devices that are planned for.
+No time was measured on the devices that are planned for.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.config import ModelConfig
+from lsjax.inference.request import round_up
 from lsjax.planning.arithmetic import cache_bytes, weight_bytes
-from lsjax.planning.layout import Layout
-from lsjax.planning.targets import Rates, Target
-from lsjax.requests import round_up
+from lsjax.planning.deployment import Deployment
+from lsjax.planning.targets import Target
+from lsjax.runtime.devices import Rates
 
-# Shares of the best that programs are taken to reach.
+# Shares of the peak rates that programs are assumed to reach.
 _OF_FLOPS, _OF_BANDWIDTH, _OF_LINK = 0.5, 0.7, 0.7
-# Seconds that devices take to come together once.
+# Latency of one collective, in seconds.
 _MEETING = 10e-6
 ASSUMED = (
     f"assuming {_OF_FLOPS:.0%} of the rate of matrix products, {_OF_BANDWIDTH:.0%} of the memory's "
@@ -28,11 +29,11 @@ ASSUMED = (
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of a full batch, expected and not measured.
+    """Speed of a full batch, expected and not measured.
 
     Attributes:
-      prefill_seconds: of prompts of the planned length.
-      decode_tokens_per_second: after them, over all rows.
+      prefill_seconds: seconds to prefill prompts of the planned length.
+      decode_tokens_per_second: decode rate after such prompts, summed over all rows.
     """
 
     prefill_seconds: float
@@ -40,38 +41,47 @@ class Speed:
 
 
 def expected_speed(
-    config: ModelConfig, target: Target, layout: Layout, input_length: int
+    config: ModelConfig, target: Target, deployment: Deployment, input_length: int
 ) -> Speed | None:
-    """What a target is expected to do; None for an accelerator whose rates are not known."""
+    """Returns the speed expected on a target, or None if its rates are unknown.
+
+    Args:
+      config: model configuration.
+      target: devices to plan for; the rates of a CPU are measured on this machine.
+      deployment: layout of the model on the devices.
+      input_length: prompt length in tokens.
+    """
     rates = measured_rates(target.devices) if target.platform == "cpu" else target.rates
     if rates is None:
         return None
-    _, context, model = layout.mesh
-    devices = layout.sizes["data"] * context * model
-    itemsize = jnp.dtype(layout.dtype).itemsize
-    layer, rest = weight_bytes(config, layout.mesh, layout.dtype)
-    whole_layers = config.num_layers * layer * context  # of a model part
-    chunks = -(-input_length // layout.prefill_chunk)
-    tokens = round_up(input_length, layout.prefill_chunk) * layout.batch
+    _, context, model = deployment.mesh
+    devices = deployment.sizes["data"] * context * model
+    itemsize = jnp.dtype(deployment.dtype).itemsize
+    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype)
+    whole_layers = config.num_layers * layer * context  # bytes per shard of the model axis
+    chunks = -(-input_length // deployment.prefill_chunk)
+    tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch
 
     products = 2 * tokens * whole_layers * model / itemsize
-    attention = 4 * config.num_heads * config.head_dim * layout.batch * _pairs(config, input_length)
+    attention = (
+        4 * config.num_heads * config.head_dim * deployment.batch * _pairs(config, input_length)
+    )
     computing = (products + attention) / (devices * rates.flops * _OF_FLOPS)
     of_each = tokens / (devices / model) * config.hidden_size * itemsize
     summed = 4 * config.num_layers * of_each * (model - 1) / model
     gathered = chunks * whole_layers * (context - 1) / context
     sending = (summed + gathered) / (rates.link * _OF_LINK)
 
-    # The embedding is looked up, not read.
+    # A separate embedding table, half of `rest`, is only looked up and not read as a whole.
     read = config.num_layers * layer + (rest if config.tie_embeddings else rest / 2)
-    read += cache_bytes(config, target.platform, layout, input_length)
+    read += cache_bytes(config, target.platform, deployment, input_length)
     meetings = (2 if model > 1 else 0) + (8 if context > 1 else 0)
     step = read / (rates.bandwidth * _OF_BANDWIDTH) + config.num_layers * meetings * _MEETING
-    return Speed(computing + sending, layout.batch / step)
+    return Speed(computing + sending, deployment.batch / step)
 
 
 def _pairs(config: ModelConfig, length: int) -> float:
-    """Of a query and a key that it sees, over all layers."""
+    """Returns the number of pairs of a query and a key that it attends to, over all layers."""
     seen = 0.0
     for window in config.windows:
         within = min(length, window or length)
@@ -81,7 +91,7 @@ def _pairs(config: ModelConfig, length: int) -> float:
 
 @functools.cache
 def measured_rates(devices: int) -> Rates:
-    """Of each of some CPU devices that share this machine, measured in a fraction of a second."""
+    """Measures, in a fraction of a second, the rates per device of CPU devices of this machine."""
     x = np.ones((1536, 1536), np.float32)
     flops = 2 * len(x) ** 3 / _seconds(lambda: x @ x)
     source, copy = np.ones((2, 2**24), np.float32)
@@ -90,7 +100,7 @@ def measured_rates(devices: int) -> Rates:
 
 
 def _seconds(work) -> float:
-    """The shorter of two times, after one that nobody counts."""
+    """Returns the minimum of two timed runs after one warm-up."""
     times = []
     for _ in range(3):
         began = time.perf_counter()

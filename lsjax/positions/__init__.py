@@ -1,1 +1,1 @@
-"""Where a token stands: rotary frequencies, their scaling, and the rotation."""
+"""Token positions: rotary frequencies, their scaling, the rotation, and ALiBi."""

@@ -1,4 +1,4 @@
-"""Attention with linear biases: a head's score falls by its slope for each token of distance.
+"""Attention with linear biases: a head's score falls by its slope per token of distance.
 
 Source: arXiv 2108.12409; transformers' build_alibi_tensor (Bloom), modeling_baichuan.py.
 """
@@ -14,9 +14,10 @@ from lsjax.config import ModelConfig
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """[heads] float32: 2^(-8 (h + 1) / heads) where heads is a power of two.
+    """Returns [heads] float32 slopes, 2^(-8 (h + 1) / heads) if `heads` is a power of two.
 
-    Otherwise the slopes of the power of two below it, then every other one of twice that power.
+    Otherwise they are the slopes for the power of two below `heads`, followed by every other slope
+    for twice that power.
     """
     below = 2 ** math.floor(math.log2(heads))
     slopes = _powers(below)
@@ -28,7 +29,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
 def layer_slopes(
     config: ModelConfig, heads: Sequence[Sequence[int]] | None = None
 ) -> list[jax.Array]:
-    """Of each layer, [heads] slopes of its query heads, in the order that `heads` gives them."""
+    """Returns the [heads] slopes of each layer's query heads, in the order given by `heads`."""
     slopes = alibi_slopes(config.num_heads)
     orders = heads or [range(config.num_heads)] * config.num_layers
     return [jnp.asarray(slopes[list(order)]) for order in orders]

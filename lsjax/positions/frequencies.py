@@ -11,16 +11,16 @@ from lsjax.config import ModelConfig, RopeScaling
 
 
 def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.ndarray, float]:
-    """The frequencies a whole request is served with.
+    """Returns the rotary frequencies that a whole request uses.
 
     Args:
-      config: the model.
-      request_length: prompt plus requested output, in tokens. dynamic, longrope and auto look
-        at it; it is fixed before the first token so that no key in the cache was rotated otherwise.
+      config: model configuration.
+      request_length: prompt plus requested output, in tokens. dynamic, longrope and auto depend on
+        it. It is fixed before the first token, so that all keys in the cache are rotated alike.
 
     Returns:
-      inv_freq: [rotary_dim / 2] float64, radians a token.
-      attention_factor: multiplies cos and sin.
+      inv_freq: [rotary_dim / 2] float64, radians per token.
+      attention_factor: factor for cos and sin.
     """
     scaling, theta = resolve(config, request_length)
     inv = _inverse(theta, config.rotary_dim)
@@ -38,9 +38,9 @@ def rotary_frequencies(config: ModelConfig, request_length: int) -> tuple[np.nda
 
 
 def resolve(config: ModelConfig, request_length: int) -> tuple[RopeScaling, float]:
-    """The scaling and the base theta that a request of this length is served with.
+    """Returns the scaling and the base theta that a request of this length uses.
 
-    auto becomes the scaling that it chooses; ntk and dynamic raise theta.
+    auto is replaced by the scaling that it chooses. ntk and dynamic raise theta.
     """
     scaling, theta, dim = config.rope_scaling, config.rope_theta, config.rotary_dim
     if scaling.kind == "auto":
@@ -55,10 +55,10 @@ def resolve(config: ModelConfig, request_length: int) -> tuple[RopeScaling, floa
 
 
 def automatic_scaling(config: ModelConfig, request_length: int) -> RopeScaling:
-    """What rope_scaling "auto" comes to for one request.
+    """Returns the scaling that rope_scaling "auto" chooses for one request.
 
-    Nothing up to the trained length; above it the model's auto_rope_kind with the smallest
-    factor that covers the request.
+    There is no scaling up to the trained length. Above it, the scaling is the model's
+    auto_rope_kind with the smallest factor that covers the request.
     """
     trained = config.max_position_embeddings
     if request_length <= trained:
@@ -68,7 +68,10 @@ def automatic_scaling(config: ModelConfig, request_length: int) -> RopeScaling:
 
 
 def _stretched(theta: float, factor: float, dim: int) -> float:
-    """NTK-aware base: the slowest channel turns `factor` times slower, the fastest as before."""
+    """Returns the NTK-aware base theta.
+
+    The slowest channel then rotates `factor` times slower, and the fastest as before.
+    """
     return theta * factor ** (dim / (dim - 2))
 
 
@@ -80,7 +83,7 @@ def _yarn(inv: np.ndarray, scaling: RopeScaling, theta: float) -> np.ndarray:
     dim = 2 * inv.size
 
     def channel_turning(rotations: float) -> float:
-        """The channel whose angle makes this many turns over the original length."""
+        """Returns the channel that makes this many rotations over the original length."""
         turns = scaling.original_length / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(theta))
 

@@ -1,8 +1,8 @@
 """Rotary position embedding with angles that stay exact at any position.
 
 `position * inv_freq` in float32 is off by up to 0.09 rad at position 2^20. Here the position is
-split, p = 2048 * high + low; cos and sin of both parts come from two small tables made in
-float64, and the angles are added by the addition theorem: under 1e-6 off everywhere.
+split, p = 2048 * high + low. cos and sin of both parts come from two small tables computed in
+float64, and the angle addition formulas combine them. The error is below 1e-6 everywhere.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,18 @@ _LOW = 2048  # positions that the low table covers
 _HIGH = 2048  # rows of the high table
 assert _LOW * _HIGH == MAX_POSITIONS
 
-# Kinds whose frequencies depend on the length of the request.
+# Scaling kinds whose frequencies depend on the length of the request.
 _BY_LENGTH = ("dynamic", "longrope", "auto")
 
 
 @flax.struct.dataclass
 class RotaryTables:
-    """cos and sin of both parts of a position, for one request or for each row of a batch.
+    """cos and sin of both parts of a position, shared by a batch or for each of its rows.
 
-    `high` and `low` are [rows, 2048, 2, rotary_dim / 2] float32, rows being 1 where all rows of
-    the batch share their frequencies; the axis of 2 holds cos and sin. The attention factor is
-    in `low`.
+    Attributes:
+      high, low: [rows, 2048, 2, rotary_dim / 2] float32. rows is 1 if all rows of the batch share
+        their frequencies. The axis of size 2 holds cos and sin. `low` includes the attention
+        factor.
     """
 
     high: jax.Array
@@ -37,7 +38,12 @@ class RotaryTables:
 
 
 def rotary_tables(config: ModelConfig, request_lengths: Sequence[int]) -> RotaryTables:
-    """Tables for a batch whose row i is served `request_lengths[i]` tokens in all."""
+    """Computes the tables for a batch.
+
+    Args:
+      config: model configuration.
+      request_lengths: each row's prompt plus requested output, in tokens.
+    """
     if config.rope_scaling.kind not in _BY_LENGTH:
         request_lengths = request_lengths[:1]
     rows = [_tables(*rotary_frequencies(config, length)) for length in request_lengths]
@@ -54,7 +60,7 @@ def _tables(inv_freq: np.ndarray, attention_factor: float) -> tuple[np.ndarray, 
 
 
 def cos_sin(tables: RotaryTables, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin at [batch, length] positions: two [batch, length, rotary_dim / 2] float32."""
+    """Returns cos and sin at [batch, length] positions: [batch, length, rotary_dim / 2] float32."""
 
     def take(table: jax.Array, index: jax.Array) -> jax.Array:
         if table.shape[0] == 1:
@@ -73,21 +79,21 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> j
     Args:
       x: [batch, length, heads, head_dim].
       cos, sin: [batch, length, rotary_dim / 2] float32.
-      interleaved: pairs are (2i, 2i + 1), else (i, i + rotary_dim / 2).
+      interleaved: whether pairs of channels are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
 
     Returns:
-      Like x; the rotation is computed in float32.
+      Rotated x, of the same shape and dtype; the rotation is computed in float32.
     """
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    rotated, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:
-        first, second = turned[..., :half], turned[..., half:]
+        first, second = rotated[..., :half], rotated[..., half:]
     pair = (first * cos - second * sin, second * cos + first * sin)
     if interleaved:
-        turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+        rotated = jnp.stack(pair, axis=-1).reshape(rotated.shape)
     else:
-        turned = jnp.concatenate(pair, axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+        rotated = jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)

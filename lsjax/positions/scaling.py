@@ -1,4 +1,4 @@
-"""`rope_scaling` as Hugging Face's config.json writes it -> RopeScaling.
+"""Parses `rope_scaling` of Hugging Face's config.json into RopeScaling.
 
 Both spellings of the kind (`type`, `rope_type`) and both formats are read: the `rope_scaling`
 block of transformers 4 and the `rope_parameters` block of transformers 5.
@@ -12,9 +12,9 @@ from typing import Any
 
 from lsjax.config import ModelConfig, RopeScaling
 from lsjax.errors import UserError
-from lsjax.notes import note
+from lsjax.runtime.notes import note
 
-# Each kind: field of the JSON block -> (field of RopeScaling, is it required).
+# For each kind: field of the JSON block -> (field of RopeScaling, whether it is required).
 _FACTOR = {"factor": ("factor", True)}
 KINDS: dict[str, dict[str, tuple[str, bool]]] = {
     "default": {},
@@ -45,30 +45,30 @@ KINDS: dict[str, dict[str, tuple[str, bool]]] = {
         "high_freq_factor": ("high_freq_factor", True),
     },
 }
-# Read elsewhere: they say what is rotated, not how it is scaled.
+# Fields read elsewhere: they determine what is rotated, not how it is scaled.
 _SHARED = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
-# transformers writes null for "not set" here.
+# Fields for which transformers writes null if they are not set.
 _NULLABLE = ("attention_factor", "mscale", "mscale_all_dim")
 _AT_LEAST_ONE = ("factor", "original_max_position_embeddings")
 
 
 def is_positive(value: Any) -> bool:
-    """A number that arithmetic in float64 can take: JSON may also hold 1e999 and NaN."""
+    """Returns whether a value is a number above 0 and at most 1e12; JSON may hold 1e999 and NaN."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value <= 1e12
 
 
 def parse_rope_scaling(
     block: Mapping[str, Any] | None, max_position_embeddings: int
 ) -> RopeScaling:
-    """Reads a `rope_scaling` (or `rope_parameters`) block.
+    """Parses a `rope_scaling` (or `rope_parameters`) block.
 
     Args:
       block: the parsed JSON object; None or {} means no scaling.
-      max_position_embeddings: stands in for original_max_position_embeddings where a yarn or
-        longrope block does not give it, as in transformers.
+      max_position_embeddings: default for original_max_position_embeddings in a yarn or longrope
+        block, as in transformers.
 
     Raises:
-      UserError: an unknown kind, a missing or null field, or a value of the wrong sort.
+      UserError: a kind is unknown, a field is missing or null, or a value is invalid.
     """
     if block is None:
         return RopeScaling()
@@ -114,8 +114,11 @@ def parse_rope_scaling(
 
 
 def _warn_of_contradiction(kind: str, values: Mapping[str, Any], max_position_embeddings: int):
-    """Lengths that imply another factor than the one given. Files with both lengths alike are
-    the usual way to write yarn, and llama3's factor stretches wavelengths, not the length."""
+    """Notes that the lengths imply a factor other than the given one.
+
+    Equal lengths imply nothing: yarn is usually written so. llama3's factor stretches wavelengths,
+    not the length.
+    """
     if kind not in ("yarn", "longrope"):
         return
     implied = max_position_embeddings / values["original_length"]
@@ -130,16 +133,17 @@ def _warn_of_contradiction(kind: str, values: Mapping[str, Any], max_position_em
 def override_rope_scaling(
     config: ModelConfig, rope_scaling: str | Mapping[str, Any] | None
 ) -> ModelConfig:
-    """The model with the rope scaling that a user asks for.
+    """Returns the model configuration with the RoPE scaling that a user asks for.
 
     Args:
-      config: as config.json says.
-      rope_scaling: an object as in config.json, its JSON, "off" for none, "auto" for what each
-        request's length needs (a model whose config.json has a scaling keeps that one), or None
-        to leave config.json's.
+      config: model configuration from config.json.
+      rope_scaling: an object as in config.json; its JSON; "off" for no scaling; "auto" for the
+        scaling that each request's length needs (if config.json has a scaling, that one is kept);
+        or None to keep config.json's.
 
     Raises:
-      UserError: see parse_rope_scaling; or text that is neither JSON nor one of the words.
+      UserError: the block is invalid (see parse_rope_scaling and check_widths), the text is neither
+        JSON nor one of these words, rope_theta is not above 1, or the model has ALiBi.
     """
     if rope_scaling is None:
         return config
@@ -165,10 +169,13 @@ def override_rope_scaling(
 
 
 def check_widths(config: ModelConfig) -> ModelConfig:
-    """The model as it is, once longrope's lists are seen to have a factor for each channel pair.
+    """Checks that longrope's lists have one factor per pair of rotated channels.
+
+    Returns:
+      The configuration, unchanged.
 
     Raises:
-      UserError: a list of another length.
+      UserError: a list has a different length.
     """
     scaling = config.rope_scaling
     if scaling.kind == "longrope":
@@ -183,10 +190,10 @@ def check_widths(config: ModelConfig) -> ModelConfig:
 
 
 def parse_json(text: str) -> Any:
-    """A rope_scaling given as JSON.
+    """Parses a rope_scaling given as JSON.
 
     Raises:
-      UserError: it is none.
+      UserError: the text is not JSON.
     """
     try:
         return json.loads(text)
@@ -205,7 +212,7 @@ def _kind(block: Mapping[str, Any]) -> str:
             f"{given['type']!r}; keep one of them."
         )
     if not given:
-        # The v5 block of an unscaled model may hold rope_theta alone.
+        # In transformers 5 the block of an unscaled model may hold only rope_theta.
         if set(block) <= set(_SHARED):
             return "default"
         raise UserError(

@@ -1,33 +1,34 @@
-"""What scaling does to the shipped models: pass keys and perplexity by length, for each kind."""
+"""Pass keys and perplexity of the shipped models by length, for each kind of RoPE scaling."""
 
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lsjax.evals.needle import needle_map
+from lsjax.evals.passkey import Passage, make_passage
 from lsjax.evals.perplexity import loss_curve
-from lsjax.language_model import load
-from lsjax.shipped import shipped_model_path
+from lsjax.evals.sentences import sentences
 from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH
-from lsjax.shipped.passages import Passage, make_passage
-from lsjax.shipped.sentences import sentences
+
+if TYPE_CHECKING:
+    from lsjax.language_model import LanguageModel
 
 SETTINGS = ("none", "linear", "ntk", "dynamic", "yarn", "alibi")
-_TEXTS = 4  # that perplexity is an average over
+_TEXTS = 4  # texts that perplexity is averaged over
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one setting reaches at one length.
+    """Results of one setting at one length.
 
     Attributes:
       setting: one of SETTINGS.
-      length: tokens of text and answer.
-      share: of pass keys read right, from 0 to 1.
-      perplexity: of sentences, over all positions of texts of that length.
+      length: tokens of text and answer together.
+      share: share of pass keys answered correctly, from 0 to 1.
+      perplexity: perplexity on ordinary sentences, over all positions of texts of this length.
     """
 
     setting: str
@@ -37,9 +38,9 @@ class Cell:
 
 
 def scaling_for(kind: str, length: int) -> str | dict[str, Any]:
-    """The rope_scaling of a kind that serves `length` tokens: factor length / trained length.
+    """Returns the rope_scaling of a kind for `length` tokens: factor length / trained length.
 
-    Dynamic scaling finds the factor by itself; up to the trained length nothing is scaled.
+    Dynamic scaling finds the factor by itself. Up to the trained length nothing is scaled.
     """
     if kind == "none" or length <= TRAINED_LENGTH:
         return "off"
@@ -48,17 +49,19 @@ def scaling_for(kind: str, length: int) -> str | dict[str, Any]:
 
 
 def held_out_passages(length: int, count: int) -> list[Passage]:
-    """Passages that training did not see, their pass keys spread evenly over the depth.
+    """Makes passages that training did not see, with pass keys spread evenly over the depth.
 
     Args:
-      length: of each prompt, in tokens.
-      count: how many.
+      length: tokens of each prompt.
+      count: number of passages.
     """
     depths = np.linspace(0, 1, count)
     return [make_passage(f"held out {i}", length, depth) for i, depth in enumerate(depths)]
 
 
 def measure(
+    rotary: "LanguageModel",
+    alibi: "LanguageModel",
     settings: Sequence[str],
     lengths: Sequence[int],
     keys: int,
@@ -66,16 +69,17 @@ def measure(
     max_batch_size: int,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[Cell]:
-    """Each setting at each length, as they are measured.
+    """Measures each setting at each length, and yields each result as it comes.
 
     Args:
-      settings: of SETTINGS; alibi is the twin, which nothing scales.
-      lengths: tokens of text and answer.
-      keys: pass keys for each cell, spread evenly over the depth.
+      rotary: the shipped model with RoPE.
+      alibi: its twin with ALiBi.
+      settings: settings from SETTINGS; "alibi" measures the twin, without scaling.
+      lengths: tokens of text and answer together.
+      keys: pass keys per cell, spread evenly over the depth.
       max_batch_size: texts answered together.
       progress: called with the number of texts answered.
     """
-    rotary, alibi = load(), load(shipped_model_path("alibi"))
     depths = np.linspace(0, 1, keys).tolist()
     for length in lengths:
         text = " ".join(sentences(random.Random(f"text {length}"), _TEXTS * length))

@@ -1,4 +1,4 @@
-"""Writing a shipped model as a Hugging Face folder."""
+"""Writes a shipped model as a Hugging Face folder."""
 
 import json
 import os
@@ -23,11 +23,11 @@ def export(hf_config: dict[str, Any], params: dict, folder: str | os.PathLike[st
 
     Args:
       hf_config: one of HF_CONFIGS.
-      params: its parameters, as `train` returns them.
-      folder: the folder to make.
+      params: the model's parameters, as `train` returns them.
+      folder: the folder to create.
 
     Raises:
-      UserError: it is taken.
+      UserError: the folder already holds something.
     """
     with tempfile.TemporaryDirectory() as like:
         byte_tokenizer().save(os.path.join(like, "tokenizer.json"))

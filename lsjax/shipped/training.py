@@ -1,4 +1,7 @@
-"""Training: what a passage tells again counts most, and passages grow up to the trained length."""
+"""The recipe that trains the shipped models.
+
+Answers and repeated keys count most in the loss. Passages grow up to the trained length.
+"""
 
 import dataclasses
 import itertools
@@ -8,32 +11,31 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsjax.checkpoint.new_folder import check_free
+from lsjax.checkpoint.atomic_directory import check_free
 from lsjax.config import ModelConfig, RopeScaling
+from lsjax.distributed.sharding import make_mesh
+from lsjax.evals.passkey import make_passage
 from lsjax.families import parse_config
 from lsjax.nn.parameters import random_parameters
 from lsjax.positions.rotary import RotaryTables, rotary_tables
-from lsjax.progress import step_bar
-from lsjax.sharding import make_mesh
+from lsjax.runtime.progress import step_bar
 from lsjax.shipped.export import export
-from lsjax.shipped.model import ANSWER_TOKENS, HF_CONFIGS, TRAINED_LENGTH
-from lsjax.shipped.passages import make_passage
-from lsjax.shipped.weights import weighted
+from lsjax.shipped.model import ANSWER_TOKENS, HF_CONFIGS, TRAINED_LENGTH, weighted
 from lsjax.training.batch import Batch
-from lsjax.training.gaps import gapped_positions
-from lsjax.training.optimiser import Optimisation, optimiser
+from lsjax.training.optimizer import OptimizerConfig, make_optimizer
 from lsjax.training.packing import first_tokens
+from lsjax.training.pose import gapped_positions
 from lsjax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of training.
+    """Steps of training that share a batch shape.
 
     Attributes:
-      steps: how many.
-      batch: passages a step.
-      length: tokens a passage, its answer and end included.
+      steps: number of steps.
+      batch: passages per step.
+      length: tokens per passage, including its answer and the end token.
     """
 
     steps: int
@@ -43,42 +45,44 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Stages under one learning rate: a warm-up, then a cosine to zero.
+    """Stages that share one learning-rate schedule: a warm-up, then a cosine to zero.
 
     Attributes:
-      stages: one after the other.
+      stages: the stages, in order.
       peak_rate: learning rate after the warm-up.
-      warmup: steps.
-      yarn_factors: the steps take these factors of YaRN in turn, and with a factor the distances
-        that it serves; 1 is no scaling. With ALiBi nothing is rotated, and all steps are alike.
+      warmup_steps: steps of the warm-up.
+      yarn_factors: YaRN factors that the steps cycle through; 1 is no scaling. Each step spreads
+        its positions over up to the length that its factor serves. With ALiBi nothing is rotated,
+        so all steps are alike.
     """
 
     stages: tuple[Stage, ...]
     peak_rate: float
-    warmup: int
+    warmup_steps: int
     yarn_factors: tuple[int, ...] = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the model is trained.
+class RecipeConfig:
+    """How a shipped model is trained.
 
     Attributes:
-      seed: of the parameters and the passages.
-      phases: first finding the key, then finding it whatever YaRN's factor. The text never grows
-        past the trained length; what the second phase learns is not to lean on angles that
-        differ under YaRN.
-      most_mentions: a passage tells its key up to this many times. Each time after the first is
-        there to be foreseen, which teaches copying much sooner than the answer alone.
-      weight_decay, b2: AdamW's.
-      answer_weight: a token of the answer or of a key told again counts this much,
-      other_weight: and any other token this much.
+      seed: random seed for the parameters and the passages.
+      phases: the training phases. The first one teaches finding the key, the second one finding it
+        under any YaRN factor. The text never grows past the trained length; the second phase
+        teaches the model not to rely on angles that differ under YaRN.
+      most_mentions: most times that a passage states its key. The model learns to predict each
+        repetition, which teaches copying much sooner than the answer alone.
+      weight_decay, b2: parameters of AdamW, see OptimizerConfig.
+      answer_weight: weight of the answer's digits, the end token and the digits of each repeated
+        key.
+      other_weight: weight of all other tokens.
     """
 
     seed: int = 0
     phases: tuple[Phase, ...] = (
         Phase(
-            # Copying is learned sooner where there is little else to look at.
+            # Copying is learned sooner in short passages, where there is little else to attend to.
             (
                 Stage(150, 48, 96),
                 Stage(150, 32, 128),
@@ -86,7 +90,7 @@ class Settings:
                 Stage(800, 16, TRAINED_LENGTH),
             ),
             peak_rate=2e-3,
-            warmup=50,
+            warmup_steps=50,
         ),
         Phase((Stage(500, 16, TRAINED_LENGTH),), 1e-3, 50, (1, 2, 4, 8, 16, 32)),
     )
@@ -100,24 +104,24 @@ class Settings:
 RECIPES = {"passkey": "rotary", "passkey_alibi": "alibi"}
 
 
-def make(recipe: str, folder: str, settings: Settings) -> None:
+def make(recipe: str, folder: str, settings: RecipeConfig) -> None:
     """Trains a shipped model and writes its folder.
 
     Args:
       recipe: one of RECIPES.
-      folder: the folder to make.
+      folder: the folder to create.
       settings: how the model is trained.
 
     Raises:
-      UserError: the folder is taken.
+      UserError: the folder already holds something.
     """
     check_free(folder)
     hf_config = HF_CONFIGS[RECIPES[recipe]]
     export(hf_config, train(hf_config, settings), folder)
 
 
-def train(hf_config: dict[str, Any], settings: Settings) -> dict:
-    """Trains one of HF_CONFIGS from random parameters and returns the tree of trained ones."""
+def train(hf_config: dict[str, Any], settings: RecipeConfig) -> dict:
+    """Trains one of HF_CONFIGS from random parameters, and returns the trained parameters."""
     config = parse_config(hf_config)
     params = random_parameters(config, make_mesh(""), "float32", settings.seed)
     batches = _batches(settings)
@@ -127,20 +131,28 @@ def train(hf_config: dict[str, Any], settings: Settings) -> dict:
 
 
 def _train_phase(
-    config: ModelConfig, params: dict, phase: Phase, settings: Settings, batches: Iterator[Batch]
+    config: ModelConfig,
+    params: dict,
+    phase: Phase,
+    settings: RecipeConfig,
+    batches: Iterator[Batch],
 ) -> dict:
     steps = sum(stage.steps for stage in phase.stages)
-    optimisation = Optimisation(
-        steps, phase.peak_rate, phase.warmup, weight_decay=settings.weight_decay, b2=settings.b2
+    optimizer = OptimizerConfig(
+        steps,
+        phase.peak_rate,
+        phase.warmup_steps,
+        weight_decay=settings.weight_decay,
+        b2=settings.b2,
     )
-    trainer = Trainer(config, make_mesh(""), optimiser(optimisation), "float32")
+    trainer = Trainer(config, make_mesh(""), make_optimizer(optimizer), "float32")
     state = trainer.init(params)
     tables = {factor: _tables(config, factor) for factor in phase.yarn_factors}
     factors, rng = itertools.cycle(phase.yarn_factors), np.random.default_rng(settings.seed)
     with step_bar(steps, 0) as bar:
         for batch, factor in zip(itertools.islice(batches, steps), factors, strict=False):
             rows, length = batch.tokens.shape
-            # As far apart as in the longest text that the factor serves.
+            # Positions reach as far as in the longest text that the factor serves.
             span = length + (factor - 1) * TRAINED_LENGTH
             batch = batch.replace(positions=gapped_positions(rng, rows, length, span))
             step = jax.tree.map(lambda x: x[None], batch)
@@ -151,10 +163,10 @@ def _train_phase(
 
 
 def _tables(config: ModelConfig, factor: int) -> RotaryTables:
-    """YaRN's frequencies without its attention factor.
+    """Returns tables with YaRN's frequencies, but without its attention factor.
 
-    That factor makes attention sharper for the many tokens of a long text, which these texts are
-    not; a model trained with it would come to count on it.
+    That factor sharpens attention for the many tokens of a long text. These texts are short, and a
+    model trained on them with the factor would learn to rely on it.
     """
     if factor > 1:
         scaling = RopeScaling("yarn", float(factor), TRAINED_LENGTH, attention_factor=1.0)
@@ -162,8 +174,8 @@ def _tables(config: ModelConfig, factor: int) -> RotaryTables:
     return rotary_tables(config, [TRAINED_LENGTH])
 
 
-def _batches(settings: Settings) -> Iterator[Batch]:
-    """[batch, length] of each step; the last token of a passage has no target."""
+def _batches(settings: RecipeConfig) -> Iterator[Batch]:
+    """Yields the [batch, length] batch of each step; a passage's last token has no target."""
     stages = [stage for phase in settings.phases for stage in phase.stages]
     for i, stage in enumerate(s for s in stages for _ in range(s.steps)):
         passages = [

@@ -1,6 +1,6 @@
-"""Tokenizers: text to token ids and back, chats included.
+"""Converts text and chats to token ids, and ids back to text.
 
-``load_tokenizer`` reads a model folder's tokenizer, whichever of the supported kinds it is.
+``load_tokenizer`` loads the tokenizer in a model folder, of any supported kind.
 """
 
 import codecs
@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lsjax.errors import ChatTemplateError, TokenizerError
 from lsjax.tokenizer import json_backend, sentencepiece_backend, tiktoken_backend
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import read_config
 from lsjax.tokenizer.detokenizer import StreamDecoder
-from lsjax.tokenizer.errors import ChatTemplateError, TokenizerError
 
 __all__ = [
     "ChatTemplateError",
@@ -29,20 +29,20 @@ _SUPPORTED = (
     "tiktoken ranks) and *.tiktoken (tiktoken ranks)"
 )
 _RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
-# The first field of a SentencePiece model is a piece, a length-delimited message.
+# The first field of a SentencePiece model is a length-delimited message, a piece.
 _SENTENCEPIECE_START = b"\x0a"
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder holds a tokenizer's files, right or wrong."""
+    """Returns whether a folder holds tokenizer files, valid or not."""
     return next(_candidates(Path(folder)), None) is not None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer in a model's folder.
+    """Loads the tokenizer in a model folder.
 
-    The kind of a file is told from its content. No code from the folder is run. Raises
-    ``TokenizerError`` where there is no tokenizer or it can't be read.
+    The content of a file decides its kind. No code from the folder is run. Raises
+    ``TokenizerError`` if there is no tokenizer or it can't be read.
     """
     folder = Path(folder)
     path = next(_candidates(folder), None)
@@ -69,6 +69,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """The tokenizer files of a folder, the preferred first."""
+    """Yields the tokenizer files in a folder, in order of preference."""
     for pattern in ("tokenizer.json", "tokenizer.model", "*.tiktoken"):
         yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())

@@ -1,4 +1,4 @@
-"""Finding added tokens in text."""
+"""Finds added tokens in text."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,20 +7,20 @@ from lsjax.tokenizer.config import AddedToken
 
 
 class AddedTokenFinder:
-    """Splits text at the added tokens written in it."""
+    """Splits text at the added tokens in it."""
 
     def __init__(self, tokens: Iterable[AddedToken]):
-        # Longest first, so that a token wins over another that it begins with.
+        # Longest first, so that a token wins over a shorter one that it begins with.
         tokens = sorted(tokens, key=lambda token: len(token.content), reverse=True)
         self._ids = {token.content: token.id for token in tokens}
-        # One alternation without groups: the search then skips to the tokens' first characters.
+        # An alternation without groups lets the search skip to the tokens' first characters.
         self._pattern = re.compile("|".join(map(_pattern, tokens))) if tokens else None
 
     def sections(self, text: str) -> Iterator[tuple[str, int, int | None]]:
-        """Yield each stretch of ordinary text with the added token that follows it.
+        """Yields each stretch of ordinary text with the added token that follows it.
 
-        The three values are the stretch, which may be empty, where its token ends in ``text``, and
-        the token's id, which is ``None`` at the end of the text.
+        Each item holds the stretch (which may be empty), the position in ``text`` where the token
+        ends, and the token's id (``None`` at the end of the text).
         """
         start = 0
         if self._pattern is not None:
@@ -30,7 +30,7 @@ class AddedTokenFinder:
         yield text[start:], len(text), None
 
     def _id(self, found: str) -> int:
-        # A token may take the white space around it along.
+        # A match may include the white space around the token.
         return self._ids[found if found in self._ids else found.strip()]
 
 

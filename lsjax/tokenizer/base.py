@@ -1,4 +1,4 @@
-"""The interface of all tokenizers, and what they have in common."""
+"""Defines the interface and the shared code of all tokenizers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lsjax.files import check_characters
-from lsjax.notes import note
+from lsjax.errors import ChatTemplateError
+from lsjax.runtime.notes import note
+from lsjax.runtime.text_files import check_characters
 from lsjax.tokenizer.chat import render_chat
 from lsjax.tokenizer.detokenizer import Detokenizer, StreamDecoder
-from lsjax.tokenizer.errors import ChatTemplateError
 
-# Told how many more characters are done.
+# Called with the number of characters encoded since the last call.
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer(ABC):
-    """Turns text into token ids and back.
+    """Converts text to token ids and back.
 
-    ``prefix`` and ``suffix`` are the ids that go around a prompt, ``named_tokens`` the texts of
-    ``bos_token`` and the like that chat templates refer to.
+    ``prefix`` and ``suffix`` are the ids put before and after a prompt. ``named_tokens`` holds the
+    texts of ``bos_token`` and similar tokens, which chat templates refer to by name.
     """
 
     vocab_size: int
@@ -40,10 +40,10 @@ class Tokenizer(ABC):
         add_special_tokens: bool = True,
         progress: Progress | None = None,
     ) -> list[int]:
-        """The ids of ``text``; special tokens written in it are recognised.
+        """Returns the ids of ``text``; special tokens written in it are recognized.
 
-        ``add_special_tokens`` puts the ids that a prompt begins and ends with around them.
-        ``progress`` is called with the number of characters done since its last call.
+        ``add_special_tokens`` adds ``prefix`` and ``suffix`` around the ids. ``progress`` is called
+        with the number of characters encoded since its last call.
         """
         check_characters(text, "the text")
         ids = self._encode_text(text, progress or (lambda characters: None))
@@ -51,15 +51,15 @@ class Tokenizer(ABC):
             return ids
         if self.prefix and tuple(ids[: len(self.prefix)]) == self.prefix:
             twice = self.decode(self.prefix, skip_special_tokens=False)
-            note(f"the prompt begins with {twice}, which is put before every prompt: it is twice.")
+            note(f"the prompt begins with {twice}, which is added to every prompt: it comes twice.")
         return [*self.prefix, *ids, *self.suffix]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``."""
+        """Returns the text of ``ids``."""
         return self.detokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder for ids that arrive one after another."""
+        """Returns a decoder for ids that arrive one after another."""
         return StreamDecoder(self.detokenizer)
 
     def render_chat(
@@ -70,9 +70,9 @@ class Tokenizer(ABC):
         add_generation_prompt: bool = True,
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The text of a chat, by ``chat_template`` or else by the tokenizer's own template.
+        """Returns the text of a chat, rendered with ``chat_template`` or the tokenizer's template.
 
-        ``arguments`` are further variables for the template, such as ``enable_thinking``.
+        ``arguments`` are extra template variables, such as ``enable_thinking``.
         """
         template = chat_template or self.chat_template
         if template is None:
@@ -95,11 +95,11 @@ class Tokenizer(ABC):
         chat_template: str | None = None,
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
-        """The ids of a chat, up to where the assistant's answer begins; see ``render_chat``."""
+        """Returns a chat's ids up to the start of the assistant's answer; see ``render_chat``."""
         text = self.render_chat(messages, chat_template=chat_template, arguments=arguments)
-        # A template writes bos and the like itself.
+        # The template itself writes bos and similar tokens.
         return self.encode(text, add_special_tokens=False)
 
     @abstractmethod
     def _encode_text(self, text: str, progress: Progress) -> list[int]:
-        """The ids of ``text`` alone."""
+        """Returns the ids of ``text`` alone, without prefix and suffix."""

@@ -1,4 +1,4 @@
-"""Rendering chats with Jinja templates the way the templates' authors tested them."""
+"""Renders chats with Jinja templates in the way that the templates' authors tested them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lsjax.tokenizer.errors import ChatTemplateError
+from lsjax.errors import ChatTemplateError
 
 
 class _GenerationBlock(Extension):
-    """Accepts ``{% generation %}``, which marks the assistant's words for training only."""
+    """Accepts ``{% generation %}``, which marks the assistant's words, for training only."""
 
     tags = frozenset({"generation"})
 
@@ -35,7 +35,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters, which a model never saw in training.
+    # Jinja's own filter escapes HTML characters, and models never saw such escapes in training.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -51,7 +51,7 @@ def _strftime_now(format: str) -> str:
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    # A template comes with the model's files, so it runs sandboxed like any untrusted program.
+    # Templates come with the model's files, so they run sandboxed like any untrusted program.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
@@ -62,9 +62,9 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _plain(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message as templates expect it: its content is text, and what is absent has no key."""
+    """Returns a message as templates expect it: content is text, and null values have no key."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ChatTemplateError(f"{where} must be an object with a role, which is a text.")
+        raise ChatTemplateError(f"{where} must be an object whose role is text.")
     plain = {k: v for k, v in message.items() if v is not None}
     if "content" in plain:
         plain["content"] = _text(plain["content"], where)
@@ -74,7 +74,7 @@ def _plain(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _text(content: Any, where: str) -> str:
-    """Text, or a list of parts that are text: these are put on lines of their own."""
+    """Returns content that is text, or joins a list of text parts with newlines."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -96,7 +96,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Calls whose arguments are objects: clients send them as JSON text."""
+    """Returns tool calls with arguments as objects, which clients may send as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise ChatTemplateError(f"{where} has tool_calls that are not a list of objects.")
     found = []
@@ -127,12 +127,12 @@ def render_chat(
     add_generation_prompt: bool,
     arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Render ``messages`` with a Jinja chat ``template``.
+    """Renders ``messages`` with a Jinja chat ``template``.
 
-    ``arguments`` are further variables that the template knows, such as ``enable_thinking``.
+    ``arguments`` are extra template variables, such as ``enable_thinking``.
 
-    Raises ``ChatTemplateError`` where the template is malformed, leaves the sandbox, or refuses
-    the messages.
+    Raises ``ChatTemplateError`` if the template is malformed, violates the sandbox, or refuses the
+    messages.
     """
     if not messages:
         raise ChatTemplateError("a chat needs at least one message.")
@@ -147,7 +147,7 @@ def render_chat(
             | dict(special_tokens)
             | {"messages": plain, "add_generation_prompt": add_generation_prompt}
         )
-    except Exception as error:  # a template is a program: it can fail in any way
+    except Exception as error:  # a template is a program and can fail in any way
         raise ChatTemplateError(
             f"the chat template failed: {type(error).__name__}: {error}; check the messages' "
             "roles, or give another template with --chat_template."

@@ -1,13 +1,12 @@
-"""What a tokenizer folder says beside its vocabulary: special tokens, bos/eos, chat template."""
+"""Reads a tokenizer's settings beside its vocabulary: special tokens, bos/eos, chat template."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lsjax.errors import UserError
-from lsjax.files import read_json, read_text
-from lsjax.tokenizer.errors import TokenizerError
+from lsjax.errors import TokenizerError, UserError
+from lsjax.runtime.text_files import read_json, read_text
 
 CONFIG_NAME = "tokenizer_config.json"
 NAMED_TOKENS = (
@@ -23,7 +22,7 @@ NAMED_TOKENS = (
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token recognised as a whole in text, before the vocabulary's own rules apply."""
+    """A token that is matched as a whole in text, before the vocabulary's own rules apply."""
 
     id: int
     content: str
@@ -36,7 +35,10 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The settings of ``tokenizer_config.json`` that matter; absent ones are ``None`` or empty."""
+    """The settings in ``tokenizer_config.json`` that matter here.
+
+    Absent settings are ``None`` or empty; ``legacy`` is then true.
+    """
 
     tokenizer_class: str | None = None
     named_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -49,10 +51,13 @@ class TokenizerConfig:
 
 
 def read_config(folder: Path) -> TokenizerConfig:
-    """Read ``tokenizer_config.json`` and ``chat_template.jinja``; either may be absent."""
+    """Reads ``tokenizer_config.json`` and the files that complete it; any may be absent.
+
+    These are ``special_tokens_map.json``, ``added_tokens.json`` and ``chat_template.jinja``.
+    """
     path = folder / CONFIG_NAME
     legacy = _read_json_object(folder / "added_tokens.json")
-    # Older folders name bos and eos in special_tokens_map.json alone.
+    # Older folders name bos and eos only in special_tokens_map.json.
     raw = {**_read_json_object(folder / "special_tokens_map.json"), **_read_json_object(path)}
     try:
         return TokenizerConfig(
@@ -92,7 +97,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
-    """A token is written either as its text or as an object with the text in ``content``."""
+    """Returns the text of a token, which is a string or an object with the text in ``content``."""
     content = token if isinstance(token, str) else token["content"]
     if not isinstance(content, str):
         raise TypeError(f"token {token!r} isn't text")
@@ -112,7 +117,7 @@ def _flag(raw: Mapping[str, Any], name: str) -> bool | None:
 
 
 def _added_tokens(decoder: Mapping[str, Any], legacy: Mapping[str, Any]) -> tuple[AddedToken, ...]:
-    """Those of added_tokens_decoder, and of added_tokens.json what it does not tell of."""
+    """Returns the tokens of added_tokens_decoder and those that only added_tokens.json has."""
     tokens = [
         AddedToken(
             id=int(token_id),
@@ -139,7 +144,7 @@ def _chat_template(folder: Path, setting: str | list[dict[str, str]] | None) -> 
     if file.is_file():
         return read_text(file)
     if isinstance(setting, list):
-        # The other names are for special uses (tool calls, retrieval); none stands for all.
+        # Other names are for special uses (tool calls, retrieval), so none replaces the default.
         return {entry["name"]: entry["template"] for entry in setting}.get("default")
     if not isinstance(setting, str | None):
         raise TypeError("chat_template is neither text nor a list of named templates")

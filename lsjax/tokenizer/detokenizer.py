@@ -1,4 +1,4 @@
-"""From token ids back to text, all at once or as the ids arrive."""
+"""Converts token ids back to text, all at once or as the ids arrive."""
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +16,13 @@ codecs.register_error(REPLACE_EACH_BYTE, _replace_each_byte)
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """How a vocabulary's ids become text.
+    """Converts a vocabulary's ids to text.
 
-    ``token_bytes`` gives an id's UTF-8 bytes, none for an id outside the vocabulary (models pad
-    their embeddings, so they can produce such ids). ``errors`` names the handler for bytes that
-    are no UTF-8: byte-level vocabularies write one U+FFFD for each broken character, vocabularies
-    with byte fallback one for each byte. ``leading_spaces`` is how many spaces at the start of the
-    first token stem from the encoder rather than from the text.
+    ``token_bytes`` returns an id's UTF-8 bytes, and none for an id outside the vocabulary (models
+    pad their embeddings, so they can produce such ids). ``errors`` names the handler for bytes that
+    are not UTF-8: byte-level vocabularies write one U+FFFD per broken character, vocabularies with
+    byte fallback one per byte. ``leading_spaces`` is the number of spaces to drop, at most, from
+    the start of the first token, because the encoder added them to the text.
     """
 
     token_bytes: Callable[[int], bytes]
@@ -31,15 +31,16 @@ class Detokenizer:
     leading_spaces: int = 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of ``ids``."""
+        """Returns the text of ``ids``."""
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         return stream.push(ids) + stream.flush()
 
 
 class StreamDecoder:
-    """Turns ids into text as they arrive, holding back the bytes of unfinished characters.
+    """Converts ids to text as they arrive, and holds back the bytes of incomplete characters.
 
-    All that ``push`` and a last ``flush`` return, joined, is the decoding of all ids at once.
+    The texts that ``push`` and a final ``flush`` return, joined, equal the decoding of all ids at
+    once.
     """
 
     def __init__(self, detokenizer: Detokenizer, *, skip_special_tokens: bool = True):
@@ -49,11 +50,11 @@ class StreamDecoder:
         self._at_start = True
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take the next ids and return the text they complete."""
+        """Takes the next ids and returns the text that they complete."""
         return self._utf8.decode(b"".join(self._bytes(ids)))
 
     def flush(self) -> str:
-        """Return what is still held back, and start anew."""
+        """Returns the text that is still held back, and resets the decoder."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._at_start = True

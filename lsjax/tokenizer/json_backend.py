@@ -1,4 +1,4 @@
-"""tokenizer.json: tokenizers of the Hugging Face tokenizers library."""
+"""Loads tokenizer.json, the format of the Hugging Face tokenizers library."""
 
 import json
 import re
@@ -11,20 +11,20 @@ from typing import Any
 
 import tokenizers
 
+from lsjax.errors import TokenizerError
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import AddedToken, TokenizerConfig
 from lsjax.tokenizer.detokenizer import REPLACE_EACH_BYTE, Detokenizer
-from lsjax.tokenizer.errors import TokenizerError
 from lsjax.tokenizer.json_pieces import Pieces, choose_pieces
 
-# The library encodes the pieces of a batch side by side. What it says of each token beside its id
-# takes far more memory than the text, so a batch is small.
+# The library encodes the pieces of a batch in parallel. Its data about each token, beside the id,
+# take far more memory than the text, so batches are small.
 _BATCH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonTokenizer(Tokenizer):
-    """A tokenizer over the tokenizers library."""
+    """A tokenizer that uses the tokenizers library."""
 
     backend: tokenizers.Tokenizer
     pieces: Pieces
@@ -43,7 +43,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def load(path: Path, content: bytes, config: TokenizerConfig) -> JsonTokenizer:
-    """Make a tokenizer of a tokenizer.json's ``content``."""
+    """Builds a tokenizer from the ``content`` of a tokenizer.json."""
     try:
         spec = json.loads(content)
         backend = tokenizers.Tokenizer.from_buffer(content)
@@ -68,7 +68,7 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> JsonTokenizer:
 
     bos_id, eos_id = named_id("bos_token"), named_id("eos_token")
     prefix, suffix = _around_prompts(backend)
-    # Settings of tokenizer_config.json win over tokenizer.json's, each on its side of a prompt.
+    # tokenizer_config.json overrides tokenizer.json, separately for prefix and suffix.
     if config.add_bos_token is not None:
         prefix = (bos_id,) if config.add_bos_token and bos_id is not None else ()
     if config.add_eos_token is not None:
@@ -92,7 +92,7 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> JsonTokenizer:
 def _added_tokens(
     path: Path, backend: tokenizers.Tokenizer, config: TokenizerConfig
 ) -> tuple[AddedToken, ...]:
-    """All added tokens, after adding those that only tokenizer_config.json tells of."""
+    """Returns all added tokens, after adding those that only tokenizer_config.json has."""
     for token in config.added_tokens:
         if backend.token_to_id(token.content) is None:
             backend.add_tokens(
@@ -128,7 +128,7 @@ def _added_tokens(
 
 
 def _around_prompts(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the post-processor puts before and after a text."""
+    """Returns the ids that the post-processor puts before and after a text."""
     inner = backend.encode("a", add_special_tokens=False).ids
     outer = backend.encode("a", add_special_tokens=True).ids
     start = next(i for i in range(len(outer) + 1) if outer[i : i + len(inner)] == inner)
@@ -139,7 +139,7 @@ def _around_prompts(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tup
 
 
 def _byte_characters() -> dict[str, int]:
-    """The printable characters that byte-level vocabularies write bytes as."""
+    """Returns the printable characters that stand for bytes in byte-level vocabularies."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -196,7 +196,7 @@ def _detokenizer(
 
 
 def _steps(component: Mapping[str, Any] | None, members: str) -> Sequence[Mapping[str, Any]]:
-    """A component's steps, whether it is a sequence, one step or none."""
+    """Returns a component's steps, whether it is a sequence, one step or absent."""
     if component is None:
         return []
     return component[members] if component["type"] == "Sequence" else [component]
@@ -205,7 +205,7 @@ def _steps(component: Mapping[str, Any] | None, members: str) -> Sequence[Mappin
 def _by_token(
     backend: tokenizers.Tokenizer, added: Mapping[int, bytes], to_bytes: Callable[[str], bytes]
 ) -> Callable[[int], bytes]:
-    """The bytes of a token: of an added one as it is written, of others by the decoder's rule."""
+    """Returns id -> bytes: an added token as it is written, any other through ``to_bytes``."""
 
     @cache
     def token_bytes(token_id: int) -> bytes:
@@ -220,7 +220,7 @@ def _by_token(
 def _byte_level(token: str) -> bytes:
     try:
         return bytes(_BYTE_CHARACTERS[character] for character in token)
-    except KeyError:  # a vocabulary may hold text that no byte stands for
+    except KeyError:  # a vocabulary may hold characters that stand for no byte
         return token.encode()
 
 

@@ -1,4 +1,4 @@
-"""Where long text can be cut for the tokenizer that a tokenizer.json describes."""
+"""Chooses where long text can be cut for the tokenizer in a tokenizer.json."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from lsjax.tokenizer.pieces import (
 
 @dataclass(frozen=True)
 class Piece:
-    """A text to encode, and how many characters of the whole text it stands for."""
+    """A text to encode, and the number of characters of the whole text that it stands for."""
 
     text: str
     characters: int
@@ -30,15 +30,15 @@ class Piece:
 class Pieces:
     """Cuts text by ``rule``.
 
-    ``drop_space`` is for tokenizers that put a space before every text: it stands in for the one
-    that all pieces but the first begin with.
+    ``drop_space`` is for tokenizers that put a space before every text. That space replaces the one
+    that every piece but the first begins with.
     """
 
     rule: CutRule
     drop_space: bool = False
 
     def __call__(self, text: str) -> Iterator[Piece]:
-        """The pieces of ``text``."""
+        """Yields the pieces of ``text``."""
         for i, piece in enumerate(pieces(text, self.rule)):
             yield Piece(piece[1:] if i and self.drop_space else piece, len(piece))
 
@@ -48,16 +48,16 @@ def choose_pieces(
     added: Sequence[AddedToken],
     vocabulary: Callable[[], Mapping[str, int]],
 ) -> Pieces:
-    """The way to cut text that is safe for ``spec``, or else the one that leaves it whole."""
+    """Returns a way to cut text that is safe for ``spec``; if none is known, text stays whole."""
     whole = Pieces(no_cut)
     if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return whole  # these look at the text around them
+        return whole  # these match depending on the text around them
     if _splits_words(spec):
         chosen = Pieces(after_words)
         apart = all(_is_apart(token.content, after_words) for token in added)
         return chosen if apart else whole
     spaces = _sentencepiece_spaces(spec)
-    # Tokens found in normalised text see the space put before every text.
+    # Tokens that are matched in normalized text see the space that is put before every text.
     if spaces is None or any(token.normalized for token in added):
         return whole
     if any(" " in token.content for token in added):
@@ -68,7 +68,7 @@ def choose_pieces(
 
     def before_space(text: str, start: int) -> int:
         position = merge_cuts().before_space(text, start)
-        # Text next to an added token gets a space of its own.
+        # Text next to an added token gets a prepended space of its own.
         while drop_space and position < len(text) and _touches(text, position, contents):
             position = merge_cuts().before_space(text, position + 1)
         return position
@@ -77,12 +77,12 @@ def choose_pieces(
 
 
 def _is_apart(content: str, rule: CutRule) -> bool:
-    """Whether no cut can fall inside an occurrence of ``content``."""
+    """Returns whether no cut can fall inside an occurrence of ``content``."""
     return rule(f"a{content}a", 2) > len(content)
 
 
 def _touches(text: str, space: int, contents: tuple[str, ...]) -> bool:
-    """Whether an added token, or the end of the text, is next to the space."""
+    """Returns whether an added token, or the end of the text, is next to the space."""
     return (
         space + 1 == len(text)
         or text.endswith(contents, 0, space)
@@ -91,7 +91,7 @@ def _touches(text: str, space: int, contents: tuple[str, ...]) -> bool:
 
 
 def _splits_words(spec: Mapping[str, Any]) -> bool:
-    """Whether the pre-tokenizer always splits where ``after_words`` cuts."""
+    """Returns whether the pre-tokenizer always splits where ``after_words`` cuts."""
     if spec.get("normalizer") not in (None, {"type": "NFC"}):
         return False
     cuts = False
@@ -99,7 +99,7 @@ def _splits_words(spec: Mapping[str, Any]) -> bool:
     for i, step in enumerate(steps):
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False}:
-                # It writes spaces as other characters, which the steps after it would see.
+                # It replaces spaces with other characters, which later steps would see.
                 return (cuts or step.get("use_regex", True)) and i == len(steps) - 1
             case {
                 "type": "Split",
@@ -116,10 +116,10 @@ def _splits_words(spec: Mapping[str, Any]) -> bool:
 
 
 def _sentencepiece_spaces(spec: Mapping[str, Any]) -> str | None:
-    """How a byte-pair encoding of SentencePiece's kind treats the spaces at a text's start.
+    """Returns how a SentencePiece-like byte-pair encoding treats spaces at the start of a text.
 
-    "prepended": one is put before every text; "kept": a text that begins with a space stays as it
-    is; ``None``: the tokenizer isn't of this kind.
+    "prepended": a space is put before every text. "kept": a text that begins with a space stays as
+    it is. ``None``: the tokenizer isn't of this kind.
     """
     model = spec.get("model") or {}
     plain = (
@@ -134,7 +134,7 @@ def _sentencepiece_spaces(spec: Mapping[str, Any]) -> str | None:
     match _members(spec.get("pre_tokenizer"), "pretokenizers"):
         case [{"type": "Metaspace", "replacement": "▁"}] if plain and not normalizers:
             return "kept"
-        # Splitting at spaces does nothing once they are replaced.
+        # Splitting at spaces has no effect once they are replaced.
         case [] | [{"type": "Split", "pattern": {"String": " "}}] if plain:
             if normalizers == [prepend, replace]:
                 return "prepended"

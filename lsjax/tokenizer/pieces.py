@@ -1,7 +1,7 @@
-"""Cutting long text where tokenisation can't notice.
+"""Cuts long text where cuts do not change its tokenization.
 
-A cut is safe when encoding both sides apart gives the ids of encoding them together. Encoding
-piece by piece then bounds memory and lets progress be told, and changes nothing else.
+A cut is safe if encoding both sides separately gives the same ids as encoding them together.
+Encoding piece by piece then bounds memory and makes progress visible, and changes nothing else.
 """
 
 import re
@@ -10,17 +10,17 @@ from itertools import pairwise
 
 PIECE_CHARACTERS = 1 << 16
 
-# A cut rule gives the first safe cut at or after a position, or the text's length.
+# A cut rule returns the first safe cut at or after a position, or the text's length.
 CutRule = Callable[[str, int], int]
 
 
 def no_cut(text: str, start: int) -> int:
-    """The rule for tokenizers of which no safe cut is known: the text stays whole."""
+    """Leaves the text whole: the cut rule for tokenizers without a known safe cut."""
     return len(text)
 
 
 def pieces(text: str, rule: CutRule, size: int | None = None) -> Iterator[str]:
-    """Cut ``text`` by ``rule`` into pieces of about ``size`` characters."""
+    """Cuts ``text`` by ``rule`` into pieces of about ``size`` characters."""
     size = size or PIECE_CHARACTERS
     start = 0
     while start < len(text):
@@ -29,13 +29,13 @@ def pieces(text: str, rule: CutRule, size: int | None = None) -> Iterator[str]:
         start = end
 
 
-# ---- Vocabularies behind a splitting pattern -----------------------------------------------------
+# ---- Vocabularies with a splitting pattern -------------------------------------------------------
 #
 # Byte-pair encoding then works inside each match of the pattern, so a cut is safe where matches
-# always end. Three such places hold for every alternative below: before a space that follows a
+# always end. Matches of every alternative below end in three places: before a space that follows a
 # visible character, after a lone newline before a word, and between a kana or Chinese character and
 # full-width punctuation. No alternative matches across them. The look-ahead of ``\s+(?!\S)`` sees
-# the cut only after a lone newline, which is one match by itself with or without it.
+# the cut only after a lone newline, which is a match by itself with or without the cut.
 _WORD_CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=\w)|(?<=[ぁ-ゖァ-ヺ一-龥])(?=[，。！？；：、])")
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
@@ -74,21 +74,21 @@ _OTHERS = frozenset(_CONTRACTIONS.split("|")) | {
 
 
 def after_words(text: str, start: int) -> int:
-    """The cut rule for splitting patterns made of the known alternatives."""
+    """Returns the next cut: the cut rule for splitting patterns made of the known alternatives."""
     match = _WORD_CUT.search(text, start)
     return match.start() if match else len(text)
 
 
 def never_crosses_cuts(pattern: str) -> bool:
-    """Whether no match of the splitting ``pattern`` reaches across a cut of ``after_words``."""
+    """Returns whether no match of the splitting ``pattern`` crosses a cut of ``after_words``."""
     return _alternatives(pattern) <= _LETTERS | _OTHERS | {_SPACES}
 
 
 def always_cuts(pattern: str) -> bool:
-    """Whether ``pattern`` itself splits text at every cut of ``after_words``.
+    """Returns whether ``pattern`` itself splits text at every cut of ``after_words``.
 
-    It does when it matches all letters and all white space, so that no unmatched stretch of text
-    reaches across a cut either.
+    It does if it matches all letters and all white space, because then no unmatched stretch of text
+    crosses a cut either.
     """
     alternatives = _alternatives(pattern)
     return (
@@ -99,7 +99,7 @@ def always_cuts(pattern: str) -> bool:
 
 
 def _alternatives(pattern: str) -> frozenset[str]:
-    """The alternatives at the top level of a regular expression."""
+    """Returns the alternatives at the top level of a regular expression."""
     found, depth, in_class, start = [], 0, False, 0
     for match in re.finditer(r"\\.|.", pattern, re.DOTALL):
         token = match.group()
@@ -117,26 +117,26 @@ def _alternatives(pattern: str) -> frozenset[str]:
 
 # ---- Vocabularies that merge across the whole text -----------------------------------------------
 #
-# Byte-pair encoding never joins two neighbours that no token of the vocabulary holds side by side,
-# so what is merged left of such a place and right of it is independent. Both neighbours must be in
-# the vocabulary by themselves, as runs of unknown characters may be fused into one token.
+# Byte-pair encoding never merges two neighbors that no token of the vocabulary holds side by side,
+# so the merges left and right of such a place are independent. Both neighbors must be tokens of the
+# vocabulary by themselves, because runs of unknown characters may be fused into one token.
 
-SPACE = "\u2581"  # SentencePiece writes a space so
+SPACE = "\u2581"  # SentencePiece writes a space as this character
 
 
 class MergeCuts:
-    """The cut rule for byte-pair encoding without a splitting pattern."""
+    """A cut rule for byte-pair encoding without a splitting pattern."""
 
     def __init__(self, tokens: Iterable[str]):
         self._characters: set[str] = set()
-        self._neighbours: set[str] = set()
+        self._neighbors: set[str] = set()
         for token in tokens:
             if len(token) == 1:
                 self._characters.add(token)
-            self._neighbours.update(map("".join, pairwise(token)))
+            self._neighbors.update(map("".join, pairwise(token)))
 
     def __call__(self, text: str, start: int) -> int:
-        """The first place at or after ``start`` across which nothing can be merged."""
+        """Returns the first place at or after ``start`` that no merge can cross."""
         left = _visible(text[start - 1])
         for position in range(start, len(text)):
             right = _visible(text[position])
@@ -146,7 +146,7 @@ class MergeCuts:
         return len(text)
 
     def before_space(self, text: str, start: int) -> int:
-        """The same, only at spaces."""
+        """Returns the first place before a space, from ``start`` on, that no merge can cross."""
         position = text.find(" ", start)
         while position > 0 and not self._independent(_visible(text[position - 1]), SPACE):
             position = text.find(" ", position + 1)
@@ -154,7 +154,7 @@ class MergeCuts:
 
     def _independent(self, left: str, right: str) -> bool:
         return (
-            left + right not in self._neighbours
+            left + right not in self._neighbors
             and left in self._characters
             and right in self._characters
         )

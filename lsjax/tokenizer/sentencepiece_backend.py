@@ -1,4 +1,4 @@
-"""tokenizer.model: SentencePiece models."""
+"""Loads tokenizer.model files that are SentencePiece models."""
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -6,27 +6,27 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from lsjax.errors import TokenizerError
 from lsjax.tokenizer.added_tokens import AddedTokenFinder
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import AddedToken, TokenizerConfig
 from lsjax.tokenizer.detokenizer import REPLACE_EACH_BYTE, Detokenizer
-from lsjax.tokenizer.errors import TokenizerError
 from lsjax.tokenizer.pieces import SPACE, CutRule, MergeCuts, no_cut, pieces
 from lsjax.tokenizer.sentencepiece_spec import SentencePieceSpec, read_spec
 
-# Appended to a model, this overrides its normalizer_spec.add_dummy_prefix with false.
+# Appended to a serialized model, this sets its normalizer_spec.add_dummy_prefix to false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
-# Tokenizers that put no bos before a prompt unless told to.
+# Tokenizer classes that put bos before a prompt only if add_bos_token is set.
 _WITHOUT_BOS = frozenset({"BaichuanTokenizer"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer over the sentencepiece library.
+    """A tokenizer that uses the sentencepiece library.
 
-    SentencePiece puts a space before a text. ``starts`` does so, ``continues`` doesn't; with
-    ``legacy``, text after a special token counts as the start of a text.
+    SentencePiece puts a space before a text. ``starts`` does so, ``continues`` doesn't. With
+    ``legacy``, text after an added token counts as the start of a text.
     """
 
     starts: SentencePieceProcessor
@@ -59,7 +59,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load(path: Path, content: bytes, config: TokenizerConfig) -> SentencePieceTokenizer:
-    """Make a tokenizer of a SentencePiece model's ``content``."""
+    """Builds a tokenizer from the ``content`` of a SentencePiece model."""
     try:
         spec = read_spec(content)
         processor = SentencePieceProcessor(model_proto=content)

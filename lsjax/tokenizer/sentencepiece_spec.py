@@ -1,6 +1,6 @@
-"""The settings in a SentencePiece model that its library doesn't tell.
+"""Reads the settings of a SentencePiece model that its library doesn't expose.
 
-A model is a protocol buffer; the few fields needed are read from it directly, which spares a
+A model is a protocol buffer. The few fields needed are read from it directly, which avoids a
 dependency on the protobuf library.
 """
 
@@ -16,14 +16,21 @@ _BPE = 2
 
 @dataclass(frozen=True)
 class SentencePieceSpec:
-    """What is done to a text, and whether it is byte-pair encoding of the text as it stands."""
+    """Settings of a SentencePiece model.
+
+    ``add_dummy_prefix``: a space is put before every text. ``merges_plain_text``: the model is a
+    byte-pair encoding of the text as it stands, without normalization.
+    """
 
     add_dummy_prefix: bool
     merges_plain_text: bool
 
 
 def read_spec(model: bytes) -> SentencePieceSpec:
-    """Read the settings of a serialised model; raises where it is no protocol buffer."""
+    """Reads the settings of a serialized model.
+
+    Raises ``IndexError``, ``TypeError`` or ``ValueError`` if it is not a valid protocol buffer.
+    """
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(model):
@@ -42,7 +49,7 @@ def read_spec(model: bytes) -> SentencePieceSpec:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The numbers and values of a message's fields, in order."""
+    """Yields the number and value of each field in a message, in order."""
     position = 0
     while position < len(message):
         key, position = _varint(message, position)

@@ -1,4 +1,4 @@
-"""Vocabularies in tiktoken's form: a base64 token and its rank a line."""
+"""Loads vocabularies in tiktoken's format: one base64 token and its rank per line."""
 
 import base64
 import re
@@ -9,25 +9,25 @@ from pathlib import Path
 
 import tiktoken
 
+from lsjax.errors import TokenizerError
 from lsjax.tokenizer.added_tokens import AddedTokenFinder
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import AddedToken, TokenizerConfig
 from lsjax.tokenizer.detokenizer import Detokenizer
-from lsjax.tokenizer.errors import TokenizerError
 from lsjax.tokenizer.pieces import after_words, pieces
 
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Its search for the end of a run of white space keeps every place that the run might end at, and
-# runs out of memory for these between 300,000 and 1,000,000 characters.
+# To find the end of a run of white space, tiktoken keeps every place where the run might end. It
+# runs out of memory for these in a run of between 300,000 and 1,000,000 characters.
 _LONG_RUN = re.compile(r"\s{250000}")
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What the files of a model family leave unsaid."""
+    """Settings of a model family that its files do not give."""
 
     special_tokens: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TiktokenTokenizer(Tokenizer):
-    """A tokenizer over the tiktoken library."""
+    """A tokenizer that uses the tiktoken library."""
 
     encoding: tiktoken.Encoding
     added_tokens: AddedTokenFinder
@@ -83,7 +83,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def _without_long_runs(text: str) -> Iterator[str]:
-    """Cuts white space where the library could not read it in one go."""
+    """Yields ``text`` in parts, cut inside runs of white space that are too long for tiktoken."""
     start = 0
     for run in _LONG_RUN.finditer(text):
         yield text[start : run.end()]
@@ -92,7 +92,7 @@ def _without_long_runs(text: str) -> Iterator[str]:
 
 
 def load(path: Path, content: bytes, config: TokenizerConfig) -> TiktokenTokenizer:
-    """Make a tokenizer of a ranks file's ``content``."""
+    """Builds a tokenizer from the ``content`` of a ranks file."""
     if config.tokenizer_class not in _FAMILIES:
         raise TokenizerError(
             f"{path} holds tiktoken ranks of tokenizer_class {config.tokenizer_class!r}, whose "

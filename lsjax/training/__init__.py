@@ -1,1 +1,1 @@
-"""Training on long sequences: the batch, the loss and the step."""
+"""Training on long sequences: data, loss, training step and run."""

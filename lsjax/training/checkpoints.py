@@ -1,4 +1,4 @@
-"""Checkpoints of a run that is to go on as if it had never stopped."""
+"""Checkpoints from which a run resumes as if it had never stopped."""
 
 import contextlib
 import os
@@ -6,32 +6,32 @@ from collections.abc import Iterator
 
 import orbax.checkpoint.experimental.v1 as ocp
 
-from lsjax.checkpoint.new_folder import is_disk_full
+from lsjax.checkpoint.atomic_directory import is_disk_full
 from lsjax.errors import UserError
-from lsjax.training.packing import Place
+from lsjax.training.packing import DataPosition
 from lsjax.training.step import TrainState
 
 
 class Checkpoints:
-    """The last few states of a run, each with the place in the data that comes next.
+    """The latest states of a run, each with the position in the data that comes next.
 
-    They are written while training goes on, and appear when they are whole: a process that dies
-    leaves the one before. Of several processes each writes what its own devices hold.
+    Checkpoints are written while training goes on and appear once they are complete: a process
+    that dies leaves the previous one. Each process writes what its own devices hold.
 
-    A context manager, which waits for what is being written.
+    Use it as a context manager; on exit it waits for pending writes.
     """
 
-    def __init__(self, folder: str, keep: int):
-        """Opens a folder, and makes it where it is not there.
+    def __init__(self, folder: str, keep_checkpoints: int):
+        """Opens a folder, and creates it if it does not exist.
 
         Args:
-          folder: that holds nothing else.
-          keep: how many checkpoints are kept.
+          folder: a folder that holds nothing else.
+          keep_checkpoints: number of latest checkpoints to keep.
         """
         self._folder = folder
         self._checkpointer = ocp.training.Checkpointer(
             os.path.abspath(folder),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep_checkpoints),
             cleanup_tmp_directories=True,
         )
 
@@ -43,18 +43,20 @@ class Checkpoints:
             self._checkpointer.close()
 
     def latest(self) -> int | None:
-        """The step of the last whole checkpoint, or None."""
+        """Returns the step of the last complete checkpoint, or None."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: TrainState, place: Place) -> None:
-        """Begins to write a checkpoint; waits for the one before.
+    def save(self, step: int, state: TrainState, data_position: DataPosition) -> None:
+        """Starts to write a checkpoint, after waiting for the previous one.
 
         Raises:
           UserError: the disk ran full.
         """
         with self._writing():
-            self._checkpointer.save_async(step, {"state": state, "place": vars(place)}, force=True)
+            self._checkpointer.save_async(
+                step, {"state": state, "place": vars(data_position)}, force=True
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -68,17 +70,17 @@ class Checkpoints:
                 ) from error
             raise
 
-    def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, Place]:
-        """A checkpoint's state, on the mesh, and its place in the data.
+    def restore(self, step: int, shapes: TrainState) -> tuple[TrainState, DataPosition]:
+        """Returns a checkpoint's state, on the mesh, and its position in the data.
 
         Args:
-          step: of the checkpoint.
+          step: the checkpoint's step.
           shapes: shapes, dtypes and shardings of the state.
 
         Raises:
-          UserError: it cannot be read.
+          UserError: the checkpoint cannot be read.
         """
-        wanted = {"state": shapes, "place": dict.fromkeys(vars(Place()), 0)}
+        wanted = {"state": shapes, "place": dict.fromkeys(vars(DataPosition()), 0)}
         try:
             found = self._checkpointer.load(step, wanted)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,4 +89,4 @@ class Checkpoints:
                 f"{os.path.join(self._folder, str(step))} cannot be read by Orbax ({reason}); "
                 "remove it to go on from the checkpoint before."
             ) from error
-        return found["state"], Place(**found["place"])
+        return found["state"], DataPosition(**found["place"])

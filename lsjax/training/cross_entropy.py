@@ -1,7 +1,7 @@
-"""Cross-entropy over a vocabulary, some tokens at a time: [length, vocab] is never whole.
+"""Cross-entropy over a vocabulary, one chunk of tokens at a time: [length, vocab] never exists.
 
-Of the forward pass each token's lse is kept; logits are computed again for the gradients. Tokens
-lie over data and context, the vocabulary over model.
+The forward pass keeps the log-sum-exp of each token; the backward pass recomputes the logits.
+Tokens are sharded over the data and context axes, the vocabulary over the model axis.
 """
 
 import functools
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lsjax.precision import einsum
-from lsjax.sharding import CHUNK
-from lsjax.training.chunks import TOKEN_AXES, join, split
+from lsjax.distributed.sharding import CHUNK_SPEC
+from lsjax.runtime.precision import einsum
+from lsjax.training.token_chunks import TOKEN_AXES, join, split
 
 _VOCAB = PartitionSpec("model")
 
@@ -21,14 +21,14 @@ _VOCAB = PartitionSpec("model")
 def cross_entropy(
     mesh: Mesh, tokens: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    """-log softmax(hidden head^T)[target] of each token, in nats.
+    """Returns -log softmax(hidden head^T)[target] of each token, in nats.
 
     Args:
       mesh: the devices.
-      tokens: of a chunk, on a device.
-      hidden: [batch, length, features], dealt out.
+      tokens: tokens per chunk and device.
+      hidden: [batch, length, features], sharded over the data and context axes.
       head: [vocab, features] in hidden's dtype.
-      targets: [batch, length] ids, dealt out.
+      targets: [batch, length] ids, sharded like hidden.
 
     Returns:
       [batch, length] float32.
@@ -50,7 +50,9 @@ def _forward(mesh, tokens, hidden, head, targets):
         chunks = split(hidden, tokens), split(targets, tokens)
         return tuple(join(x, hidden.shape[1]) for x in jax.lax.map(chunk, chunks))
 
-    return _mapped(mesh, local, (CHUNK, _VOCAB, CHUNK), (CHUNK, CHUNK))(hidden, head, targets)
+    return _mapped(mesh, local, (CHUNK_SPEC, _VOCAB, CHUNK_SPEC), (CHUNK_SPEC, CHUNK_SPEC))(
+        hidden, head, targets
+    )
 
 
 def _keep(mesh, tokens, hidden, head, targets):
@@ -58,7 +60,7 @@ def _keep(mesh, tokens, hidden, head, targets):
     return losses, (hidden, head, targets, lse)
 
 
-def _gradients(mesh, tokens, kept, d_losses):
+def _gradients(mesh, tokens, residuals, d_losses):
     def local(hidden, head, targets, lse, d_losses):
         def chunk(d_head, of_chunk):
             hidden, targets, lse, d_losses = of_chunk
@@ -74,20 +76,22 @@ def _gradients(mesh, tokens, kept, d_losses):
         d_head = jax.lax.psum(d_head, TOKEN_AXES).astype(head.dtype)
         return join(d_hidden, hidden.shape[1]), d_head
 
-    mapped = _mapped(mesh, local, (CHUNK, _VOCAB, CHUNK, CHUNK, CHUNK), (CHUNK, _VOCAB))
-    return *mapped(*kept, d_losses), None
+    mapped = _mapped(
+        mesh, local, (CHUNK_SPEC, _VOCAB, CHUNK_SPEC, CHUNK_SPEC, CHUNK_SPEC), (CHUNK_SPEC, _VOCAB)
+    )
+    return *mapped(*residuals, d_losses), None
 
 
 cross_entropy.defvjp(_keep, _gradients)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """[batch, tokens, this device's part of the vocabulary] float32."""
+    """Returns [batch, tokens, local vocabulary] float32."""
     return einsum("btd,vd->btv", hidden, head)
 
 
 def _is_target(head: jax.Array, targets: jax.Array) -> jax.Array:
-    """[batch, tokens, this device's part of the vocabulary]."""
+    """Returns [batch, tokens, local vocabulary] bools."""
     first = jax.lax.axis_index("model") * head.shape[0]
     return jnp.arange(head.shape[0]) == (targets - first)[..., None]
 

@@ -1,7 +1,7 @@
 """The documents of a corpus, read one at a time: texts, JSON lines, files of token ids.
 
-Files are looked through once for where documents begin; a document is read, and its text
-tokenised, when it is asked for.
+Files are scanned once to find where documents begin. A document is read, and its text tokenized,
+when it is requested.
 """
 
 import bisect
@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from lsjax.errors import UserError
-from lsjax.files import decode, parse_json, read_text
+from lsjax.runtime.text_files import decode, parse_json, read_text
 from lsjax.tokenizer import Tokenizer
 
-_SCANNED = 2**24  # tokens of a file looked through at once
+_SCANNED = 2**24  # tokens of a file scanned at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Document:
 
     Attributes:
       ids: [length] int32.
-      weights: [length] float32, how much each token counts where it is to be foreseen. The first
-        one's is not used: nothing stands before it.
+      weights: [length] float32 weight of each token as a target. The first one is not used,
+        because no token precedes it.
     """
 
     ids: np.ndarray
@@ -36,14 +36,14 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What turns files into ids, and which ids there are.
+    """The token ids of a model, and the tokenizer that makes them.
 
     Attributes:
-      size: ids are below it.
-      end: the id that ends documents: it is put behind a text that does not end with it, and parts
-        the documents of a token file, to which it belongs. None: texts have no end, and a token
-        file is one document.
-      tokenizer: of texts; None where there is none.
+      size: number of ids; all ids are below it.
+      end: id of the token that ends a document. It is appended to a text that does not end with
+        it, and it is the last token of each document in a token file. None: nothing is appended
+        to texts, and a token file is one document.
+      tokenizer: tokenizer for texts, or None.
     """
 
     size: int
@@ -65,7 +65,7 @@ class Corpus:
     """The documents of all files, in the order of the files.
 
     Attributes:
-      sources: the files.
+      sources: the opened files.
     """
 
     def __init__(self, sources: Sequence[Source]):
@@ -82,17 +82,19 @@ class Corpus:
 
 
 def open_corpus(paths: Sequence[str], vocabulary: Vocabulary) -> Corpus:
-    """The documents of some files.
+    """Opens files as a corpus.
 
     Args:
-      paths: *.jsonl has an object a line, with "text", or with "ids" and maybe "weights", a number
-        for each id; other fields are not read. *.npy is a whole-numbered array of one dimension,
-        which stays on disk. Any other file is a UTF-8 text, one document.
-      vocabulary: of the model.
+      paths: the files. A *.jsonl file has one object per line, with "text", or with "ids" and
+        optionally "weights", one number per id; other fields are ignored. A *.npy file is a
+        one-dimensional integer array of token ids, which stays on disk. Any other file is a UTF-8
+        text and one document.
+      vocabulary: the model's.
 
     Raises:
-      UserError: a file that cannot be read, or a text and no tokenizer. What is wrong within a
-        document is found when it is read.
+      UserError: no file is given, a file does not exist, a *.npy file is invalid, a *.npy or
+        *.jsonl file is empty, or a text file comes without a tokenizer. Errors within a document
+        are raised when it is read.
     """
     if not paths:
         raise UserError("no data is given; name at least one file.")
@@ -172,7 +174,7 @@ class _TokenFile:
         self._ends = self._documents(vocabulary.end)
 
     def _documents(self, end: int | None) -> np.ndarray:
-        """Where each document ends, the last one at the end of the file."""
+        """Returns where each document ends; the last one ends at the end of the file."""
         ends = [np.zeros(0, np.int64)]
         if end is not None:
             for at in range(0, len(self._ids), _SCANNED):
@@ -226,7 +228,7 @@ def _of_ids(ids: Any, weights: Any, vocabulary: Vocabulary, where: str) -> Docum
 def _numbers(values: Any, kinds: str, wrong: str) -> np.ndarray:
     try:
         found = np.asarray(values)
-    except ValueError:  # lists of several lengths
+    except ValueError:  # ragged lists
         raise UserError(wrong) from None
     if found.ndim != 1 or (found.size and found.dtype.kind not in kinds):
         raise UserError(wrong)

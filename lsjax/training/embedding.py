@@ -1,4 +1,4 @@
-"""Vectors of tokens that are dealt out over data and context, from a table over model."""
+"""Embedding of tokens sharded over data and context, from a table sharded over model."""
 
 import functools
 
@@ -6,24 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lsjax.nn.linear import found_here
-from lsjax.sharding import CHUNK
-from lsjax.training.chunks import TOKEN_AXES
+from lsjax.distributed.sharding import CHUNK_SPEC
+from lsjax.nn.linear import sharded_embedding_lookup
+from lsjax.training.token_chunks import TOKEN_AXES
 
 _VOCAB = PartitionSpec("model")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def embed(mesh: Mesh, table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """[batch, length] ids -> [batch, length, features], rows of the table [vocab, features].
+    """Looks up [batch, length] ids in a table [vocab, features] -> [batch, length, features].
 
-    The gradient of a row is summed in float32 over the tokens that have it, which may be many.
+    The gradient of a table row is summed in float32, because many tokens may share the row.
     """
     found = jax.shard_map(
-        functools.partial(found_here, axes=("model",)),
+        functools.partial(sharded_embedding_lookup, axes=("model",)),
         mesh=mesh,
-        in_specs=(_VOCAB, CHUNK),
-        out_specs=CHUNK,
+        in_specs=(_VOCAB, CHUNK_SPEC),
+        out_specs=CHUNK_SPEC,
         check_vma=False,
     )
     return found(table, tokens)
@@ -33,18 +33,22 @@ def _keep(mesh, table, tokens):
     return embed(mesh, table, tokens), (table, tokens)
 
 
-def _gradients(mesh, kept, d_out):
+def _gradients(mesh, residuals, d_out):
     def local(table, tokens, d_out):
         at = tokens - jax.lax.axis_index("model") * table.shape[0]
-        at = jnp.where(at < 0, table.shape[0], at)  # of another device: past the end, and dropped
+        at = jnp.where(at < 0, table.shape[0], at)  # other devices' rows: out of range, dropped
         sums = jnp.zeros(table.shape, jnp.float32)
         sums = sums.at[at].add(d_out.astype(jnp.float32), mode="drop")
         return jax.lax.psum(sums, TOKEN_AXES).astype(table.dtype)
 
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(_VOCAB, CHUNK, CHUNK), out_specs=_VOCAB, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(_VOCAB, CHUNK_SPEC, CHUNK_SPEC),
+        out_specs=_VOCAB,
+        check_vma=False,
     )
-    return mapped(*kept, d_out), None
+    return mapped(*residuals, d_out), None
 
 
 embed.defvjp(_keep, _gradients)

@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lsjax.distributed.multihost import to_host
 from lsjax.errors import UserError
-from lsjax.hosts import to_host
 from lsjax.training.batch import Batch
 from lsjax.training.documents import Corpus
 from lsjax.training.packing import first_tokens
 from lsjax.training.step import Trainer
 
-# The beginnings of held-out documents by length, each document that is long enough a row of one.
+# Length -> batches whose rows are the first tokens of the documents that are long enough.
 HeldOut = dict[int, tuple[Batch, ...]]
 
 
 def hold_out(corpus: Corpus, lengths: Sequence[int], rows: int) -> HeldOut:
-    """Cuts documents to each length, `rows` of them to a batch.
+    """Cuts documents to each length, with `rows` documents per batch.
 
     Raises:
-      UserError: no document is long enough.
+      UserError: no document is long enough for one of the lengths.
     """
     documents = [corpus[i] for i in range(len(corpus))]
     batches: HeldOut = {}
@@ -37,7 +37,7 @@ def hold_out(corpus: Corpus, lengths: Sequence[int], rows: int) -> HeldOut:
 
 
 def losses_by_length(trainer: Trainer, params: dict, held_out: HeldOut) -> dict[int, float]:
-    """The mean loss of the targets by their weights in nats, for each length."""
+    """Returns the weighted mean loss of the targets for each length, in nats."""
     means = {}
     for length, batches in held_out.items():
         tables = trainer.tables(length)

@@ -1,23 +1,23 @@
-"""What a run says of itself: a line of JSON for each logged step, and curves."""
+"""The log of a training run: one line of JSON per logged step, and loss curves."""
 
 import json
 import os
 from typing import Any
 
 from lsjax.evals.plots import plot_training
-from lsjax.files import write_atomically
-from lsjax.hosts import is_first
+from lsjax.runtime.primary import is_primary
+from lsjax.runtime.text_files import write_atomically
 
 
 class Log:
-    """log.jsonl and loss.png of a folder; of several processes the first one writes.
+    """The files log.jsonl and loss.png of a folder; only the primary process adds to them.
 
     Attributes:
-      lines: what log.jsonl holds.
+      lines: the parsed lines of log.jsonl.
     """
 
     def __init__(self, folder: str, step: int):
-        """Opens the log at a step: what will be done again, later steps or all, goes."""
+        """Opens the log and drops the lines of later steps, or all lines if `step` is 0."""
         self._path, self._plot = (os.path.join(folder, n) for n in ("log.jsonl", "loss.png"))
         self.lines: list[dict[str, Any]] = []
         if os.path.exists(self._path):
@@ -28,13 +28,13 @@ class Log:
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, **line: Any) -> None:
-        """Adds a line."""
+        """Appends a line."""
         self.lines.append(line)
-        if is_first():
+        if is_primary():
             with open(self._path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
 
     def plot(self) -> None:
         """Draws the curves."""
-        if is_first() and self.lines:
+        if is_primary() and self.lines:
             plot_training(self.lines, self._plot)

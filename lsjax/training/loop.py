@@ -1,4 +1,4 @@
-"""A run of training, from wherever it was left to its last step.
+"""A training run, from wherever it stopped to its last step.
 
 A run's folder holds settings.json (what the weights depend on), checkpoints, log.jsonl, loss.png
 and, at the end, the trained model as a Hugging Face folder.
@@ -11,103 +11,123 @@ import shutil
 from typing import Any
 
 from lsjax.checkpoint import checkpoint_bytes, export_parameters, load_parameters
+from lsjax.compression import HEAD_FILE
+from lsjax.distributed.multihost import broadcast_from_primary
 from lsjax.errors import UserError
-from lsjax.files import write_atomically
-from lsjax.hosts import from_the_first
 from lsjax.nn.parameters import random_parameters
-from lsjax.progress import byte_bar, step_bar
+from lsjax.runtime.progress import byte_bar, step_bar
+from lsjax.runtime.text_files import write_atomically
 from lsjax.training.checkpoints import Checkpoints
+from lsjax.training.config import TrainingConfig
 from lsjax.training.documents import open_corpus
 from lsjax.training.evaluation import HeldOut, hold_out, losses_by_length
 from lsjax.training.log import Log
 from lsjax.training.meter import Meter
-from lsjax.training.optimiser import learning_rates, optimiser
-from lsjax.training.packing import Packer, Place
-from lsjax.training.settings import Settings
+from lsjax.training.optimizer import learning_rates, make_optimizer
+from lsjax.training.packing import DataPosition, Packer
 from lsjax.training.step import Trainer, TrainState
-from lsjax.training.stopping import Stop
+from lsjax.training.stopping import StopSignal
 
 MODEL = "model"  # the folder of the trained model
 
 
-def train(settings: Settings) -> int:
-    """Trains until the last step is taken and the model written, or a signal asks to stop.
+def train(settings: TrainingConfig) -> int:
+    """Trains until the last step is done and the model is written, or a signal asks to stop.
 
     Returns:
-      The signal that asked, once everything is saved; 0 where the run is complete.
+      The number of the signal received, once everything is saved; 0 if the run is complete.
 
     Raises:
-      UserError: the data are wrong, the folder holds another run, or the loss is not finite.
+      UserError: the data are invalid, the folder holds another run, or the loss is not finite.
     """
     return _Run(settings)()
 
 
 class _Run:
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: TrainingConfig):
         s = self._settings = settings
-        vocabulary = s.origin.vocabulary()
+        vocabulary = s.source.vocabulary()
         self._packer = Packer(
-            open_corpus(s.rows.data, vocabulary), s.rows.length, s.rows.seed, s.rows.span
+            open_corpus(s.data.data, vocabulary),
+            s.data.seq_length,
+            s.data.seed,
+            s.data.pose_max_position,
         )
         self._held_out: HeldOut = {}
-        if s.watch.eval_data:
-            corpus = open_corpus(s.watch.eval_data, vocabulary)
-            self._held_out = hold_out(corpus, s.watch.eval_lengths, s.rows.rows)
-        from_the_first(lambda: _open_folder(s))
-        self._trainer = Trainer(s.origin.config, s.mesh, optimiser(s.optimisation), s.dtype)
-        self._rates = learning_rates(s.optimisation)
+        if s.logging.eval_data:
+            corpus = open_corpus(s.logging.eval_data, vocabulary)
+            self._held_out = hold_out(corpus, s.logging.eval_lengths, s.data.batch_size)
+        broadcast_from_primary(lambda: _open_folder(s))
+        self._trainer = Trainer(s.source.config, s.mesh, make_optimizer(s.optimizer), s.dtype)
+        self._rates = learning_rates(s.optimizer)
 
     def __call__(self) -> int:
         s = self._settings
-        with Stop() as stop, Checkpoints(self._path("checkpoints"), s.watch.keep) as checkpoints:
-            step, state, place = self._begin(checkpoints)
-            if step < s.optimisation.steps:
-                from_the_first(self._drop_model)
+        with (
+            StopSignal() as stop,
+            Checkpoints(self._path("checkpoints"), s.logging.keep_checkpoints) as checkpoints,
+        ):
+            step, state, data_position = self._begin(checkpoints)
+            if step < s.optimizer.steps:
+                broadcast_from_primary(self._drop_model)
             self._log = Log(s.output_dir, step)
-            step, state = self._steps(step, state, place, stop, checkpoints)
-            if asked := stop.asked() if step < s.optimisation.steps else 0:
-                return asked
+            step, state = self._steps(step, state, data_position, stop, checkpoints)
+            if received := stop.received() if step < s.optimizer.steps else 0:
+                return received
         if not os.path.exists(self._path(MODEL)):
-            origin = s.origin
-            export_parameters(state.params, origin.hf_config, origin.carried, self._path(MODEL))
+            source = s.source
+            export_parameters(
+                state.params,
+                source.hf_config,
+                source.sidecar_files,
+                self._path(MODEL),
+                without=(HEAD_FILE,),  # other weights have other retrieval heads
+            )
         return 0
 
     def _drop_model(self) -> str:
-        """Removes the model of fewer steps, which a run that is made longer has."""
+        """Removes the exported model of a shorter run that is now being extended."""
         shutil.rmtree(self._path(MODEL), ignore_errors=True)
         return MODEL
 
-    def _begin(self, checkpoints: Checkpoints) -> tuple[int, TrainState, Place]:
-        """The last checkpoint, or the model that the run starts from."""
-        s, origin, step = self._settings, self._settings.origin, checkpoints.latest()
+    def _begin(self, checkpoints: Checkpoints) -> tuple[int, TrainState, DataPosition]:
+        """Returns step, state and data position of the last checkpoint or of the initial model."""
+        s, source, step = self._settings, self._settings.source, checkpoints.latest()
         if step is not None:
             return step, *checkpoints.restore(step, self._trainer.shapes())
-        if origin.weights is None:
-            params = random_parameters(origin.config, s.mesh, "float32", s.rows.seed)
+        if source.weights is None:
+            params = random_parameters(source.config, s.mesh, "float32", s.data.seed)
         else:
-            with byte_bar("load", checkpoint_bytes(origin.weights)) as bar:
+            with byte_bar("load", checkpoint_bytes(source.weights)) as bar:
                 params = load_parameters(
-                    origin.weights, origin.config, s.mesh, "float32", bar.update
+                    source.weights, source.config, s.mesh, "float32", bar.update
                 )
-        return 0, self._trainer.init(params), Place()
+        return 0, self._trainer.init(params), DataPosition()
 
     def _steps(
-        self, step: int, state: TrainState, place: Place, stop: Stop, checkpoints: Checkpoints
+        self,
+        step: int,
+        state: TrainState,
+        data_position: DataPosition,
+        stop: StopSignal,
+        checkpoints: Checkpoints,
     ) -> tuple[int, TrainState]:
-        s, watch, last = self._settings, self._settings.watch, self._settings.optimisation.steps
-        shape = s.rows.accumulate, s.rows.rows
-        tables = self._trainer.tables(s.rows.span)
-        meter = Meter(s.origin.config, s.mesh.size)
+        s, logging, last = self._settings, self._settings.logging, self._settings.optimizer.steps
+        shape = s.data.gradient_accumulation_steps, s.data.batch_size
+        tables = self._trainer.tables(s.data.pose_max_position)
+        meter = Meter(s.source.config, s.mesh.size)
         saved = step
         if step < last:
-            batch, place = self._packer.take(place, *shape)
+            batch, data_position = self._packer.take(data_position, *shape)
             if step == 0:
                 self._evaluate(0, state)
         with step_bar(last, step) as bar:
             while step < last:
                 state, metrics = self._trainer.step(state, batch, tables)
-                taken, begins = batch, place
-                batch, place = self._packer.take(place, *shape)  # while the devices work
+                taken, begins = batch, data_position
+                batch, data_position = self._packer.take(
+                    data_position, *shape
+                )  # while the devices work
                 loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
                 meter.step(taken)
                 step += 1
@@ -115,11 +135,11 @@ class _Run:
                 if not math.isfinite(loss + grad_norm):
                     raise UserError(
                         f"the loss of step {step} is {loss} and the norm of its gradients "
-                        f"{grad_norm}; what is saved is of step {saved}. Start a new run with a "
-                        "lower learning_rate."
+                        f"{grad_norm}; the last saved step is {saved}. Start a new run "
+                        "with a lower learning_rate."
                     )
-                asked = stop.asked()
-                if step % watch.log_every == 0 or step == last:
+                received = stop.received()
+                if step % logging.log_every == 0 or step == last:
                     figures = meter.read()
                     bar.set_postfix_str(_shown(loss, figures))
                     self._log.write(
@@ -130,14 +150,14 @@ class _Run:
                         tokens=step * taken.tokens.size,
                         **figures,
                     )
-                if step == last or (watch.eval_every and step % watch.eval_every == 0):
+                if step == last or (logging.eval_every and step % logging.eval_every == 0):
                     with meter.paused():
                         self._evaluate(step, state)
-                if asked or step == last or step % watch.save_every == 0:
+                if received or step == last or step % logging.save_every == 0:
                     checkpoints.save(step, state, begins)
                     saved = step
                     self._log.plot()
-                if asked:
+                if received:
                     break
         return step, state
 
@@ -160,13 +180,13 @@ def _shown(loss: float, figures: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _open_folder(settings: Settings) -> str:
-    """Makes the run's folder, or sees that the run in it is this one.
+def _open_folder(settings: TrainingConfig) -> str:
+    """Creates the run's folder, or checks that the run in it is this one; returns the folder.
 
     Raises:
-      UserError: the folder holds something else, or a run of other settings, which are named.
+      UserError: the folder holds something else, or a run with other settings, which are named.
     """
-    folder, wanted = settings.output_dir, json.loads(json.dumps(settings.decisive()))
+    folder, wanted = settings.output_dir, json.loads(json.dumps(settings.resume_fingerprint()))
     file = os.path.join(folder, "settings.json")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -185,8 +205,8 @@ def _open_folder(settings: Settings) -> str:
     if names:
         shown = "; ".join(f"{n} was {_short(found.get(n))}" for n in names)
         raise UserError(
-            f"{folder} holds a run of other settings ({shown}); give the same ones to go on with "
-            "it, or name a new folder."
+            f"{folder} holds a run with other settings ({shown}); give the same ones to resume it, "
+            "or name a new folder."
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""The loss of each target, in memory that a long row's training has."""
+"""The loss of each target, computed in little enough memory to train on long rows."""
 
 import dataclasses
 import functools
@@ -9,25 +9,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsjax.cache import Zigzag
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.alibi import layer_slopes
 from lsjax.positions.rotary import RotaryTables, cos_sin
-from lsjax.sharding import CHUNK, sharding, without
 from lsjax.training.batch import Batch
-from lsjax.training.chunks import in_chunks
 from lsjax.training.cross_entropy import cross_entropy
 from lsjax.training.embedding import embed
+from lsjax.training.token_chunks import in_chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkSizes:
-    """Tokens that are worked on at once, on a device.
+    """Tokens per chunk and device.
 
     Attributes:
-      mlp: run through an MLP.
-      logits: whose logits are there.
+      mlp: tokens that run through an MLP at once.
+      logits: tokens whose logits exist at once.
     """
 
     mlp: int = 4096
@@ -35,15 +35,17 @@ class ChunkSizes:
 
 
 class Loss:
-    """(params, batch, tables) -> [rows, length] float32 losses of the targets in nats.
+    """Computes (params, batch, tables) -> [rows, length] float32 losses of the targets in nats.
 
-    Of a layer nothing but its input is kept; it is run again for its gradients. Layers are
-    scanned: each is one turn of a loop, forward and backward, so that XLA cannot see that what is
-    run again is there already and keep it after all, as on a CPU it does (it heeds no optimization
-    barrier there).
+    The tokens of a row are in zigzag order, in the batch and in the result.
 
-    Weights are taken as they lie and brought together along the context axis for one layer at a
-    time, in the dtype that is computed in; their gradients go back to where they lie.
+    Only the input of each layer is kept; the layer is recomputed for its gradients. The layers run
+    in a scan, forward and backward, so that XLA cannot see that a recomputed value already exists
+    and keep it instead. On CPU it does so for unrolled layers, because it ignores optimization
+    barriers there.
+
+    Weights stay sharded and are gathered along the context axis one layer at a time, in the dtype
+    of the computation. Their gradients are sharded like the weights.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, chunks: ChunkSizes):
@@ -60,11 +62,11 @@ class Loss:
         hidden = self._layers(
             narrow, self._placed(embed(self._mesh, table, batch.tokens)), batch, tables
         )
-        hidden = self._decoder.apply({"params": narrow}, hidden, method="normed")
+        hidden = self._decoder.apply({"params": narrow}, hidden, method="apply_final_norm")
         head = table
         if not c.tie_embeddings:
             head = params["lm_head"]["weight"]
-            if c.normalised_head:
+            if c.normalized_head:
                 head = head / jnp.linalg.norm(head, axis=-1, keepdims=True)
             head = _whole(self._lie["lm_head"]["weight"], head.astype(self._dtype))
         return cross_entropy(self._mesh, self._chunks.logits, hidden, head, batch.targets)
@@ -75,7 +77,7 @@ class Loss:
         c, length = self._config, hidden.shape[1]
         block = Block(c, self._mesh, None)
         places = layer_slopes(c)[0] if c.alibi else cos_sin(tables, batch.positions)
-        order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).order(length))
+        order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
         at = self._placed(jnp.broadcast_to(order, batch.begin.shape))
         lie = self._lie["layers_0"]
 
@@ -101,8 +103,8 @@ class Loss:
         return jax.lax.scan(layer, hidden, (stacked, windows))[0]
 
     def _placed(self, x: jax.Array) -> jax.Array:
-        """[rows, length, ...] dealt out."""
-        return jax.lax.with_sharding_constraint(x, sharding(self._mesh, CHUNK))
+        """Shards [rows, length, ...] over the data and context axes."""
+        return jax.lax.with_sharding_constraint(x, sharding(self._mesh, CHUNK_SPEC))
 
 
 def _stacked(lies: NamedSharding, weights: tuple[jax.Array, ...]) -> jax.Array:
@@ -112,8 +114,8 @@ def _stacked(lies: NamedSharding, weights: tuple[jax.Array, ...]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole(lies: NamedSharding, weight: jax.Array) -> jax.Array:
-    """A weight that lies so, whole along the context axis; its gradient lies so again."""
-    where = NamedSharding(lies.mesh, without(lies.spec, "context"))
+    """Gathers a weight along the context axis; its gradient is sharded as `lies` says."""
+    where = NamedSharding(lies.mesh, drop_axis(lies.spec, "context"))
     return jax.lax.with_sharding_constraint(weight, where)
 
 

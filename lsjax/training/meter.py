@@ -1,33 +1,34 @@
-"""How fast a run is, and how much of its devices it uses."""
+"""The speed of a training run, and how much of its devices it uses."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from lsjax.config import ModelConfig
-from lsjax.memory import peak_memory_bytes
-from lsjax.planning.targets import find_target
-from lsjax.progress import prefill_cost
+from lsjax.runtime.devices import peak_rates
+from lsjax.runtime.flops import prefill_cost
+from lsjax.runtime.memory import peak_memory_bytes
 from lsjax.training.batch import Batch
 
 
 class Meter:
-    """Tokens and operations since it was last read.
+    """Counts tokens and floating-point operations between readings.
 
-    A process' first step is not counted: it compiles.
+    The first step of a process is not counted, because it compiles.
     """
 
     def __init__(self, config: ModelConfig, devices: int):
         self._config = config
-        rates = find_target("here").rates
+        rates = peak_rates(jax.devices()[0].device_kind)
         self._peak = rates and rates.flops * devices
         self._began = self._since = time.perf_counter()
         self._tokens, self._flops, self._counts = 0, 0.0, False
 
     def step(self, batch: Batch) -> None:
-        """Counts a step that is done."""
+        """Counts a finished step."""
         if self._counts:
             self._tokens += batch.tokens.size
             self._flops += step_flops(self._config, batch)
@@ -36,13 +37,16 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is no step, and takes no time."""
+        """Excludes the time spent inside this context, which is not spent on steps."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
     def read(self) -> dict[str, float | int | None]:
-        """Figures since the last reading, and the seconds of this process; None: not known."""
+        """Returns the figures since the last reading; None marks one that is not known.
+
+        Peak memory is that of the process so far; seconds count from the start of the meter.
+        """
         now = time.perf_counter()
         seconds = now - self._since
         figures = {
@@ -56,9 +60,9 @@ class Meter:
 
 
 def step_flops(config: ModelConfig, batch: Batch) -> float:
-    """Floating-point operations of a step: three times those of running it forward once.
+    """Returns the floating-point operations of a step: three times those of its forward pass.
 
-    What is run again for gradients, to spare memory, is not counted.
+    Recomputation for the gradients, which saves memory, is not counted.
     """
     rows = batch.begin.reshape(-1, batch.begin.shape[-1])
     pieces = np.concatenate([np.unique(row, return_counts=True)[1] for row in rows])

@@ -8,21 +8,21 @@ from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.positions.scaling import override_rope_scaling, parse_json
 
-# What transformers 5 keeps in the block and 4 beside it.
+# Keys that transformers 5 keeps inside the RoPE block, and transformers 4 beside it.
 _BESIDE = ("rope_theta", "partial_rotary_factor")
 
 
 def scaled_config(
     hf_config: Mapping[str, Any], rope_scaling: str | None
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """config.json as it is to be exported, and the model that it says.
+    """Returns the config.json to export, and the model configuration that it describes.
 
     Args:
       hf_config: the object in config.json.
-      rope_scaling: JSON as in config.json, "off", or None to leave what it says.
+      rope_scaling: JSON as in config.json, "off", or None to keep the scaling of hf_config.
 
     Raises:
-      UserError: rope_scaling is wrong, is "auto", or is nothing that this config.json can say.
+      UserError: rope_scaling is invalid or "auto", or this config.json cannot express it.
     """
     config = parse_config(hf_config)
     wanted = override_rope_scaling(config, rope_scaling)
@@ -46,7 +46,7 @@ def scaled_config(
             scaled["rope_theta"] = wanted.rope_theta
     if parse_config(scaled) != wanted:
         raise UserError(
-            f"a config.json of {wanted.architecture} cannot say rope_scaling {rope_scaling}; leave "
-            "it out."
+            f"a config.json of {wanted.architecture} cannot express rope_scaling {rope_scaling}; "
+            "leave it out."
         )
     return scaled, wanted

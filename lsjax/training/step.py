@@ -1,7 +1,7 @@
-"""One step of training on a mesh: gradients of the loss, and the optimiser's update.
+"""One training step on a mesh: gradients of the loss, and the optimizer's update.
 
-Weights are float32 and lie as parameter_spec says, rows split over the context axis; whatever the
-optimiser keeps of them lies with them. They are computed with in a dtype of choice.
+Weights are float32 and sharded as parameter_spec says, with their rows split over the context
+axis. The optimizer's state is sharded like the weights. The dtype of the computation is a choice.
 """
 
 from typing import Any
@@ -14,24 +14,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsjax.cache import Zigzag
-from lsjax.compilation import compiler_options
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, put_on_mesh, sharding
 from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
-from lsjax.sharding import CHUNK, TOKENS, place, sharding
+from lsjax.runtime.compilation import compiler_options
 from lsjax.training.batch import Batch, length_unit
 from lsjax.training.loss import ChunkSizes, Loss
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What one step hands to the next.
+    """What one step passes to the next.
 
     Attributes:
-      step: [] int32, how many have been taken.
-      params: the model's, float32.
-      opt_state: the optimiser's.
+      step: [] int32 number of steps done.
+      params: the model's parameters, float32.
+      opt_state: the optimizer's state.
     """
 
     step: jax.Array
@@ -41,12 +41,12 @@ class TrainState:
 
 @flax.struct.dataclass
 class Metrics:
-    """Of one step, each [] float32 but for the last.
+    """Metrics of one step.
 
     Attributes:
-      loss: the mean of the targets' losses by their weights, in nats.
-      grad_norm: of all gradients together, before the optimiser clips them.
-      tokens: targets that have counted, int32.
+      loss: [] float32 weighted mean loss of the targets, in nats.
+      grad_norm: [] float32 global norm of the gradients, before the optimizer clips them.
+      tokens: [] int32 number of targets with a weight above 0.
     """
 
     loss: jax.Array
@@ -55,31 +55,32 @@ class Metrics:
 
 
 class Trainer:
-    """A model's training step on a mesh, compiled for the shapes that come.
+    """Runs a model's training step on a mesh; each new shape is compiled once.
 
     Attributes:
       config: the model.
-      mesh: rows of a batch lie over `data`, the tokens of each over `context` (zigzag, the row
-        one stripe), heads and hidden over `model`.
-      dtype: that is computed in, bfloat16 or float32.
+      mesh: the devices. Rows of a batch are sharded over `data`, the tokens of a row over
+        `context` (in zigzag order, the row being one block), and heads, MLP channels and
+        vocabulary over `model`.
+      dtype: dtype of the computation, bfloat16 or float32.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         mesh: Mesh,
-        optimiser: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation,
         dtype: str = "bfloat16",
         chunks: ChunkSizes = ChunkSizes(),  # noqa: B008 (frozen)
     ):
         self.config, self.mesh, self.dtype = config, mesh, dtype
-        self._optimiser = optimiser
+        self._optimizer = optimizer
         self._loss = Loss(config, mesh, dtype, chunks)
         self._whole = sharding(mesh, PartitionSpec())
         shapes = self.shapes()
         where = jax.tree.map(lambda x: x.sharding, shapes)
         options = compiler_options(mesh.devices.flat[0].platform)
-        self._start = jax.jit(optimiser.init, out_shardings=where.opt_state)
+        self._start = jax.jit(optimizer.init, out_shardings=where.opt_state)
         self._step = jax.jit(
             self._train_step,
             donate_argnums=0,
@@ -88,30 +89,30 @@ class Trainer:
         )
         self._losses = jax.jit(
             self._losses_in_order,
-            out_shardings=sharding(mesh, TOKENS),
+            out_shardings=sharding(mesh, TOKENS_SPEC),
             compiler_options=options,
         )
 
     def init(self, params: dict) -> TrainState:
-        """The state to start from.
+        """Returns the state to start from.
 
         Args:
-          params: float32, on the mesh as `shapes` says; the first step takes them over.
+          params: float32 parameters, on the mesh as `shapes` says. The first step donates them.
         """
         step = jnp.zeros((), jnp.int32, device=self._whole)
         return TrainState(step=step, params=params, opt_state=self._start(params))
 
     def shapes(self) -> TrainState:
-        """Shapes, dtypes and shardings of a state: to restore one into."""
+        """Returns shapes, dtypes and shardings of a state, for restoring a checkpoint."""
         params = unflatten(abstract_parameters(self.config, self.mesh, "float32"))
 
         def whole(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole)
 
         opt_state = optax.tree.map_params(
-            self._optimiser,
+            self._optimizer,
             lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
-            jax.eval_shape(self._optimiser.init, params),
+            jax.eval_shape(self._optimizer.init, params),
             params,
             transform_non_params=whole,
         )
@@ -119,20 +120,20 @@ class Trainer:
         return TrainState(step=step, params=params, opt_state=opt_state)
 
     def tables(self, length: int) -> RotaryTables:
-        """The rotary tables of documents of up to `length` tokens, whole on every device."""
+        """Returns RoPE tables for documents of up to `length` tokens, replicated on the mesh."""
         tables = rotary_tables(self.config, [length])
-        return jax.tree.map(lambda x: place(np.asarray(x), self._whole), tables)
+        return jax.tree.map(lambda x: put_on_mesh(np.asarray(x), self._whole), tables)
 
     def step(
         self, state: TrainState, batch: Batch, tables: RotaryTables
     ) -> tuple[TrainState, Metrics]:
-        """Takes one step.
+        """Runs one step.
 
         Args:
-          state: donated.
-          batch: NumPy arrays [parts, rows, length], in every process all of them. Gradients are
-            those of all parts together, of which one at a time is worked on.
-          tables: of the documents.
+          state: the state before the step; it is donated.
+          batch: NumPy arrays [parts, rows, length]; every process passes the whole batch. Parts
+            run one at a time, and their gradients are summed.
+          tables: RoPE tables for the documents.
 
         Raises:
           UserError: the mesh does not divide rows or length.
@@ -140,20 +141,20 @@ class Trainer:
         return self._step(state, self._placed(batch, _PARTS), tables)
 
     def losses(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
-        """The loss of each target in nats, [rows, length] float32, whatever its weight.
+        """Returns the unweighted losses in nats, [rows, length] float32 in the order of the batch.
 
         Args:
-          params: float32, on the mesh.
+          params: float32 parameters, on the mesh.
           batch: NumPy arrays [rows, length].
-          tables: of the documents.
+          tables: RoPE tables for the documents.
 
         Raises:
           UserError: the mesh does not divide rows or length.
         """
-        return self._losses(params, self._placed(batch, CHUNK), tables)
+        return self._losses(params, self._placed(batch, CHUNK_SPEC), tables)
 
     def lower(self, rows: int, length: int, parts: int = 1) -> jax.stages.Lowered:
-        """The step, ready to be compiled, for a mesh of devices that may not be here."""
+        """Lowers the step, to be compiled for a mesh whose devices may not be present."""
         self._check(rows, length)
         where = sharding(self.mesh, _PARTS)
 
@@ -176,16 +177,16 @@ class Trainer:
         unit = length_unit(length, context)
         if length % unit:
             raise UserError(
-                f"rows of {length:,} tokens cannot be dealt out over context={context}; give a "
+                f"rows of {length:,} tokens cannot be split over context={context}; give a "
                 f"multiple of {unit}."
             )
 
     def _placed(self, batch: Batch, spec: PartitionSpec) -> Batch:
         rows, length = batch.tokens.shape[-2:]
         self._check(rows, length)
-        order = Zigzag(self.mesh.shape["context"], length).order(length)
+        order = Zigzag(self.mesh.shape["context"], length).permutation(length)
         where: NamedSharding = sharding(self.mesh, spec)
-        return jax.tree.map(lambda x: place(x[..., order], where), batch)
+        return jax.tree.map(lambda x: put_on_mesh(x[..., order], where), batch)
 
     def _train_step(self, state: TrainState, batch: Batch, tables: RotaryTables):
         total = jnp.sum(batch.weights)
@@ -203,7 +204,7 @@ class Trainer:
         else:
             zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
             (loss, grads), _ = jax.lax.scan(add, zeros, batch)
-        updates, opt_state = self._optimiser.update(grads, state.opt_state, state.params)
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         metrics = Metrics(
             loss=loss,
             grad_norm=optax.tree.norm(grads),
@@ -214,8 +215,8 @@ class Trainer:
 
     def _losses_in_order(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
         length = batch.tokens.shape[1]
-        order = Zigzag(self.mesh.shape["context"], length).order(length)
+        order = Zigzag(self.mesh.shape["context"], length).permutation(length)
         return self._loss(params, batch, tables)[:, np.argsort(order)]
 
 
-_PARTS = PartitionSpec(None, *CHUNK)
+_PARTS = PartitionSpec(None, *CHUNK_SPEC)

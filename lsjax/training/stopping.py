@@ -1,23 +1,23 @@
-"""Ending between two steps when the system asks for it."""
+"""Stops training between two steps when the system asks for it."""
 
 import signal
 from types import FrameType
 
-from lsjax.hosts import greatest
+from lsjax.distributed.multihost import all_processes_max
 
 _ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stop:
-    """A context within which SIGTERM and SIGINT are asked for, instead of ending the process.
+class StopSignal:
+    """A context in which SIGTERM and SIGINT are recorded, and do not end the process.
 
-    A second one ends it at once.
+    A second signal ends it at once.
     """
 
     def __init__(self):
         self._received = 0
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._receive) for number in _ASKING}
         return self
 
@@ -25,9 +25,9 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self) -> int:
-        """The signal that this process or another of the run has had; 0 for none."""
-        return greatest(self._received)
+    def received(self) -> int:
+        """Returns the signal that any process of the run has received; 0 for none."""
+        return all_processes_max(self._received)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._received = number

@@ -14,10 +14,10 @@ import pytest
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 import lsjax
-from lsjax.planning import Layout, find_target
+from lsjax.planning import Deployment, find_target
 from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import TooLargeError, compile_for
-from lsjax.planning.planner import fits
+from lsjax.planning.result import fits
 
 QWEN3 = CONFIGS / "Qwen3-8B.json"
 LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
@@ -43,9 +43,9 @@ LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
 )
 def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length, chunk, kv, batch):
     target, config = find_target(target), with_layers(path, 4)
-    layout = Layout(mesh, "bfloat16", kv, chunk, batch, 1024)
-    guessed = needs_of(config, target.platform, layout, length)
-    for name, compiled in compile_for(config, target, layout, length).items():
+    deployment = Deployment(mesh, "bfloat16", kv, chunk, batch, 1024)
+    guessed = needs_of(config, target.platform, deployment, length)
+    for name, compiled in compile_for(config, target, deployment, length).items():
         assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name
 
 
@@ -57,10 +57,10 @@ def test_the_longest_fits_and_five_percent_more_does_not(target):
     assert plan.limited_by == "memory" and plan.compiled
     assert plan.length == plan.max_length and plan.fits
     # That is the compiler's word, and on programs for that very length.
-    cache = cache_bytes(config, plan.target.platform, plan.layout, plan.max_length)
+    cache = cache_bytes(config, plan.target.platform, plan.deployment, plan.max_length)
     assert plan.programs["decode"].cache == pytest.approx(cache, rel=0.01)
     try:
-        more = compile_for(config, plan.target, plan.layout, int(1.05 * plan.max_length))
+        more = compile_for(config, plan.target, plan.deployment, int(1.05 * plan.max_length))
     except TooLargeError:
         return
     assert not fits(plan.target, more)

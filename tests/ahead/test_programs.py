@@ -9,8 +9,8 @@ import dataclasses
 import pytest
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
-from lsjax.compression import Razor, assumed
-from lsjax.planning import Layout, find_target
+from lsjax.compression import RazorConfig, estimate_without_scores
+from lsjax.planning import Deployment, find_target
 from lsjax.planning.arithmetic import cache_bytes, hidden_bytes
 from lsjax.planning.compiled import compile_for
 
@@ -30,9 +30,9 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
     path, target, devices, length, batch
 ):
     config = with_layers(path, 1)
-    layout = Layout((1, devices, 1), "bfloat16", "int8", 512, batch, 256)
-    needs = compile_for(config, find_target(target), layout, length)
-    cache = layout.cache_spec(length).nbytes(config) / devices
+    deployment = Deployment((1, devices, 1), "bfloat16", "int8", 512, batch, 256)
+    needs = compile_for(config, find_target(target), deployment, length)
+    cache = deployment.cache_spec(length).nbytes(config) / devices
     assert needs["decode"].temporaries < 0.1 * cache
     # The cache that comes out lies where the one that went in lay.
     assert needs["decode"].cache >= cache and needs["prefill"].cache >= cache
@@ -40,8 +40,8 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
 
 def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
     config = with_layers(CONFIGS / "Llama-3.1-70B-Instruct.json", 1)
-    layout = Layout((1, 1, 8), "bfloat16", "int8", 512, 1, 256)
-    needs = compile_for(config, find_target("h100-80gb:8"), layout, 2**17)
+    deployment = Deployment((1, 1, 8), "bfloat16", "int8", 512, 1, 256)
+    needs = compile_for(config, find_target("h100-80gb:8"), deployment, 2**17)
     assert needs["decode"].temporaries < 16 * 2**20  # the table is 2 GiB
 
 
@@ -49,21 +49,21 @@ def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
 @pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 8, 1)), ("h100-80gb:8", (1, 1, 1))])
 def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
     config = with_layers(GLM, 1)
-    compression = assumed(Razor(), config, mesh[2])
-    layout = Layout(mesh, "bfloat16", "int8", 512, 1, 256, compression)
-    needs = compile_for(config, find_target(target), layout, 2**20)
-    whole = dataclasses.replace(layout, compression=None).cache_spec(2**20).nbytes(config)
+    compression = estimate_without_scores(RazorConfig(), config, mesh[2])
+    deployment = Deployment(mesh, "bfloat16", "int8", 512, 1, 256, compression)
+    needs = compile_for(config, find_target(target), deployment, 2**20)
+    whole = dataclasses.replace(deployment, compression=None).cache_spec(2**20).nbytes(config)
     cache = needs["decode"].cache
     platform = find_target(target).platform
-    assert cache == pytest.approx(cache_bytes(config, platform, layout, 2**20), rel=0.01)
+    assert cache == pytest.approx(cache_bytes(config, platform, deployment, 2**20), rel=0.01)
     assert cache < 0.7 * whole / (mesh[1] * mesh[2])  # one head of two keeps all in a layer
     assert needs["decode"].temporaries < 0.1 * cache
     # Beside it one layer is whole, and all hidden states are there.
     layer = whole / (mesh[1] * mesh[2])
-    assert needs["prefill"].temporaries < 1.2 * (layer + hidden_bytes(config, layout, 2**20))
+    assert needs["prefill"].temporaries < 1.2 * (layer + hidden_bytes(config, deployment, 2**20))
     # One that compresses as it goes holds a window's copy at most.
-    streaming = assumed(Razor(streaming=True), config, mesh[2])
-    layout = dataclasses.replace(layout, compression=streaming)
-    prefill = compile_for(config, find_target(target), layout, 2**20)["prefill"]
+    streaming = estimate_without_scores(RazorConfig(streaming=True), config, mesh[2])
+    deployment = dataclasses.replace(deployment, compression=streaming)
+    prefill = compile_for(config, find_target(target), deployment, 2**20)["prefill"]
     assert prefill.cache == pytest.approx(cache, rel=0.01)
     assert prefill.temporaries < 0.3 * layer

@@ -7,8 +7,8 @@ import pytest
 from helpers.published import GLM
 
 from lsjax.cache import CacheSpec
-from lsjax.engine import Engine
 from lsjax.families import read_config
+from lsjax.inference.engine import Engine
 from lsjax.planning import find_target, target_mesh
 
 STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]")
@@ -19,7 +19,7 @@ def test_the_next_block_travels_while_the_current_one_is_attended_to():
     config = dataclasses.replace(read_config(GLM), num_layers=1, windows=(None,))
     mesh = target_mesh(find_target("v5e:2x4"), {"context": 8})
     engine = Engine(config, mesh, "bfloat16", "int8", 4096)
-    spec = CacheSpec(1, 2**20, "int8", "bfloat16", engine.stripe)
+    spec = CacheSpec(1, 2**20, "int8", "bfloat16", engine.block_length)
     prefill, _ = engine.compile_ahead(spec, 2**20)
     started, overlapped = {}, []
     # Instructions of a computation stand in the order in which they run.

@@ -18,7 +18,7 @@ def test_a_chip_of_eight_has_room_for_a_step_of_a_7b_model_on_a_million_tokens()
     hidden = 2 * LENGTH * config.hidden_size / DEVICES
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     weights = config.hidden_size * (3 * config.intermediate_size + heads)
-    # Of each layer more: its input, float32 weights and moments, bfloat16 weights and gradients.
+    # Each further layer adds its input, float32 weights and moments, bfloat16 weights and grads.
     more = (MODEL_LAYERS - LAYERS) * (hidden + weights * (12 + 4) / DEVICES)
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + more
     assert total < 0.85 * target.memory

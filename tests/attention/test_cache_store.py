@@ -15,7 +15,7 @@ from lsjax.cache import (
     CacheSpec,
     Zigzag,
     empty_cache,
-    empty_store,
+    empty_kv_array,
     write,
     write_tokens,
 )
@@ -26,19 +26,19 @@ LEVELS = {"int8": 127, "int4": 7.5}
 
 
 def empty(dtype, batch=2, kv_heads=2, capacity=64, head_dim=16):
-    return empty_store((batch, kv_heads, capacity, head_dim), dtype)
+    return empty_kv_array((batch, kv_heads, capacity, head_dim), dtype)
 
 
 @jax.jit
 def encode(store, x):
-    return store.encode(x)
+    return store.quantize(x)
 
 
 def kept(dtype, x):
-    """x as the store gives it back, in x's layout."""
+    """Returns x as a KVArray holds it, in x's layout."""
     store = encode(empty(dtype, *x.shape), jnp.asarray(x))
     found = dequantised(store).swapaxes(1, 2)
-    np.testing.assert_allclose(store.floats(), found, rtol=1e-6)
+    np.testing.assert_allclose(store.dequantize(), found, rtol=1e-6)
     return found
 
 
@@ -114,18 +114,18 @@ def test_what_stood_before_stays(dtype):
 def test_a_few_tokens_of_each_row_land_in_the_shards_that_hold_their_positions(dtype, length):
     new = encode(empty(dtype), jnp.asarray(normal()[:, :, :length]))
     encoded = dequantised(new)
-    zigzag = Zigzag(devices=2, stripe=16)
+    zigzag = Zigzag(devices=2, block_length=16)
     before = empty(dtype, capacity=32)
 
     @jax.jit
     def put(device, first):
         position_of = functools.partial(zigzag.position, device)
-        slots = zigzag.slots_before(device, first)
+        slots = zigzag.num_local_slots_before(device, first)
         return write_tokens(before, new, first, slots, position_of=position_of)
 
     for first in ([3, 40], [59, 0], [12, 63 - length]):
         shards = [dequantised(put(device, np.asarray(first))) for device in range(2)]
-        held = np.concatenate(shards, axis=1)[:, np.argsort(zigzag.order(64))]
+        held = np.concatenate(shards, axis=1)[:, np.argsort(zigzag.permutation(64))]
         expected = np.zeros_like(held)
         for row, at in enumerate(first):
             expected[row, at : at + length] = encoded[row]

@@ -14,11 +14,12 @@ import pytest
 from helpers.oracle import attention, dequantised
 from helpers.plain_attention import causal_attention
 
-from lsjax.attention.blockwise import Seen, attend
+from lsjax.attention.blockwise import KeyRange, attend
 from lsjax.attention.cached import write_and_attend
-from lsjax.cache import LayerCache, Recent, Store, Zigzag, empty_store, whole_stripes
-from lsjax.cache.hadamard import spreading_matrix
-from lsjax.sharding import layer_cache_spec, make_mesh, sharding
+from lsjax.cache import FloatTail, KVArray, LayerCache, Zigzag, empty_kv_array, round_up_to_blocks
+from lsjax.cache.hadamard import hadamard_matrix
+from lsjax.cache.partition_specs import layer_cache_spec
+from lsjax.distributed.sharding import make_mesh, sharding
 
 HEAD_DIM = 32
 MESHES = {
@@ -26,7 +27,7 @@ MESHES = {
     for name in ("111", "121", "141", "181", "142", "212", "222")
 }
 
-BLOCK = 16  # of a quantised cache: positions that are attended to as floats by those among them
+BLOCK = 16  # positions in a quantized cache's block, which its own queries attend to as floats
 
 
 class Case(NamedTuple):
@@ -43,21 +44,21 @@ class Case(NamedTuple):
 
 
 def empty(case, batch, kv_heads):
-    store = empty_store((batch, kv_heads, case.capacity, HEAD_DIM), case.cache)
-    recent = None
+    store = empty_kv_array((batch, kv_heads, case.capacity, HEAD_DIM), case.cache)
+    float_tail = None
     if quantised(case):
         zeros = jnp.zeros((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype)
-        recent = Recent(zeros, zeros)
-    cache = LayerCache(store, store, recent, zigzag(case).stripe)
+        float_tail = FloatTail(zeros, zeros)
+    cache = LayerCache(store, store, float_tail, zigzag(case).block_length)
     mesh = make_mesh(MESHES[case.mesh])
     specs = jax.tree.map(lambda s: sharding(mesh, s), layer_cache_spec(cache))
     return jax.device_put(cache, specs)
 
 
 def zigzag(case):
-    """Chunks are stripes; single tokens find any."""
+    """Returns the layout: a chunk is one block; single tokens work with any block length."""
     devices = MESHES[case.mesh]["context"]
-    return Zigzag(devices, whole_stripes(case.chunk, devices))
+    return Zigzag(devices, round_up_to_blocks(case.chunk, devices))
 
 
 def quantised(case):
@@ -85,8 +86,8 @@ def stepper(case):
 
 
 def turned(x, dtype):
-    """Queries or keys as a quantised cache has them, in `dtype`."""
-    matrix = spreading_matrix(HEAD_DIM).astype(dtype)
+    """Returns queries or keys Hadamard-transformed, as for a quantized cache, in `dtype`."""
+    matrix = hadamard_matrix(HEAD_DIM).astype(dtype)
     return np.asarray(x, dtype) @ matrix * dtype(HEAD_DIM**-0.5)
 
 
@@ -101,11 +102,11 @@ def in_chunks(case, q, k, v):
 
 
 def step_of(case, step, cache, q, k, v, start, lengths):
-    """One chunk; on a context axis filled up and dealt out."""
+    """Runs one chunk; a context axis gets it padded and in zigzag order."""
     end = min(start + case.chunk, case.length)
     order = np.arange(end - start)
     if zigzag(case).devices > 1 and case.chunk > 1:
-        order = zigzag(case).order(zigzag(case).stripe)
+        order = zigzag(case).permutation(zigzag(case).block_length)
     given = [np.pad(x[:, start:end], ((0, 0), (0, len(order)), (0, 0), (0, 0))) for x in (q, k, v)]
     positions = np.tile(start + order, (q.shape[0], 1))
     y, cache = step(*(x[:, order] for x in given), positions, lengths, cache)
@@ -114,7 +115,7 @@ def step_of(case, step, cache, q, k, v, start, lengths):
 
 def in_order(case, cache):
     """With slots in the order of positions, device after device no longer."""
-    where = np.argsort(zigzag(case).order(case.capacity))
+    where = np.argsort(zigzag(case).permutation(case.capacity))
     stores = (jax.tree.map(lambda x: np.asarray(x)[:, :, where], s) for s in (cache.k, cache.v))
     return cache.replace(**dict(zip(("k", "v"), stores, strict=True)))
 
@@ -131,7 +132,7 @@ CASES = [
     # A few tokens over many keys, in one block and in several.
     Case(60, 300, 1, group=7),
     Case(60, 9300, 2, group=7, cache="int8", dtype="bfloat16"),
-    # Dealt out: in one chunk and in many, which are not multiples of a block.
+    # Sharded over the context axis: in one chunk and in many, not multiples of a block.
     Case(50, 64, 64, mesh="181"),
     Case(49, 64, 16, mesh="142"),
     Case(61, 64, 1, mesh="121"),
@@ -169,8 +170,8 @@ MORE = [pytest.param(case, marks=slow) for case in MORE]
 def truth_and_plain(case, q, k, v, cache):
     """Attention to what the cache holds: in float64, and plainly in the case's dtype.
 
-    In a quantised cache a query attends to its own block as it was given, and to the blocks
-    before it as they were quantised.
+    In a quantized cache a query attends to its own block as it was given, and to the blocks
+    before it as they were quantized.
     """
     plain = jax.jit(causal_attention, static_argnums=3)
     cache = in_order(case, cache)
@@ -186,11 +187,11 @@ def truth_and_plain(case, q, k, v, cache):
         stands after these is of no account, and makes all blocks one shape."""
         queries = np.zeros_like(q)
         queries[:, start:end] = q[:, start:end]
-        seen = (
+        key_range = (
             np.concatenate([h[:, :start], np.asarray(g[:, start:], np.float64)], axis=1)
             for h, g in zip(held, given, strict=True)
         )
-        return queries, *seen
+        return queries, *key_range
 
     truths, plains = [], []
     for start in range(0, case.length, BLOCK):
@@ -229,10 +230,10 @@ def test_the_cache_holds_the_same_bits_however_the_text_is_cut(cache):
         for a, b in zip(*map(jax.tree.leaves, stores), strict=True):
             a, b = a[:, :, :50], b[:, :, :50]
             different = np.mean(np.asarray(a) != np.asarray(b))
-            # Turning is a product, whose last bits may depend on its size and break a tie.
+            # The Hadamard transform is a product: its last bits may depend on size and break a tie.
             assert different <= (1e-3 if quantised(base) else 0)
-        if quantised(base):  # of the block in progress, only what has come
-            for a, b in zip(*map(jax.tree.leaves, (whole.recent, cut.recent)), strict=True):
+        if quantised(base):  # only the filled part of the float tail counts
+            for a, b in zip(*map(jax.tree.leaves, (whole.float_tail, cut.float_tail)), strict=True):
                 a, b = (x[:, :, : 50 % BLOCK] for x in (a, b))
                 np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -289,12 +290,12 @@ def test_a_few_tokens_at_different_positions_in_each_row(mesh, window, few, cach
 def test_queries_that_see_no_key(length, capacity, before_or_after):
     """A shard may hold only later positions, or only ones before the window."""
     keys = np.random.default_rng(0).standard_normal((1, 2, capacity, HEAD_DIM)).astype("f4")
-    store, at = Store(keys, None), np.arange(length)[None]
+    store, at = KVArray(keys, None), np.arange(length)[None]
     q = np.ones((1, 2, 3, length, HEAD_DIM), "f4")
-    seen = Seen(None, at - 5000, at - 5000)
+    key_range = KeyRange(None, at - 5000, at - 5000)
     if before_or_after == "before":
-        seen = Seen(at + 4998, at + 5001, at + 5000)
-    partial = jax.jit(attend)(q, store, store, seen)
+        key_range = KeyRange(at + 4998, at + 5001, at + 5000)
+    partial = jax.jit(attend)(q, store, store, key_range)
     np.testing.assert_array_equal(partial.values, np.zeros(q.shape))
     np.testing.assert_array_equal(partial.lse, np.full(q.shape[:-1], -np.inf))
 
@@ -304,9 +305,9 @@ def test_log_sum_exp_of_a_shard():
     case = Case(64, 64, 64)
     q, k, v = queries_keys_values(case, batch=1)
     grouped = (q * HEAD_DIM**-0.5).reshape(1, 64, 2, 2, HEAD_DIM).transpose(0, 2, 3, 1, 4)
-    half = [Store(x[:, 32:].swapaxes(1, 2), None) for x in (k, v)]
+    half = [KVArray(x[:, 32:].swapaxes(1, 2), None) for x in (k, v)]
     at = np.arange(64)[None] - 32
-    partial = jax.jit(attend)(grouped, *half, Seen(None, at + 1, at))
+    partial = jax.jit(attend)(grouped, *half, KeyRange(None, at + 1, at))
     assert np.all(partial.lse[..., :32] == -np.inf)
     values, lse = attention(q[:, 32:], k[:, 32:], v[:, 32:], np.arange(32)[None])
     got = np.moveaxis(partial.lse[..., 32:], 3, 1).reshape(lse.shape)

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from lsjax.attention.blockwise import Blocks
 from lsjax.attention.differentiable import RingSizes, self_attention
 from lsjax.cache import Zigzag
+from lsjax.distributed.sharding import make_mesh
 from lsjax.positions.alibi import alibi_slopes
-from lsjax.sharding import make_mesh
 
 RESULTS = ("out", "q", "k", "v")
 
@@ -79,7 +79,7 @@ def plain(case):
 
 def dealt(case, sizes=RingSizes()):  # noqa: B008 (frozen)
     """As `plain`, of arrays in plain order, through the mesh."""
-    mesh, order = mesh_of(case), Zigzag(int(case.mesh[1]), case.length).order(case.length)
+    mesh, order = mesh_of(case), Zigzag(int(case.mesh[1]), case.length).permutation(case.length)
     both = with_gradients(
         lambda q, k, v, begin: self_attention(
             mesh, q, k, v, begin, case.window, slopes_of(case), sizes
@@ -93,10 +93,10 @@ dealt_once = functools.cache(dealt)
 
 def assert_near_the_truth(case, begin, got):
     *given, d_out = inputs(case)
-    seen = begin
+    key_range = begin
     if case.window is not None:
-        seen = np.maximum(begin, np.arange(case.length) + 1 - case.window)
-    truth = attention_gradients(*given, d_out, seen, slopes_of(case))
+        key_range = np.maximum(begin, np.arange(case.length) + 1 - case.window)
+    truth = attention_gradients(*given, d_out, key_range, slopes_of(case))
     measure = plain(case)(*given, d_out, begin)
     for name, true, ours, theirs in zip(RESULTS, truth, got, measure, strict=True):
         error, allowed = (
@@ -147,7 +147,7 @@ def test_as_near_the_truth_as_plain_attention_however_rows_are_packed(case):
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_as_near_when_keys_travel_in_many_pieces(window):
-    sizes = RingSizes(24, 32, Blocks(rows=40, keys=12, keys_for_few=12))
+    sizes = RingSizes(24, 32, Blocks(rows=40, keys=12, decode_keys=12))
     case = Case("141", 4 * 96, batch=2, window=window)
     begin = np.zeros((2, case.length), np.int32)
     begin[0, 150:], begin[0, 151:] = 150, 151

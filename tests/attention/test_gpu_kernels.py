@@ -93,9 +93,9 @@ def oracle(q, k, v, k_scale, v_scale, begin, end):
         k, v = (
             x * np.asarray(s).astype(np.float64)[..., None] for x, s in ((k, k_scale), (v, v_scale))
         )
-    seen = visible(k, begin, end)[:, None, None]
-    scores = np.where(seen, np.einsum("bkgld,bksd->bkgls", q, k), -np.inf)
-    highest = np.where(seen.any(-1), scores.max(axis=-1), 0.0)
+    key_range = visible(k, begin, end)[:, None, None]
+    scores = np.where(key_range, np.einsum("bkgld,bksd->bkgls", q, k), -np.inf)
+    highest = np.where(key_range.any(-1), scores.max(axis=-1), 0.0)
     weights = np.exp(scores - highest[..., None])
     total = weights.sum(axis=-1)
     with np.errstate(divide="ignore"):
@@ -112,8 +112,8 @@ def plain(q, k, v, k_scale, v_scale, begin, end):
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
     slots = jnp.arange(k.shape[2])
-    seen = (slots >= begin[..., None]) & (slots < end[..., None])
-    scores = jnp.where(seen[:, None, None], dot("bkgld,bksd->bkgls", q, k), -jnp.inf)
+    key_range = (slots >= begin[..., None]) & (slots < end[..., None])
+    scores = jnp.where(key_range[:, None, None], dot("bkgld,bksd->bkgls", q, k), -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
     return Partial(dot("bkgls,bksd->bkgld", weights.astype(q.dtype), v), lse)
@@ -124,10 +124,10 @@ def assert_as_near(got, reference, args):
     values, lse = oracle(*args)
     np.testing.assert_array_equal(got.lse == -np.inf, lse == -np.inf)
     np.testing.assert_array_equal(got.values[lse == -np.inf], 0)
-    seen = lse > -np.inf
+    key_range = lse > -np.inf
 
     def error(partial):
-        far = np.abs(np.asarray(partial.lse, np.float64)[seen] - lse[seen])
+        far = np.abs(np.asarray(partial.lse, np.float64)[key_range] - lse[key_range])
         return np.linalg.norm(partial.values - values, axis=-1).max(), np.max(far, initial=0.0)
 
     for far, reference_far in zip(error(got), error(reference), strict=True):
@@ -135,7 +135,7 @@ def assert_as_near(got, reference, args):
 
 
 def spoiled_where_unseen(k, v, k_scale, v_scale, begin, end):
-    """The stores with nan wherever no block that is needed can reach."""
+    """Returns the KV arrays with NaN wherever no block of keys that is needed can reach."""
     first, last = begin // ALIGNED * ALIGNED, -(-end // ALIGNED) * ALIGNED
     needed = visible(k, first, last)[:, 0, None] & (begin < end)[:, None]
 

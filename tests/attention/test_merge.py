@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from lsjax.attention.partial import Partial, from_sums, merge, merge_over_axis
-from lsjax.sharding import make_mesh, parse_mesh
+from lsjax.distributed.sharding import make_mesh, parse_mesh
 
 ROWS, WIDTH = 6, 4
 EPS = 2.0**-23
@@ -73,24 +73,24 @@ def test_result_lies_between_the_two_and_is_finite(a, b):
     largest = np.maximum(a.lse, b.lse)
     assert np.all(merged.lse >= largest) and np.all(merged.lse <= largest + np.log(2) + 1e-3)
     slack = 40 * EPS
-    seen = [np.where(p.lse[:, None] == -np.inf, np.nan, p.values) for p in (a, b)]
-    assert np.all(merged.values[~unseen] >= np.fmin(*seen)[~unseen] - slack)
-    assert np.all(merged.values[~unseen] <= np.fmax(*seen)[~unseen] + slack)
+    key_range = [np.where(p.lse[:, None] == -np.inf, np.nan, p.values) for p in (a, b)]
+    assert np.all(merged.values[~unseen] >= np.fmin(*key_range)[~unseen] - slack)
+    assert np.all(merged.values[~unseen] <= np.fmax(*key_range)[~unseen] + slack)
 
 
 @jax.jit
 def partial_of(scores, values):
     """[rows, keys] scores, -inf where masked -> their Partial."""
-    highest = jnp.max(scores, axis=-1, initial=-jnp.inf)
-    weights = jnp.exp(scores - jnp.where(highest == -jnp.inf, 0.0, highest)[:, None])
-    return from_sums(weights @ values, weights.sum(-1), highest)
+    running_max = jnp.max(scores, axis=-1, initial=-jnp.inf)
+    weights = jnp.exp(scores - jnp.where(running_max == -jnp.inf, 0.0, running_max)[:, None])
+    return from_sums(weights @ values, weights.sum(-1), running_max)
 
 
 @QUICK
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 12), max_size=3), st.floats(0.1, 30))
-def test_equals_the_oracle_over_the_union(seed, cuts, spread):
+def test_equals_the_oracle_over_the_union(seed, cuts, hadamard_transform):
     rng = np.random.default_rng(seed)
-    scores = (spread * rng.standard_normal((ROWS, 12))).astype("f4")
+    scores = (hadamard_transform * rng.standard_normal((ROWS, 12))).astype("f4")
     scores[rng.random(scores.shape) < 0.3] = -np.inf
     values = rng.standard_normal((12, WIDTH)).astype("f4")
     result = NOTHING
@@ -99,15 +99,15 @@ def test_equals_the_oracle_over_the_union(seed, cuts, spread):
         result = together(result, partial_of(own, values))
 
     wide = scores.astype(np.float64)
-    seen = np.any(wide > -np.inf, axis=-1)
-    weights = np.exp(wide[seen])
+    key_range = np.any(wide > -np.inf, axis=-1)
+    weights = np.exp(wide[key_range])
     total = weights.sum(-1)
-    np.testing.assert_allclose(result.lse[seen], np.log(total), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.lse[key_range], np.log(total), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        result.values[seen], weights @ values / total[:, None], rtol=1e-4, atol=1e-4
+        result.values[key_range], weights @ values / total[:, None], rtol=1e-4, atol=1e-4
     )
-    np.testing.assert_array_equal(result.lse[~seen], -np.inf)
-    np.testing.assert_array_equal(result.values[~seen], 0)
+    np.testing.assert_array_equal(result.lse[~key_range], -np.inf)
+    np.testing.assert_array_equal(result.values[~key_range], 0)
 
 
 def test_over_devices_as_one_by_one():

@@ -1,24 +1,24 @@
-"""Keys with outlying channels, turned so that a byte an entry keeps the scores."""
+"""Keys with outlying channels, Hadamard-transformed so that int8 keeps the scores."""
 
 import jax
 import numpy as np
 import pytest
 from helpers.oracle import dequantised
 
-from lsjax.cache import empty_store
-from lsjax.cache.hadamard import spread, spreading_matrix
+from lsjax.cache import empty_kv_array
+from lsjax.cache.hadamard import hadamard_matrix, hadamard_transform
 
-turn = jax.jit(spread)
+turn = jax.jit(hadamard_transform)
 
 
 @jax.jit
 def encode(turned):
-    return empty_store(turned.shape, "int8").encode(turned)
+    return empty_kv_array(turned.shape, "int8").quantize(turned)
 
 
 @pytest.mark.parametrize("width", [1, 2, 6, 8, 12, 16, 20, 40, 64, 80, 96, 100, 112, 128, 192, 256])
 def test_turning_changes_no_score(width):
-    matrix = spreading_matrix(width).astype(np.float64)
+    matrix = hadamard_matrix(width).astype(np.float64)
     np.testing.assert_allclose(matrix @ matrix.T, width * np.eye(width), atol=1e-4)
     q, k = np.random.default_rng(width).standard_normal((2, 50, width)).astype("f4")
     turned_q, turned_k = np.asarray(turn(np.stack([q, k])))
@@ -27,7 +27,7 @@ def test_turning_changes_no_score(width):
 
 @pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
 def test_an_outlier_is_shared_by_all_channels(width):
-    assert np.all(np.abs(spreading_matrix(width)) == 1)
+    assert np.all(np.abs(hadamard_matrix(width)) == 1)
 
 
 def log_softmax(scores):

@@ -1,7 +1,7 @@
 """The TPU kernel, evaluated on the CPU, against its contract in float64.
 
-The measure is the plain implementation in the same dtype, a softmax over all of the dequantised
-store: the kernel may be at most twice as far from the truth.
+The measure is the plain implementation in the same dtype, a softmax over the whole dequantized KV
+array: the kernel may be at most twice as far from the truth.
 """
 
 import functools
@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from lsjax.attention.tpu import attend
-from lsjax.precision import einsum
+from lsjax.runtime.precision import einsum
 
 kernel = jax.jit(functools.partial(attend, interpret=True))
 
 
 class Case(NamedTuple):
-    """The store and its queries; dtype is the queries'."""
+    """The KV array and its queries; dtype is the queries'."""
 
     batch: int
     kv_heads: int
@@ -62,7 +62,7 @@ CASES = [
     Case(1, 1, 3, 400, 64, 2048, "float32", "float32", 600),
     # Blocks of some of the heads.
     Case(2, 16, 1, 1, 16, 768, "int8", "float32", None),
-    # Decode far into a long store, each row at a position of its own.
+    # Decode far into a long KV array, each row at a position of its own.
     Case(4, 2, 7, 1, 64, 16384, "int8", "bfloat16", None),
 ]
 
@@ -130,15 +130,16 @@ def check(case, begin, end):
     got = kernel(*inputs, begin, end)
     truth = contract(*inputs, begin, end)
     reference = plain(*dequantised(case.dtype, *inputs), begin, end)
-    seen = np.isfinite(truth[1])
+    key_range = np.isfinite(truth[1])
     for exact, ours, theirs in zip(truth, (got.values, got.lse), reference, strict=True):
         assert ours.dtype == jnp.float32
         error, plain_error = (
-            np.max(np.abs(np.asarray(x)[seen] - exact[seen]), initial=0.0) for x in (ours, theirs)
+            np.max(np.abs(np.asarray(x)[key_range] - exact[key_range]), initial=0.0)
+            for x in (ours, theirs)
         )
         assert error <= 2 * plain_error + 1e-6
-    np.testing.assert_array_equal(got.values[~seen], 0.0)
-    np.testing.assert_array_equal(got.lse[~seen], -np.inf)
+    np.testing.assert_array_equal(got.values[~key_range], 0.0)
+    np.testing.assert_array_equal(got.lse[~key_range], -np.inf)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

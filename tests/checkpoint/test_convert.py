@@ -14,7 +14,7 @@ from lsjax.checkpoint import (
     convert_hf_to_orbax,
     convert_orbax_to_hf,
     load_parameters,
-    stored,
+    tensor_info,
 )
 from lsjax.families import read_config
 from lsjax.nn.parameters import abstract_parameters, flatten
@@ -23,7 +23,7 @@ from lsjax.nn.parameters import abstract_parameters, flatten
 @pytest.fixture
 def small_groups(monkeypatch):
     """Arrays arrive in many groups, as those of a large checkpoint do."""
-    monkeypatch.setattr(stored, "GROUP_BYTES", 40_000)
+    monkeypatch.setattr(tensor_info, "GROUP_BYTES", 40_000)
 
 
 def read_tensors(folder):

@@ -12,10 +12,10 @@ import pytest
 from helpers.checkpoints import make_folder, mesh
 
 from lsjax.checkpoint import (
+    atomic_directory,
     convert_hf_to_orbax,
     convert_orbax_to_hf,
     load_parameters,
-    new_folder,
     orbax_checkpoint,
     safetensors_writer,
 )
@@ -129,7 +129,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_figures(
 ):
     convert, source = conversion
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10_000_000, 10_000)
-    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(atomic_directory.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"will take 0\.\d+ GB.* has 0\.\d+ GB free"):
         convert(source, out)
     assert left_in(tmp_path) == []

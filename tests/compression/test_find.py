@@ -5,8 +5,8 @@ import pytest
 from helpers.intermediates import queries_and_keys
 
 import lsjax
-from lsjax.compression.find import REPEATS, find_heads, repeated_text
 from lsjax.errors import UserError
+from lsjax.evals.retrieval_heads import REPEATS, find_heads, repeated_text
 
 
 def whole_matrix(lm, text):

@@ -11,10 +11,10 @@ from helpers.caches import cache_bytes
 import lsjax
 from lsjax.compression import HEAD_FILE, HeadScores, choose, read_scores, write_scores
 from lsjax.errors import UserError
-from lsjax.settings import settle
+from lsjax.evals.sentences import sentences
+from lsjax.inference.options import resolve_options
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
-from lsjax.shipped.sentences import sentences
 
 # Half of the heads of so small a model, where the paper takes 15% of thousands; and a window that
 # is to a text of 2,000 tokens what the default is to a long one.
@@ -72,14 +72,14 @@ def test_perplexity_stays_within_a_hundredth(full, small):
     text = " ".join(sentences(random.Random(1), 3 * LENGTH))
     ids = full.tokenizer.encode(text)
     rows = [ids[:LENGTH], ids[LENGTH : 2 * LENGTH]]
-    exact, kept = (np.exp(lm.decode_losses(rows, LENGTH - 300).mean()) for lm in (full, small))
+    exact, kept = (np.exp(lm.teacher_forced_nll(rows, LENGTH - 300).mean()) for lm in (full, small))
     assert abs(kept / exact - 1) < 0.01
 
 
 def test_decoded_tokens_lose_what_prompt_tokens_lose(full):
     ids = full.tokenizer.encode(" ".join(sentences(random.Random(2), 700)))[:600]
-    found = full.decode_losses([ids, ids[::-1]], 410)
-    np.testing.assert_allclose(found, full.losses([ids, ids[::-1]])[:, 410:], atol=1e-4)
+    found = full.teacher_forced_nll([ids, ids[::-1]], 410)
+    np.testing.assert_allclose(found, full.token_nll([ids, ids[::-1]])[:, 410:], atol=1e-4)
 
 
 PROMPTS = (700, 350)
@@ -155,7 +155,7 @@ def test_a_kv_head_is_as_good_as_its_best_query_head():
 )
 def test_settings_that_cannot_be_are_refused(given, says):
     with pytest.raises(UserError, match=says):
-        settle(kv_compression=given)
+        resolve_options(shipped_model_path(), kv_compression=given)
 
 
 def test_scores_of_another_model_or_damaged_ones_are_refused(full, tmp_path):
@@ -163,7 +163,7 @@ def test_scores_of_another_model_or_damaged_ones_are_refused(full, tmp_path):
     other = dataclasses.replace(full.config, num_kv_heads=4)
     write_scores(str(path), other, HeadScores(np.zeros((2, 4)), np.zeros((2, 4))))
     with pytest.raises(UserError, match="of another model"):
-        settle(kv_compression={"heads": str(path)})
+        resolve_options(shipped_model_path(), kv_compression={"heads": str(path)})
     shape = json.loads(path.read_text())["model"] | {"num_kv_heads": full.config.num_kv_heads}
     for damaged in (
         "[]",
@@ -174,13 +174,13 @@ def test_scores_of_another_model_or_damaged_ones_are_refused(full, tmp_path):
     ):
         path.write_text(damaged)
         with pytest.raises(UserError, match="find_retrieval_heads"):
-            settle(kv_compression={"heads": str(path)})
+            resolve_options(shipped_model_path(), kv_compression={"heads": str(path)})
 
 
 def test_what_does_not_combine_says_why(small, tmp_path):
     with pytest.raises(UserError, match="prompt lookup does not go with kv_compression"):
         small.generate("a", 4, prompt_lookup_num_tokens=3)
-    with pytest.raises(UserError, match="decode_losses"):
+    with pytest.raises(UserError, match="teacher_forced_nll"):
         small.logits([1, 2, 3])
     with pytest.raises(UserError, match="another order"):
         small.save(tmp_path / "saved")

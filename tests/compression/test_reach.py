@@ -9,12 +9,12 @@ from helpers.caches import cache_bytes
 from helpers.intermediates import queries_and_keys
 
 import lsjax
-from lsjax.compression import HEAD_FILE, Razor, assumed, write_bounds
-from lsjax.compression.reach import reaches, score_bounds
+from lsjax.compression import HEAD_FILE, RazorConfig, estimate_without_scores, write_bounds
+from lsjax.compression.alibi_span import alibi_spans, score_bounds
 from lsjax.compression.scores import read_bounds
 from lsjax.errors import UserError
+from lsjax.inference.options import resolve_options
 from lsjax.positions.alibi import alibi_slopes
-from lsjax.settings import settle
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
 
@@ -68,10 +68,10 @@ def test_a_bound_is_reached_by_the_worst_pair_of_tokens(whole):
 @pytest.mark.parametrize("epsilon", [1e-4, 0.03])
 def test_what_is_dropped_weighs_less_than_epsilon(whole, seen, epsilon):
     c = whole.config
-    reach = reaches(c, score_bounds(c, whole.params), epsilon)
+    alibi_span = alibi_spans(c, score_bounds(c, whole.params), epsilon)
     distance = np.subtract.outer(np.arange(600), np.arange(600))
     checked = 0
-    for (q, k), far in zip(seen, reach, strict=True):
+    for (q, k), far in zip(seen, alibi_span, strict=True):
         scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
         scores -= alibi_slopes(c.num_heads)[:, None, None] * distance
         weights = np.exp(np.where(distance < 0, -np.inf, scores))
@@ -106,17 +106,19 @@ def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, options):
 
 def test_heads_keep_what_they_reach_and_no_more(whole):
     used = [cache_bytes(lm, 8000) for lm in (whole, twin())]
-    reach = reaches(whole.config, read_bounds(f"{ALIBI}/{HEAD_FILE}", whole.config), 1e-4)
-    least = np.minimum(reach, 8000).mean() / 8000
+    alibi_span = alibi_spans(whole.config, read_bounds(f"{ALIBI}/{HEAD_FILE}", whole.config), 1e-4)
+    least = np.minimum(alibi_span, 8000).mean() / 8000
     assert least < used[1] / used[0] < least + 0.1
 
 
 def test_heads_on_the_same_place_of_different_devices_keep_as_much():
     lm = twin()
     for shards in (1, 2, 4):
-        found = assumed(Razor(heads=f"{ALIBI}/{HEAD_FILE}"), lm.config, shards)
-        reach = reaches(lm.config, read_bounds(f"{ALIBI}/{HEAD_FILE}", lm.config), 1e-4)
-        for order, places, needed in zip(found.order, found.reach, reach, strict=True):
+        found = estimate_without_scores(
+            RazorConfig(heads=f"{ALIBI}/{HEAD_FILE}"), lm.config, shards
+        )
+        alibi_span = alibi_spans(lm.config, read_bounds(f"{ALIBI}/{HEAD_FILE}", lm.config), 1e-4)
+        for order, places, needed in zip(found.order, found.alibi_span, alibi_span, strict=True):
             assert sorted(order) == [0, 1, 2, 3]
             assert (np.tile(places, shards) >= needed[list(order)]).all()
 
@@ -134,21 +136,21 @@ def test_heads_on_the_same_place_of_different_devices_keep_as_much():
 )
 def test_settings_that_cannot_be_are_refused(given, says):
     with pytest.raises(UserError, match=says):
-        settle(ALIBI, kv_compression=given)
+        resolve_options(ALIBI, kv_compression=given)
 
 
 def test_epsilon_means_nothing_without_alibi():
     with pytest.raises(UserError, match="epsilon goes with ALiBi"):
-        settle(kv_compression={"epsilon": 0.01})
+        resolve_options(shipped_model_path(), kv_compression={"epsilon": 0.01})
 
 
 def test_bounds_of_another_model_are_refused(whole, tmp_path):
     path = str(tmp_path / HEAD_FILE)
     write_bounds(path, dataclasses.replace(whole.config, vocab_size=9), np.ones((2, 4)))
     with pytest.raises(UserError, match="of another model"):
-        settle(ALIBI, kv_compression={"heads": path})
+        resolve_options(ALIBI, kv_compression={"heads": path})
 
 
 def test_a_plan_needs_the_file():
     with pytest.raises(UserError, match="name the file"):
-        assumed(Razor(), twin("none").config, 1)
+        estimate_without_scores(RazorConfig(), twin("none").config, 1)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import lsjax
-from lsjax import report
 from lsjax.attention import compressed
-from lsjax.cache import Parts, WindowSpec, Zigzag, compress, stripe_of
-from lsjax.cache.kv_cache import LayerCache, empty_store
+from lsjax.cache import HeadGroups, WindowSpec, Zigzag, block_length_of, compress
+from lsjax.cache.kv_cache import LayerCache, empty_kv_array
+from lsjax.cli import report
+from lsjax.distributed.sharding import make_mesh
 from lsjax.errors import UserError
-from lsjax.requests import batches
-from lsjax.settings import settle
-from lsjax.sharding import make_mesh
+from lsjax.inference.options import resolve_options
+from lsjax.inference.request import batches
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
 
@@ -23,8 +23,8 @@ SMALL = {"induction": 0.5, "window": 256, "window_share": 0.1, "streaming": True
 
 
 def in_float64(q, k, v, start, position):
-    """A head's attention: what the window has kept of all before the chunk, what it has dropped
-    as one, and the chunk."""
+    """Returns a head's attention to what the window keeps from before the chunk, to a compensation
+    token for the rest, and to the chunk."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     kept = [p for p in range(start) if p < SPEC.sinks or p >= start - SPEC.last]
     gone = np.arange(SPEC.sinks, start - SPEC.last)
@@ -55,14 +55,14 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     mesh = make_mesh({"data": data, "context": context, "model": shards})
     lengths = np.array([301, 190])
     total = -(-lengths.max() // chunk) * chunk
-    zigzag = Zigzag(context, stripe_of(chunk, context))
+    zigzag = Zigzag(context, block_length_of(chunk, context))
     shape = 2, total, KV_HEADS, HEAD_DIM
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
     each = KV_HEADS // shards
-    parts = Parts(1, ((each - 1, SPEC),)) if each > 1 else Parts(0, ((1, SPEC),))
+    parts = HeadGroups(1, ((each - 1, SPEC),)) if each > 1 else HeadGroups(0, ((1, SPEC),))
     capacity = -(-total // (256 * context)) * 256 * context
-    store = empty_store((2, KV_HEADS, capacity, HEAD_DIM), "float32")
-    whole = LayerCache(store, store, None, zigzag.stripe)
+    store = empty_kv_array((2, KV_HEADS, capacity, HEAD_DIM), "float32")
+    whole = LayerCache(store, store, None, zigzag.block_length)
     with jax.set_mesh(mesh):
         small = jax.jit(lambda c: compress(c, jnp.zeros(2, int), parts, shards, zigzag))(whole)
     step = jax.jit(
@@ -72,7 +72,7 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     )
     found = np.zeros(shape)
     for start in range(0, total, chunk):
-        at = start + zigzag.order(chunk)
+        at = start + zigzag.permutation(chunk)
         new = (jnp.asarray(x[:, at]) for x in (q, k, v))
         out, small = step(*new, jnp.broadcast_to(at, (2, chunk)), small)
         found[:, at] = out
@@ -88,16 +88,16 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     device, slot = np.divmod(np.arange(capacity), capacity // context)
     position = np.array([zigzag.position(d, s) for d, s in zip(device, slot, strict=True)])
     padded = (np.pad(x, ((0, 0), (0, capacity - total), (0, 0), (0, 0))) for x in (k, v))
-    laid = (store.encode(jnp.asarray(x[:, position].swapaxes(1, 2))) for x in padded)
-    whole = LayerCache(*laid, None, zigzag.stripe)
+    laid = (store.quantize(jnp.asarray(x[:, position].swapaxes(1, 2))) for x in padded)
+    whole = LayerCache(*laid, None, zigzag.block_length)
     wanted = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(whole, lengths)
     (window,), (expected,) = small.windows, wanted.windows
     kept = np.arange(min(SPEC.slots, lengths.min()))
     for a, b in ((window.k.data, expected.k.data), (window.v.data, expected.v.data)):
         np.testing.assert_array_equal(a[:, :, kept], b[:, :, kept])
     for a, b in zip(
-        jax.tree.leaves((window.dropped, window.oldest)),
-        jax.tree.leaves((expected.dropped, expected.oldest)),
+        jax.tree.leaves((window.compensation_token, window.next_evicted)),
+        jax.tree.leaves((expected.compensation_token, expected.next_evicted)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -144,11 +144,11 @@ def test_with_alibi_nothing_is_lost():
 
 
 def test_that_it_is_approximate_is_said():
-    settings = settle(kv_compression=SMALL)
+    settings = resolve_options(shipped_model_path(), kv_compression=SMALL)
     requests = batches(settings, [(1, 2, 3)], 8)
-    assert any("approximate" in note for note in report.notes(settings, requests))
+    assert any("approximate" in note for note in report.warnings(settings, requests))
 
 
 def test_it_is_true_or_false():
     with pytest.raises(UserError, match="true or false"):
-        settle(kv_compression={"streaming": "yes"})
+        resolve_options(shipped_model_path(), kv_compression={"streaming": "yes"})

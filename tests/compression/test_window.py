@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from lsjax.attention import compressed
 from lsjax.attention.cached import write_and_attend
-from lsjax.attention.compensation import compensation
 from lsjax.attention.partial import Partial, merge
-from lsjax.cache import Dropped, Parts, WindowSpec, Zigzag, compress, stripe_of
-from lsjax.cache.hadamard import spread
-from lsjax.cache.kv_cache import BLOCK, LayerCache, Recent, empty_store
-from lsjax.sharding import make_mesh
+from lsjax.attention.streaming import attend_to_compensation_token
+from lsjax.cache import CompensationToken, HeadGroups, WindowSpec, Zigzag, block_length_of, compress
+from lsjax.cache.hadamard import hadamard_transform
+from lsjax.cache.kv_cache import BLOCK, FloatTail, LayerCache, empty_kv_array
+from lsjax.distributed.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
 SINKS, LAST = 3, 300
@@ -45,26 +45,28 @@ def attention_over_what_is_kept(q, k, v, position, length, spec):
 def filled(k, v, dtype, capacity, context, lengths):
     """A layer's cache with [batch, length, kv_heads, head_dim] written, as prompts leave it."""
     batch, length = k.shape[:2]
-    stripe = stripe_of(64, context)
-    zigzag = Zigzag(context, stripe)
-    store = empty_store((batch, KV_HEADS, capacity, HEAD_DIM), dtype)
+    block_length = block_length_of(64, context)
+    zigzag = Zigzag(context, block_length)
+    store = empty_kv_array((batch, KV_HEADS, capacity, HEAD_DIM), dtype)
     each = capacity // context
     position = np.concatenate([zigzag.position(d, np.arange(each)) for d in range(context)])
 
     def laid(x):
         x = np.pad(x, ((0, 0), (0, capacity - length), (0, 0), (0, 0)))
-        return store.encode(jnp.asarray(x[:, position].swapaxes(1, 2), jnp.float32))
+        return store.quantize(jnp.asarray(x[:, position].swapaxes(1, 2), jnp.float32))
 
-    recent = None
+    float_tail = None
     if store.scale is not None:
-        k = np.asarray(spread(jnp.asarray(k)))
+        k = np.asarray(hadamard_transform(jnp.asarray(k)))
         blocks = np.zeros((2, batch, KV_HEADS, BLOCK, HEAD_DIM), np.float32)
         for row, end in enumerate(lengths):
             first = end // BLOCK * BLOCK
             for block, x in zip(blocks, (k, v), strict=True):
                 block[row, :, : end - first] = x[row, first:end].swapaxes(0, 1)
-        recent = Recent(*map(jnp.asarray, blocks))
-    return LayerCache(k=laid(k), v=laid(v), recent=recent, stripe=stripe), zigzag
+        float_tail = FloatTail(*map(jnp.asarray, blocks))
+    return LayerCache(
+        k=laid(k), v=laid(v), float_tail=float_tail, block_length=block_length
+    ), zigzag
 
 
 def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0, last=LAST):
@@ -82,7 +84,7 @@ def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0, last=LAST):
         k[:, : max(lengths)], v[:, : max(lengths)], dtype, capacity, context, lengths
     )
     with jax.set_mesh(mesh):
-        parts = Parts(kept, ((KV_HEADS // shards - kept, spec),))
+        parts = HeadGroups(kept, ((KV_HEADS // shards - kept, spec),))
         small = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(
             cache, jnp.asarray(lengths)
         )
@@ -149,7 +151,7 @@ def test_in_every_format(mesh, dtype, error):
 def test_a_window_rolls_for_more_than_its_own_length():
     found, wanted, small = outputs((1, 1, 1), "float32", (70, 60), 60, 0, last=40)
     np.testing.assert_allclose(found[-3:], wanted[-3:], atol=3e-6)
-    assert small.windows[0].dropped.count.tolist() == [70 + 20 - SINKS, 60 + 20 - SINKS]
+    assert small.windows[0].compensation_token.count.tolist() == [70 + 20 - SINKS, 60 + 20 - SINKS]
 
 
 numbers = st.floats(-3, 3, width=32)
@@ -164,12 +166,12 @@ def test_compensation_is_exact_where_dropped_keys_are_equal(count, key, seed):
     values = rng.standard_normal((min(count, 50), 8))
     mean = values.mean(axis=0)
     scale = 8**-0.5
-    dropped = Dropped(*(jnp.asarray(x, jnp.float32)[None, None] for x in (key, mean)),
+    dropped = CompensationToken(*(jnp.asarray(x, jnp.float32)[None, None] for x in (key, mean)),
                       jnp.asarray([count]))  # fmt: skip
     scaled = jnp.asarray(q * scale, jnp.float32)[None, None, None, None]
     lse = jnp.asarray([[[[q @ near_k * scale]]]], jnp.float32)
     near = Partial(jnp.asarray(near_v, jnp.float32)[None, None, None, None], lse)
-    found = merge(near, compensation(scaled, dropped)).values[0, 0, 0, 0]
+    found = merge(near, attend_to_compensation_token(scaled, dropped)).values[0, 0, 0, 0]
     # `count` tokens with one key, whose values have this mean.
     weights = np.array([np.exp(q @ near_k * scale), count * np.exp(q @ key * scale)])
     wanted = weights / weights.sum() @ np.array([near_v, mean])
@@ -181,7 +183,7 @@ def test_heads_that_keep_everything_are_those_of_the_whole_cache():
     mesh = make_mesh("")
     k, v = (rng.standard_normal((1, 400, KV_HEADS, HEAD_DIM)).astype(np.float32) for _ in "kv")
     cache, zigzag = filled(k, v, "float32", 512, 1, [400])
-    parts = Parts(KV_HEADS, ())
+    parts = HeadGroups(KV_HEADS, ())
     small = jax.jit(lambda c, n: compress(c, n, parts, 1, zigzag))(cache, jnp.array([400]))
     q = jnp.asarray(rng.standard_normal((1, 1, HEADS, HEAD_DIM)), jnp.float32)
     new = jnp.asarray(k[:, :1]), jnp.asarray(v[:, :1])
@@ -199,12 +201,12 @@ def test_a_third_of_the_bytes_are_left_at_131072_tokens(dtype):
     spec, zigzag = WindowSpec(4, max(4000, -(-length // 5))), Zigzag(1, 0)
     kept = [1] * chosen + [0] * (layers - chosen)
     shape = 1, KV_HEADS, capacity, 128
-    full = jax.eval_shape(lambda: LayerCache(empty_store(shape, dtype), empty_store(shape, dtype),
-                                             None))  # fmt: skip
+    empty = lambda: empty_kv_array(shape, dtype)  # noqa: E731
+    full = jax.eval_shape(lambda: LayerCache(empty(), empty(), None))
     rows = jax.ShapeDtypeStruct((1,), "int32")
 
     def kept_by(heads):
-        parts = Parts(heads, ((KV_HEADS - heads, spec),))
+        parts = HeadGroups(heads, ((KV_HEADS - heads, spec),))
         return jax.eval_shape(lambda c, n: compress(c, n, parts, 1, zigzag), full, rows)
 
     small = [kept_by(heads) for heads in kept]

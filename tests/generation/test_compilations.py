@@ -6,7 +6,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from lsjax import Sampling
-from lsjax.sharded_model import forget_compiled_programs
+from lsjax.inference.sharded_model import forget_compiled_programs
 
 LENGTH = 1000
 

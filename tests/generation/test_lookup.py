@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsjax import Sampling, UserError
-from lsjax.lookup import MOST_DRAFTED, agreed, draft
+from lsjax.inference.prompt_lookup import MAX_DRAFT_TOKENS, draft, num_accepted
 
-jitted_draft, jitted_agreed = jax.jit(draft, static_argnums=2), jax.jit(agreed)
+jitted_draft, jitted_agreed = jax.jit(draft, static_argnums=2), jax.jit(num_accepted)
 
 
 def drafted(text, count, room=32):
@@ -39,7 +39,7 @@ def of_tokens(most):
 
 
 @settings(deadline=None, max_examples=30)
-@given(of_tokens(30), st.sampled_from([1, 2, 5, MOST_DRAFTED]))
+@given(of_tokens(30), st.sampled_from([1, 2, 5, MAX_DRAFT_TOKENS]))
 def test_a_draft_holds_only_what_the_text_does(text, count):
     assert set(drafted(text, count)) <= set(text) or len(text) == 1
 

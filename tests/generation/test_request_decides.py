@@ -1,13 +1,14 @@
-"""Scaling that depends on length: settled by the request, for each row of a batch by itself."""
+"""Scaling that depends on length: resolved per request, for each row of a batch by itself."""
 
 import json
 
 import pytest
 
-from lsjax import UserError, report
+from lsjax import UserError
+from lsjax.cli import report
+from lsjax.inference.request import batches
 from lsjax.positions.frequencies import resolve
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.requests import batches
 
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 256}
 LINEAR = {"rope_type": "linear"}
@@ -53,8 +54,8 @@ def test_auto_is_ntk_for_llama(model):
 
 
 def test_auto_keeps_the_scaling_that_a_checkpoint_was_trained_with_and_says_so(model, caplog):
-    kept = model("llama_tied_llama3").config
-    assert override_rope_scaling(kept, "auto") == kept
+    num_full_heads = model("llama_tied_llama3").config
+    assert override_rope_scaling(num_full_heads, "auto") == num_full_heads
     assert "auto" in caplog.text and "llama3" in caplog.text
 
 
@@ -104,8 +105,8 @@ def test_one_request_does_not_see_anothers_setting(model):
 )
 def test_a_scaling_without_effect_or_with_a_cost_says_so(model, scaling, length, words):
     lm = scaled(model, "qwen3", scaling)
-    requests = batches(lm.settings, [tuple(prompt(length))], OUTPUT, allow_untrained_length=True)
-    notes = report.notes(lm.settings, requests)
+    requests = batches(lm.options, [tuple(prompt(length))], OUTPUT, allow_untrained_length=True)
+    notes = report.warnings(lm.options, requests)
     assert len(notes) == (words is not None)
     assert words is None or words in notes[0]
 
@@ -118,6 +119,6 @@ def test_wrong_text_is_refused(model, wrong):
 
 @pytest.mark.parametrize("kv, said", [("float32", 0), ("int8", 0), ("int4", 1)])
 def test_what_int4_costs_is_said(model, kv, said):
-    settings = model("qwen3", kv).settings
+    settings = model("qwen3", kv).options
     requests = batches(settings, [tuple(prompt(20))], OUTPUT)
-    assert sum("costs accuracy" in note for note in report.notes(settings, requests)) == said
+    assert sum("costs accuracy" in note for note in report.warnings(settings, requests)) == said

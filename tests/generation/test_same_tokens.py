@@ -7,7 +7,7 @@ import pytest
 from helpers.golden_models import BLOCK
 
 from lsjax import UserError
-from lsjax.sharding import check_fits_mesh, make_mesh
+from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 
 LENGTH, OUTPUT = 61, 24
 # A quantized cache is read from the second block of positions on.
@@ -37,7 +37,7 @@ def prompt(seed, length=LENGTH, vocab=64):
 
 def tokens(lm, prompts, **options):
     """Greedy tokens; with the same room for prompts in all tests, so that they share programs."""
-    room = {"max_input_length": LONGER[lm.settings.kv_cache_dtype] + 200}
+    room = {"max_input_length": LONGER[lm.options.kv_cache_dtype] + 200}
     done = lm.generate(prompts, OUTPUT, allow_untrained_length=True, **room | options)
     return [c.token_ids for c in done]
 
@@ -74,7 +74,7 @@ def test_whatever_the_batch_beside_it(model, name, kv):
     [("llama_tied_llama3", "float32"), slow("qwen2_window", "int8"), slow("glm4", "int4")],
 )
 def test_generation_is_the_argmax_of_the_logits(model, name, kv):
-    """Where a quantised cache's block ends in the midst of the answer."""
+    """Covers the case that a quantized cache's block ends within the answer."""
     lm, ids = model(name, kv), prompt(2, max(70, LONGER[kv] - 3))
     assert tokens(lm, [ids])[0][:6] == step_by_step(lm, ids)
 

@@ -78,4 +78,4 @@ def test_a_list_of_ids_is_a_prompt_and_what_is_neither_is_refused(model):
     with pytest.raises(UserError, match="several lengths"):
         lm.logits([[1, 2], [3]])
     with pytest.raises(UserError, match="whole numbers"):
-        lm.losses([[1.5, 2.0]])
+        lm.token_nll([[1.5, 2.0]])

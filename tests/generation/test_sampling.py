@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsjax import Sampling, UserError
-from lsjax.sampling import next_token
+from lsjax.inference.sampling import next_token
 
 ROWS = 4000
 

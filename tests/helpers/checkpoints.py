@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.families import family_of, parse_config
 from lsjax.nn.parameters import abstract_parameters
-from lsjax.sharding import make_mesh, parse_mesh
 
 _HF = {
     "hidden_size": 32,
@@ -79,7 +79,7 @@ def make_tensors(architecture: str, dtype: str = "float32") -> dict[str, np.ndar
 def write_folder(
     folder: Path, architecture: str, tensors: dict[str, np.ndarray], files: int = 1
 ) -> Path:
-    """A Hugging Face folder; `files` > 1 deals the tensors out and adds the index."""
+    """Writes a Hugging Face folder; `files` > 1 splits the tensors and adds the index."""
     folder.mkdir()
     raw = CONFIGS[architecture] | {"architectures": [architecture]}
     (folder / "config.json").write_text(json.dumps(raw, indent=1))

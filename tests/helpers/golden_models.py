@@ -8,13 +8,13 @@ import pathlib
 import jax
 from golden.models.parameters import golden_parameters
 
-from lsjax.cache import whole_stripes
+from lsjax.cache import round_up_to_blocks
+from lsjax.distributed.sharding import make_mesh, parse_mesh, put_on_mesh
 from lsjax.families import parse_config
+from lsjax.inference.options import SEGMENT, Options
 from lsjax.language_model import LanguageModel
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.settings import SEGMENT, Settings
-from lsjax.sharding import make_mesh, parse_mesh, place
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {file.parent.name: file for file in GOLDEN.glob("models/*/config.json")}
@@ -38,13 +38,13 @@ def build(
     """A golden model: its last layers alone if a number is given, its config with changes."""
     config = override_rope_scaling(changed_config(name, layers, **changes), rope_scaling)
     devices = make_mesh(parse_mesh(mesh))
-    settings = Settings(
+    settings = Options(
         folder=str(CONFIGS[name].parent),
         config=config,
         mesh=devices,
         dtype="float32",
         kv_cache_dtype=kv,
-        prefill_chunk=whole_stripes(chunk, devices.shape["context"]),
+        prefill_chunk=round_up_to_blocks(chunk, devices.shape["context"]),
         eos_token_ids=frozenset(eos),
         segment=segment,
         cache_block=block,
@@ -65,4 +65,4 @@ def parameters(name, layers, mesh, **changes):
     config, devices = changed_config(name, layers, **changes), make_mesh(parse_mesh(mesh))
     wanted = unflatten(abstract_parameters(config, devices, "float32"))
     found = golden_parameters(config)
-    return jax.tree.map(lambda x, leaf: place(x, leaf.sharding), found, wanted)
+    return jax.tree.map(lambda x, leaf: put_on_mesh(x, leaf.sharding), found, wanted)

@@ -68,7 +68,7 @@ def attention_gradients(q, k, v, d_out, begin, slopes=None):
 
 
 def dequantised(store):
-    """A Store's keys or values as [batch, keys, kv_heads, head_dim] float64."""
+    """Returns a KVArray's keys or values as [batch, keys, kv_heads, head_dim] float64."""
     data = _floats(np.asarray(store.data))
     if data.dtype == np.uint8:  # halves of the channels, with a scale for each 32 or fewer
         data = np.concatenate([data % 16, data // 16], axis=-1) - 7.5

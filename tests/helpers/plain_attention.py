@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lsjax.precision import einsum
+from lsjax.runtime.precision import einsum
 
 
 def causal_attention(q, k, v, window=None, slopes=None, begin=0):

@@ -21,7 +21,7 @@ def start(program: Path, *arguments: object, devices: int = 8, **environment: st
     Args:
       program: its file.
       arguments: its words.
-      devices: of CPU.
+      devices: number of CPU devices.
       environment: variables beside those of this process.
     """
     count = f"device_count={devices}"

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
+from lsjax.distributed.sharding import make_mesh
 from lsjax.families import parse_config
 from lsjax.nn.parameters import random_parameters
-from lsjax.sharding import make_mesh
 from lsjax.shipped.model import HF_CONFIGS
 from lsjax.training.batch import Batch
 
@@ -16,13 +16,13 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def tiny(kind):
-    """Rotary, tied and with a window in one layer; or ALiBi, with a head of its own that is
-    normalised."""
+    """Returns a config: rotary, tied, with a window in one layer; or ALiBi, with a normalized head
+    of its own."""
     sizes = _SIZES | (_HEADS if kind == "rotary" else {"num_attention_heads": 4})
     config = parse_config(HF_CONFIGS[kind] | sizes)
     if kind == "rotary":
         return dataclasses.replace(config, windows=(None, 11))
-    return dataclasses.replace(config, normalised_head=True)
+    return dataclasses.replace(config, normalized_head=True)
 
 
 def parameters(config, mesh="", scale=4.0):

@@ -28,7 +28,7 @@ def arguments(folder, *flags):
         config.write_text(json.dumps(CONFIG))
         ids = [[(7 * i + i * j) % 264 for j in range(20 + i)] for i in range(30)]
         data.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
-    return ["--config", config, "--data", data, "--length", 32, "--learning_rate", 1e-3, *flags]
+    return ["--config", config, "--data", data, "--seq_length", 32, "--learning_rate", 1e-3, *flags]
 
 
 def train(folder, *flags):

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from lsjax.hosts import connect
+from lsjax.distributed.multihost import connect
 
 
 def bytes_read() -> int:
@@ -20,8 +20,8 @@ def bytes_read() -> int:
 def main(address: str, process_id: str, folder: str, converted: str, out: str) -> None:
     connect(address, 2, int(process_id), 60)
     from lsjax.checkpoint import load_parameters, save_parameters
+    from lsjax.distributed.sharding import make_mesh, parse_mesh
     from lsjax.families import read_config
-    from lsjax.sharding import make_mesh, parse_mesh
 
     config = read_config(folder)
 

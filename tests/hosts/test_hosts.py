@@ -10,8 +10,8 @@ import pytest
 from helpers.processes import finish, free_port, start
 from helpers.programs import ROOT, path_of, run
 
+from lsjax.distributed.rendezvous import rendezvous
 from lsjax.errors import UserError
-from lsjax.roll_call import roll_call
 
 PASSKEY = (ROOT / "examples" / "passkey_2048.txt").read_text()
 # With the key at 66, and no more than fill some chunks of each device.
@@ -77,7 +77,7 @@ def test_who_has_not_come_is_said_to_all():
 
     def call(number):
         with pytest.raises(UserError) as caught:
-            roll_call(address, 3, number, timeout=2)
+            rendezvous(address, 3, number, timeout=2)
         said.append(str(caught.value))
 
     threads = [threading.Thread(target=call, args=[number]) for number in (0, 2)]

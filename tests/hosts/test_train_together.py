@@ -21,7 +21,7 @@ def test_together_they_train_and_write_one_model(tmp_path):
     folder = tmp_path / "out"
     flags = [
         f"--config={tmp_path / 'config.json'}", f"--data={tmp_path / 'data.jsonl'}",
-        f"--eval_data={tmp_path / 'data.jsonl'}", "--length=32", "--rows=2", "--steps=6",
+        f"--eval_data={tmp_path / 'data.jsonl'}", "--seq_length=32", "--batch_size=2", "--steps=6",
         "--learning_rate=1e-2", "--mesh=context=2,model=2", f"--output_dir={folder}",
         f"--coordinator_address=localhost:{free_port()}", "--num_processes=2",
     ]  # fmt: skip
@@ -34,4 +34,4 @@ def test_together_they_train_and_write_one_model(tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     before, after = [line["eval_losses"]["32"] for line in lines if "eval_losses" in line]
     assert after < before
-    assert np.mean(lsjax.load(folder / "model").losses(ids)) == pytest.approx(after, rel=1e-5)
+    assert np.mean(lsjax.load(folder / "model").token_nll(ids)) == pytest.approx(after, rel=1e-5)

@@ -9,9 +9,9 @@ import pytest
 from helpers.processes import finish, free_port, start
 
 from lsjax.checkpoint import convert_hf_to_orbax, load_parameters
-from lsjax.checkpoint.random import write_random_checkpoint
+from lsjax.checkpoint.random_weights import write_random_checkpoint
+from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.families import read_config
-from lsjax.sharding import make_mesh, parse_mesh
 
 CONFIG = {
     "architectures": ["GlmForCausalLM"],

@@ -1,6 +1,7 @@
 """Notebooks run from top to bottom, and what their last words claim is so."""
 
 import ast
+import contextlib
 import json
 import pathlib
 
@@ -18,15 +19,17 @@ def code(path):
 
 
 def run(path):
-    """Executes the code cells in one namespace, and returns it."""
+    """Executes the code cells in one namespace and in the notebook's folder; returns it."""
     namespace = {}
-    for cell in code(path):
-        exec(compile(cell, str(path), "exec"), namespace)
+    with contextlib.chdir(path.parent):
+        for cell in code(path):
+            exec(compile(cell, str(path), "exec"), namespace)
     return namespace
 
 
 def test_every_notebook_has_a_test():
-    assert [path.name for path in NOTEBOOKS.glob("*.ipynb")] == ["extend_context.ipynb"]
+    names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+    assert names == ["extend_context.ipynb", "plan_and_ask.ipynb"]
 
 
 def test_what_notebooks_import_is_there():
@@ -44,3 +47,12 @@ def test_extend_context_finds_what_it_says(capsys):
     assert names["scaled"].text.strip() == names["long"].answer
     assert names["plain"].text.strip() != names["long"].answer
     assert "set rope_scaling" in capsys.readouterr().out
+
+
+@pytest.mark.slow("what it shows is tested with plan, run_pa and the tables")
+def test_plan_and_ask_fits_and_answers():
+    names = run(NOTEBOOKS / "plan_and_ask.ipynb")
+    assert names["plan"].fits and names["plan"].max_length >= 480
+    assert names["answer"].text.strip() == names["passage"].answer
+    assert len(names["samples"]) == 4
+    assert names["needles"].by_length()[0] == 1

@@ -14,13 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lsjax.engine import Engine
+from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.families import read_config
+from lsjax.inference.engine import Engine
 from lsjax.nn.parameters import random_parameters
-from lsjax.planning import Layout, find_target
+from lsjax.planning import Deployment, find_target
 from lsjax.planning.arithmetic import needs_of
 from lsjax.planning.compiled import compile_for
-from lsjax.sharding import make_mesh, parse_mesh
 
 
 def status(name: str) -> int:
@@ -42,7 +42,7 @@ def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
     config = dataclasses.replace(
         read_config(path), num_layers=int(layers), windows=(None,) * int(layers)
     )
-    layout = Layout((1, 1, 1), "float32", kv, int(chunk), 1, 64)
+    deployment = Deployment((1, 1, 1), "float32", kv, int(chunk), 1, 64)
     mesh = make_mesh(parse_mesh(""))
     engine = Engine(config, mesh, "float32", kv, int(chunk))
     params = jax.block_until_ready(random_parameters(config, mesh, "float32"))
@@ -51,7 +51,7 @@ def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
     tables = engine.tables([int(length)])
 
     def run() -> None:
-        cache = engine.new_cache(layout.cache_spec(int(length)), int(length))
+        cache = engine.new_cache(deployment.cache_spec(int(length)), int(length))
         cache, last = engine.prefill(params, tables, cache, tokens, 0, lengths, None)
         state = engine.first(params, cache, last, lengths)
         del cache
@@ -63,8 +63,8 @@ def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
     before = status("VmRSS")
     run()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    compiled = compile_for(config, find_target("cpu:1"), layout, int(length))
-    arithmetic = needs_of(config, "cpu", layout, int(length))
+    compiled = compile_for(config, find_target("cpu:1"), deployment, int(length))
+    arithmetic = needs_of(config, "cpu", deployment, int(length))
     totals = [max(n.total for n in needs.values()) for needs in (compiled, arithmetic)]
     print(json.dumps([weights + status("VmHWM") - before, *totals]))
 

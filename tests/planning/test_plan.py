@@ -15,8 +15,8 @@ from lsjax.families import read_config
 from lsjax.planning import find_target
 from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import compile_for
-from lsjax.planning.layout import Layout
-from lsjax.planning.planner import fits
+from lsjax.planning.deployment import Deployment
+from lsjax.planning.result import fits
 
 CONFIGS = ROOT / "tests" / "golden" / "configs"
 GLM = CONFIGS / "glm-4-9b-chat-1m.json"
@@ -38,7 +38,7 @@ def test_what_is_known_to_fit(config, target, length, options):
     plan = lsjax.plan(config, target, max_input_length=length, **options)
     assert plan.fits and plan.max_length == length and plan.limited_by == "positions"
     devices = plan.target.devices
-    assert math.prod(plan.layout.mesh) == devices and plan.layout.kv_cache_dtype == "int8"
+    assert math.prod(plan.deployment.mesh) == devices and plan.deployment.kv_cache_dtype == "int8"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_longest_fits_and_a_little_more_does_not(target, batch):
     options = {"max_batch_size": 16 * batch, "allow_untrained_length": True}
     plan = lsjax.plan(config, target, **options)
     assert plan.fits and plan.limited_by == "memory" and plan.length == plan.max_length
-    more = needs_of(plan.config, plan.target.platform, plan.layout, int(1.01 * plan.length))
+    more = needs_of(plan.config, plan.target.platform, plan.deployment, int(1.01 * plan.length))
     assert not fits(plan.target, more)
 
 
@@ -82,12 +82,12 @@ def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     small = {"induction": 0.5, "echo": 0.0, "window": 256, "window_share": 0.1}
     lm = lsjax.load(kv_compression=small, **settings)
     (answer,) = lm.generate([[1, 2, 3]], 4, max_input_length=16_000, allow_untrained_length=True)
-    layout = Layout(tuple(lm.settings.mesh.shape.values()), "float32", "int8", 512, 1, 4,
-                    lm.settings.compression)  # fmt: skip
-    found = cache_bytes(lm.config, "cpu", layout, 16_000)
-    # Parts that every device of the context axis has: blocks of floats, compensation tokens.
-    assert answer.stats.cache_bytes <= found * lm.settings.mesh.size
-    assert found * lm.settings.mesh.size < 1.2 * answer.stats.cache_bytes
+    deployment = Deployment(tuple(lm.options.mesh.shape.values()), "float32", "int8", 512, 1, 4,
+                    lm.options.compression)  # fmt: skip
+    found = cache_bytes(lm.config, "cpu", deployment, 16_000)
+    # Every device of the context axis holds its own float tails and compensation tokens.
+    assert answer.stats.cache_bytes <= found * lm.options.mesh.size
+    assert found * lm.options.mesh.size < 1.2 * answer.stats.cache_bytes
 
 
 def test_a_compressed_cache_takes_a_third():
@@ -100,9 +100,9 @@ def test_a_compressed_cache_takes_a_third():
 @pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8", "int4"])
 def test_a_cache_is_planned_to_the_byte(kv):
     config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")
-    layout = Layout((1, 1, 1), "float32", kv, 512, 1, 64)
-    found = cache_bytes(config, "cpu", layout, 16_000)
-    assert found == layout.cache_spec(16_000).nbytes(config)
+    deployment = Deployment((1, 1, 1), "float32", kv, 512, 1, 64)
+    found = cache_bytes(config, "cpu", deployment, 16_000)
+    assert found == deployment.cache_spec(16_000).nbytes(config)
 
 
 def test_int4_is_recommended_only_where_int8_does_not_fit():
@@ -117,7 +117,7 @@ def test_int4_is_recommended_only_where_int8_does_not_fit():
 
 def test_what_was_asked_for_is_planned_and_the_better_one_named():
     plan = lsjax.plan(LLAMA, "h100-80gb:8", mesh="context=8", kv_cache_dtype="bfloat16")
-    assert plan.layout.mesh == (1, 8, 1) and plan.layout.kv_cache_dtype == "bfloat16"
+    assert plan.deployment.mesh == (1, 8, 1) and plan.deployment.kv_cache_dtype == "bfloat16"
     assert plan.recommended.kv_cache_dtype == "int8" and plan.reasons
 
 
@@ -196,9 +196,9 @@ def test_run_pa_makes_room_for_what_the_model_serves():
 def test_arithmetic_is_near_what_the_compiler_says():
     config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")
     config = dataclasses.replace(config, num_layers=1, windows=(None,))
-    layout, length = Layout((1, 1, 1), "float32", "int8", 512, 1, 64), 262_144
-    compiled = compile_for(config, find_target("cpu:1"), layout, length)
-    arithmetic = needs_of(config, "cpu", layout, length)
+    deployment, length = Deployment((1, 1, 1), "float32", "int8", 512, 1, 64), 262_144
+    compiled = compile_for(config, find_target("cpu:1"), deployment, length)
+    arithmetic = needs_of(config, "cpu", deployment, length)
     assert compiled.keys() == arithmetic.keys()
     for program, needs in compiled.items():
         assert arithmetic[program].total == pytest.approx(needs.total, rel=0.1), program

@@ -65,7 +65,7 @@ def test_yarn_of_qwen():
     figures = {23: 6.97830585e-3, 30: 1.06436098e-3, 40: 4.44569853e-5, 63: 3.10234440e-7}
     for channel, figure in figures.items():
         assert inv_freq[channel] == pytest.approx(figure, rel=1e-8)
-    # Channels 0 to 23 turn as they did; from 40 on, four times slower.
+    # Channels 0 to 23 keep their frequencies; from 40 on these are four times lower.
     np.testing.assert_array_equal(inv_freq[:24], plain[:24])
     np.testing.assert_allclose(inv_freq[40:], plain[40:] / 4, rtol=1e-12)
     assert np.all(inv_freq[24:40] < plain[24:40]) and np.all(inv_freq[24:40] > plain[24:40] / 4)

@@ -24,7 +24,7 @@ def config(**changes):
 
 
 def exact_angles(theta, positions):
-    """Angles of 128 channels, reduced to a turn in extended precision."""
+    """Angles of 128 channels, reduced modulo 2 pi in extended precision."""
     exponent = -np.arange(0, 128, 2, dtype=np.longdouble) / 128
     angle = positions[..., None].astype(np.longdouble) * np.longdouble(theta) ** exponent
     return (angle % (2 * np.longdouble("3.14159265358979323846264338327950288"))).astype(float)

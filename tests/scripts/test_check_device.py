@@ -5,11 +5,11 @@ import sys
 
 from helpers.programs import run
 
-from lsjax.attention.by_platform import attend
-from lsjax.device_check.kernels import Case, Way, check
-from lsjax.device_check.phases import Ended, run_logged
-from lsjax.device_check.record import Recorder, read_rows
-from lsjax.device_check.report import failed, report
+from lsjax.attention.dispatch import attend
+from lsjax.cli.device_check.kernels import Case, Way, check
+from lsjax.cli.device_check.phases import Ended, run_logged
+from lsjax.cli.device_check.record import Recorder, read_rows
+from lsjax.cli.device_check.report import failed, report
 
 CASE = Case(16, "int8", 2, 256)
 
@@ -26,7 +26,7 @@ def way(change):
 def test_attention_as_it_is_passes_and_a_wrong_one_does_not():
     assert check(CASE, way(lambda *inputs: inputs), "cpu")["ok"]
     wrong = (
-        lambda q, k, v, seen: (q, k, v, seen._replace(end=seen.end - 1)),
+        lambda q, k, v, seen: (q, k, v, seen._replace(stop=seen.stop - 1)),
         lambda q, k, v, seen: (q, k, v.replace(scale=0 * v.scale + v.scale[0, 0, 0]), seen),
         lambda q, k, v, seen: (1.1 * q, k, v, seen),
     )

@@ -15,7 +15,7 @@ PNG = b"\x89PNG"
 @pytest.mark.slow("needles beside an earlier run's are quick")
 def test_needles_by_length_and_depth(tmp_path):
     files = ["--output_json", tmp_path / "map.json", "--plot", tmp_path / "map.png"]
-    asked = ["--lengths", "200,600", "--depths", 3, "--keys", 2, "--max_batch_size", 3]
+    asked = ["--lengths", "200,600", "--depths", 3, "--keys_per_cell", 2, "--max_batch_size", 3]
     done = run("eval_needle.py", *asked, "--rope_scaling", "auto", *files)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "map.json").read_text())
@@ -30,11 +30,11 @@ def test_needles_beside_those_of_an_earlier_run(tmp_path):
     earlier = {"lengths": [256, 512], "depths": [0.5], "shares": [[1.0], [0.5]]}
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     asked = ["--lengths", "200", "--depths", 1, "--plot", tmp_path / "curves.png"]
-    done = run("eval_needle.py", *asked, "--beside", f"before={tmp_path / 'earlier.json'}")
+    done = run("eval_needle.py", *asked, "--compare", f"before={tmp_path / 'earlier.json'}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
-    done = run("eval_needle.py", *asked, "--beside", "earlier.json")
-    assert done.returncode == 2 and "must be name=file" in done.stderr
+    done = run("eval_needle.py", *asked, "--compare", "earlier.json")
+    assert done.returncode == 2 and "must be label=file" in done.stderr
 
 
 def test_loss_by_position_for_several_settings(tmp_path):
@@ -64,8 +64,12 @@ def test_loss_by_position_for_several_settings(tmp_path):
 )
 def test_the_table_of_scalings(tmp_path, lengths, settings):
     files = ["--output_json", tmp_path / "table.json", "--plot", tmp_path / "table.png"]
-    asked = ["--lengths", ",".join(map(str, lengths)), *(f"--setting={name}" for name in settings)]
-    done = run("eval_shipped.py", *asked, "--keys", 2, *files)
+    asked = [
+        "--lengths",
+        ",".join(map(str, lengths)),
+        *(f"--rope_settings={name}" for name in settings),
+    ]
+    done = run("eval_shipped.py", *asked, "--keys_per_cell", 2, *files)
     assert done.returncode == 0, done.stderr
     cells = json.loads((tmp_path / "table.json").read_text())
     assert [(c["setting"], c["length"]) for c in cells] == [
@@ -79,7 +83,7 @@ def test_the_table_of_scalings(tmp_path, lengths, settings):
 @pytest.mark.slow("it measures, and nothing else rests on it")
 def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     files = ["--output_json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
-    asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--rounds", 2]
+    asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--repeats", 2]
     asked += ["--heads", 4, "--head_dim", 16, "--devices", 2, "--layers", 3]
     asked += ["--product_size", 256, "--array_size", 10_000]
     done = run("bench_attention.py", *asked, *files)
@@ -122,7 +126,7 @@ def test_the_ring_by_device_count_and_layout(tmp_path):
 
 def test_prompt_lookup_beside_plain_decoding(tmp_path):
     text = "The door was open. The light was on. " * 20
-    asked = ["--input_texts", text, "--output_length", 33, "--rounds", 1]
+    asked = ["--input_texts", text, "--output_length", 33, "--repeats", 1]
     file = tmp_path / "lookup.json"
     done = run("bench_lookup.py", *asked, "--prompt_lookup_num_tokens", 5, "--output_json", file)
     assert done.returncode == 0, done.stderr
@@ -169,7 +173,7 @@ def test_what_cannot_be_measured_is_one_sentence(arguments, words):
 @pytest.mark.slow("finding heads, and what they keep, are quick without the programs")
 def test_heads_are_found_written_and_used(tmp_path):
     heads, picture = tmp_path / "heads.json", tmp_path / "heads.png"
-    asked = ["--ids", "48,57", "--induction", 0.5, "--output", heads, "--plot", picture]
+    asked = ["--token_id_range", "48,57", "--induction", 0.5, "--output", heads, "--plot", picture]
     done = run("find_retrieval_heads.py", *asked)
     assert done.returncode == 0, done.stderr
     assert "2 of 4 KV heads retrieve" in done.stdout
@@ -185,7 +189,9 @@ def test_heads_are_found_written_and_used(tmp_path):
     whole, compressed = (float(line.split()[0]) for line in lines)
     assert abs(compressed / whole - 1) < 0.01
     refused = run("eval_perplexity.py", *asked, "--kv_compression", compression)
-    assert refused.returncode == 2 and "decode_losses" in refused.stderr
-    refused = run("find_retrieval_heads.py", "--ids", "57,48", "--output", tmp_path / "no.json")
+    assert refused.returncode == 2 and "teacher_forced_nll" in refused.stderr
+    refused = run(
+        "find_retrieval_heads.py", "--token_id_range", "57,48", "--output", tmp_path / "no.json"
+    )
     assert refused.returncode == 2 and "not in order" in refused.stderr
     assert not (tmp_path / "no.json").exists()

@@ -343,11 +343,11 @@ def test_answers_end_where_any_file_says(folder):
 
 
 def test_a_document_ends_in_training_where_an_answer_does(folder):
-    from lsjax.training.settings import origin_of
+    from lsjax.training.config import find_model_source
 
     edit(folder / "config.json", eos_token_id=None)
     for name in ("generation_config.json", "tokenizer_config.json"):
-        assert origin_of(str(folder), None, None, None).vocabulary().end == 256
+        assert find_model_source(str(folder), None, None, None).vocabulary().end == 256
         edit(folder / name, eos_token_id=None)  # now the tokenizer says it alone
 
 

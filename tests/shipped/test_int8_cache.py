@@ -7,7 +7,7 @@ from helpers.caches import cache_bytes
 import lsjax
 from lsjax.shipped.evaluation import held_out_passages
 
-# Of passages, and how many of them.
+# Length of the prompts, and how many of them.
 _MARKS = pytest.mark.slow("fewer and shorter ones are quick"), pytest.mark.runs_long
 PASSAGES = [(1600, 4), pytest.param((4000, 4), marks=_MARKS)]
 

@@ -6,10 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from lsjax.shipped.model import END
-from lsjax.shipped.passages import QUESTION, SHORTEST, make_passage
-from lsjax.shipped.sentences import sentences
-from lsjax.shipped.weights import weighted
+from lsjax.evals.passkey import QUESTION, SHORTEST, make_passage
+from lsjax.evals.sentences import sentences
+from lsjax.shipped.model import END, weighted
 
 LENGTHS = (122, 200, 506, 512, 2048, 5001)
 

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import lsjax
+from lsjax.evals.passkey import QUESTION, Passage
 from lsjax.families import read_config
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages, scaling_for
@@ -19,7 +20,6 @@ from lsjax.shipped.model import (
     byte_tokenizer,
     tokens_of,
 )
-from lsjax.shipped.passages import QUESTION, Passage
 
 pytestmark = pytest.mark.runs_long
 

@@ -16,7 +16,7 @@ def test_operations_are_those_of_weights_and_of_the_keys_that_tokens_see():
     document = Document(np.zeros(length, np.int32), np.ones(length, np.float32))
     whole = first_tokens([document], 1, length)
     halves = whole.replace(begin=np.repeat([0, length // 2], length // 2)[None].astype(np.int32))
-    # Of each layer: queries and outputs of 128 channels, keys and values of 64, an MLP of 384.
+    # Each layer has queries and outputs of 128 channels, keys and values of 64, an MLP of 384.
     weights = 2 * 128 * (2 * 128 + 2 * 64 + 3 * 384) + 264 * 128
     pairs = length**2 / 2
     assert step_flops(config, whole) == pytest.approx(

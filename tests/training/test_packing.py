@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lsjax.errors import UserError
 from lsjax.training.documents import Corpus, Document
-from lsjax.training.gaps import gapped_positions
-from lsjax.training.packing import Packer, Place, first_tokens
+from lsjax.training.packing import DataPosition, Packer, first_tokens
+from lsjax.training.pose import gapped_positions
 
 
 def corpus_of(lengths):
@@ -41,9 +41,9 @@ def packers(draw):
 def test_an_epoch_holds_every_token_once_and_in_order(packer, parts, rows):
     packer.span = packer.span or packer.length
     total = sum(len(packer.corpus[i].ids) for i in range(len(packer.corpus)))
-    place, taken = Place(), []
-    while place.epoch < 3:
-        batch, place = packer.take(place, parts, rows)
+    data_position, taken = DataPosition(), []
+    while data_position.epoch < 3:
+        batch, data_position = packer.take(data_position, parts, rows)
         assert batch.tokens.shape == (parts, rows, packer.length)
         taken.append(flat(batch)["tokens"])
     stream = np.concatenate(taken)
@@ -61,7 +61,7 @@ def test_each_token_sees_its_own_piece_and_foresees_its_own_document(packer):
     packer.span = packer.span or packer.length
     documents = [packer.corpus[i] for i in range(len(packer.corpus))]
     of = {t: i for i, d in enumerate(documents) for t in d.ids.tolist()}
-    batch, _ = packer.take(Place(), 1, 4)
+    batch, _ = packer.take(DataPosition(), 1, 4)
     for row in range(4):
         tokens, begin = batch.tokens[0, row], batch.begin[0, row]
         positions = batch.positions[0, row]
@@ -87,23 +87,23 @@ def test_each_token_sees_its_own_piece_and_foresees_its_own_document(packer):
 @given(packers(), st.integers(0, 6), st.integers(1, 3))
 def test_from_any_place_on_the_rest_is_the_same(packer, before, rows):
     packer.span = packer.span or packer.length
-    place = Place()
+    data_position = DataPosition()
     for _ in range(before):
-        _, place = packer.take(place, 1, rows)
+        _, data_position = packer.take(data_position, 1, rows)
     again = Packer(packer.corpus, packer.length, packer.seed, packer.span)
-    resumed = place
+    resumed = data_position
     for _ in range(3):
-        (expected, place), (found, resumed) = (
-            packer.take(place, 1, rows), again.take(resumed, 1, rows)
+        (expected, data_position), (found, resumed) = (
+            packer.take(data_position, 1, rows), again.take(resumed, 1, rows)
         )  # fmt: skip
-        assert place == resumed
+        assert data_position == resumed
         for name, values in flat(expected).items():
             assert np.array_equal(values, flat(found)[name]), name
 
 
 def test_epochs_and_seeds_come_in_orders_of_their_own():
     def order(seed, epoch):
-        batch, _ = Packer(corpus_of([1] * 20), 20, seed, 20).take(Place(epoch), 1, 1)
+        batch, _ = Packer(corpus_of([1] * 20), 20, seed, 20).take(DataPosition(epoch), 1, 1)
         return tuple(batch.tokens[0, 0].tolist())
 
     assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
@@ -111,7 +111,7 @@ def test_epochs_and_seeds_come_in_orders_of_their_own():
 
 def test_documents_that_are_all_empty_are_refused():
     with pytest.raises(UserError, match="every document is empty"):
-        Packer(corpus_of([0, 0]), 4, 0, 4).take(Place(), 1, 1)
+        Packer(corpus_of([0, 0]), 4, 0, 4).take(DataPosition(), 1, 1)
 
 
 def test_the_beginnings_of_documents_are_rows_of_their_own():

@@ -24,7 +24,16 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, name):
-    return ["--steps", STEPS, "--save_every", 10, "--keep", 2, "--output_dir", folder / name]
+    return [
+        "--steps",
+        STEPS,
+        "--save_every",
+        10,
+        "--keep_checkpoints",
+        2,
+        "--output_dir",
+        folder / name,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +136,7 @@ def test_the_exported_model_loads_and_has_the_loss_that_was_logged(whole, folder
     lm = lsjax.load(whole / "model")
     documents = [json.loads(line)["ids"] for line in (folder / "data.jsonl").open()]
     # A document of exactly 32 tokens has one target less.
-    found = [lm.losses([ids[:33]])[0] for ids in documents if len(ids) >= 32]
+    found = [lm.token_nll([ids[:33]])[0] for ids in documents if len(ids) >= 32]
     logged = [line["eval_losses"]["32"] for line in log(whole) if "eval_losses" in line][-1]
     assert np.mean(np.concatenate(found)) == pytest.approx(logged, rel=1e-5)
     assert jax.tree.leaves(lm.params)[0].dtype == "float32"

@@ -10,10 +10,10 @@ import pytest
 from helpers.plain_attention import causal_attention
 from helpers.tiny_models import documents, in_parts, parameters, tiny
 
+from lsjax.distributed.sharding import make_mesh
 from lsjax.errors import UserError
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import flatten
-from lsjax.sharding import make_mesh
 from lsjax.training.loss import ChunkSizes
 from lsjax.training.step import Trainer
 
@@ -41,7 +41,7 @@ def gradients(t, mesh, batch):
 
 
 def plain_loss(kind, tables, params, batch):
-    """Of the whole model at once: all scores, all logits."""
+    """Returns the loss and each token's loss, from all scores and all logits at once."""
     decoder = Decoder(tiny(kind), make_mesh(""), np.dtype("float32"))
 
     def whole(mesh, q, k, v, begin, window, slopes):

@@ -9,25 +9,33 @@ from helpers.processes import finish, start
 from helpers.programs import path_of
 from helpers.training_runs import CONFIG, train
 
-from lsjax import cli
+from lsjax import shipped_model_path
+from lsjax.cli.program import import_extra
 from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.positions.scaling import override_rope_scaling
-from lsjax.training.optimiser import Optimisation, learning_rates, optimiser
+from lsjax.training.config import DataConfig, LoggingConfig, find_model_source, resolve_training
+from lsjax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from lsjax.training.scaled_config import scaled_config
-from lsjax.training.settings import Rows, Watch, origin_of, settle
 
 YARN = '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}'
-WATCH = Watch(1, 1, 1, 0, (), ())
+WATCH = LoggingConfig(1, 1, 1, 0, (), ())
 
 
-def settled(rope_scaling=None, watch=WATCH, mesh="", steps=10, warmup=0, **rows):
-    rows = {"data": (), "length": 512, "rows": 2, "accumulate": 1, "span": 512, "seed": 0} | rows
-    return settle(
-        origin_of(None, None, None, rope_scaling),
-        Rows(**rows),
-        Optimisation(steps, 1e-3, warmup),
-        watch,
+def resolved(rope_scaling=None, logging=WATCH, mesh="", steps=10, warmup_steps=0, **changed):
+    data = dict(
+        data=(),
+        seq_length=512,
+        batch_size=2,
+        gradient_accumulation_steps=1,
+        pose_max_position=512,
+        seed=0,
+    )
+    return resolve_training(
+        find_model_source(shipped_model_path(), None, None, rope_scaling),
+        DataConfig(**data | changed),
+        OptimizerConfig(steps, 1e-3, warmup_steps),
+        logging,
         dtype="auto",
         mesh=mesh,
         output_dir="",
@@ -51,27 +59,30 @@ def test_as_a_process_it_ends_with_the_same_sentence(tmp_path):
 
 def test_a_length_beyond_what_the_model_serves_is_refused_with_both_numbers():
     with pytest.raises(UserError, match=r'reaches 1024 .* serves 512 .*"yarn", "factor": 2\.0'):
-        settled(length=1024, span=1024)
+        resolved(seq_length=1024, pose_max_position=1024)
     with pytest.raises(UserError, match=r"reaches 2048 .* serves 512"):
-        settled(span=2048)
+        resolved(pose_max_position=2048)
     with pytest.raises(UserError, match=r"reaches 4096 .* serves 2048"):
-        settled(YARN, Watch(1, 1, 1, 0, ("x",), (4096,)))
-    assert settled(YARN, span=2048).origin.config.served_length == 2048
+        resolved(YARN, LoggingConfig(1, 1, 1, 0, ("x",), (4096,)))
+    assert resolved(YARN, pose_max_position=2048).source.config.served_length == 2048
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"span": 256}, "position_span must be at least the length of 512, not 256"),
-        ({"mesh": "data=4"}, "rows must be a multiple of data=4, not 2"),
-        ({"mesh": "context=8", "length": 24, "span": 24}, "length must be a multiple of 16"),
-        ({"warmup": 10}, "shorter than the 10 steps"),
+        ({"pose_max_position": 256}, "at least seq_length = 512, not 256"),
+        ({"mesh": "data=4"}, "batch_size must be a multiple of data=4, not 2"),
+        (
+            {"mesh": "context=8", "seq_length": 24, "pose_max_position": 24},
+            "seq_length must be a multiple of 16",
+        ),
+        ({"warmup_steps": 10}, "fewer than the 10 steps"),
         ({"rope_scaling": "auto"}, "trained with one scaling"),
     ],
 )
 def test_settings_that_do_not_go_together(wrong, message):
     with pytest.raises(UserError, match=message):
-        settled(**wrong)
+        resolved(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +98,15 @@ def test_the_exported_config_says_the_scaling_that_was_trained(block, scaling):
 
 def test_learning_rates_rise_and_fall():
     for schedule, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1)):
-        rate = learning_rates(Optimisation(30, 1.0, 10, schedule))
+        rate = learning_rates(OptimizerConfig(30, 1.0, 10, schedule))
         found = [float(rate(step)) for step in (0, 5, 10, 20)]
         assert found == pytest.approx([0, 0.5, 1, middle], abs=1e-6)
         assert float(rate(30)) == pytest.approx(float(schedule == "constant"), abs=1e-6)
-    assert float(learning_rates(Optimisation(3, 1.0, 0))(0)) == 1
+    assert float(learning_rates(OptimizerConfig(3, 1.0, 0))(0)) == 1
 
 
 def test_only_matrices_decay():
-    adamw = optimiser(Optimisation(10, 0.1, 0, weight_decay=1.0))
+    adamw = make_optimizer(OptimizerConfig(10, 0.1, 0, weight_decay=1.0))
     params = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
     updates, _ = adamw.update(optax.tree.zeros_like(params), adamw.init(params), params)
     assert updates["matrix"].mean() == pytest.approx(-0.1) and not updates["norm"].any()
@@ -104,4 +115,4 @@ def test_only_matrices_decay():
 def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "optax", None)
     with pytest.raises(UserError, match=r"needs optax, .*pip install 'lsjax\[train\]'"):
-        cli.extra("train", "optax")
+        import_extra("train", "optax")

@@ -4,9 +4,9 @@ import numpy as np
 from golden.models.weights import SEED, tensor
 
 from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.families import family_of
 from lsjax.nn.parameters import abstract_parameters, unflatten
-from lsjax.sharding import make_mesh, parse_mesh
 
 
 def golden_parameters(config: ModelConfig) -> dict:

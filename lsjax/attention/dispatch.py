@@ -1,0 +1,84 @@
+"""Chooses the attention implementation by platform; nothing else makes this choice.
+
+- CPU: the blockwise loop. XLA has no faster attention there, and fuses the dequantization of int8.
+- GPU, decode: our own kernel, since no library's kernel reads int8.
+- GPU, prefill: cuDNN, the fastest for floats, over int8 that is dequantized piece by piece.
+- TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
+  known at compile time.
+- Everywhere, the blockwise loop handles what these do not support: ALiBi, int4, and float32
+  prefill on a GPU.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lsjax.attention import blockwise
+from lsjax.attention.blockwise import CPU_BLOCKS, Blocks, KeyRange, in_query_blocks
+from lsjax.attention.partial import Partial
+from lsjax.cache import KVArray
+
+# Maximum number of query rows per KV head that fit in the decode kernel's registers.
+_GPU_DECODE_QUERIES = 128
+# Queries per cuDNN call on a GPU. More queries dequantize keys less often. Fewer queries leave less
+# to the blockwise loop, which handles the keys among the queries themselves.
+_GPU_QUERIES = 1024
+# Accelerators prefer few large matmuls; the scores lie in device memory anyway.
+_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512, decode_keys=9216)
+
+
+def attend(
+    platform: str,
+    q: jax.Array,
+    k: KVArray,
+    v: KVArray,
+    key_range: KeyRange,
+    slopes: jax.Array | None,
+) -> Partial:
+    """Runs attention on `platform`: cpu, gpu (or cuda) or tpu.
+
+    See `blockwise.attend` for the other arguments and the result.
+    """
+    group, length = q.shape[2:4]
+    if slopes is None and k.data.dtype != jnp.uint8:
+        if platform == "tpu":
+            return _on_tpu(q, k, v, key_range)
+        if platform in ("gpu", "cuda") and group * length <= _GPU_DECODE_QUERIES:
+            return _decode_on_gpu(q, k, v, key_range)
+        if platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16:
+            prefill = functools.partial(_prefill_on_gpu, k=k, v=v)
+            return in_query_blocks(prefill, q, key_range, _GPU_QUERIES)
+    return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
+
+
+def blocks_of(platform: str) -> Blocks:
+    """Returns the block sizes of the blockwise loops on a platform."""
+    return CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
+
+
+def _on_tpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
+    from lsjax.attention import tpu
+
+    return tpu.attend(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
+
+
+def _decode_on_gpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
+    from lsjax.attention import gpu
+
+    return gpu.decode(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
+
+
+def _prefill_on_gpu(q: jax.Array, key_range: KeyRange, k: KVArray, v: KVArray) -> Partial:
+    from lsjax.attention import cudnn
+
+    def edges(begin: jax.Array, end: jax.Array) -> Partial:
+        among = KeyRange(begin, end, key_range.query_positions)
+        return blockwise.attend(q, k, v, among, blocks=_ACCELERATOR_BLOCKS)
+
+    return cudnn.prefill(q, k.data, v.data, k.scale, v.scale, *_range(key_range), edges)
+
+
+def _range(key_range: KeyRange) -> tuple[jax.Array, jax.Array]:
+    start = jnp.zeros_like(key_range.stop) if key_range.start is None else key_range.start
+    return start, key_range.stop

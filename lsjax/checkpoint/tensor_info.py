@@ -1,0 +1,73 @@
+"""Describes stored arrays and groups them for reading."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import jax.numpy as jnp
+
+from lsjax.config import DTYPES
+from lsjax.errors import UserError
+
+# Arrays are read in groups of up to this many bytes (a larger array is a group by itself), so that
+# host memory is bounded by the group and not by the checkpoint.
+GROUP_BYTES = 128 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Location, shape and dtype of a stored array, known before its data is read.
+
+    Attributes:
+      name: name in the checkpoint.
+      path: file or folder that holds the array.
+      shape: shape of the array.
+      dtype: numpy's name of the dtype, or the checkpoint's name if numpy has none.
+      nbytes: size in bytes.
+      offset: start of the data, in bytes from the beginning of the file; 0 in a folder.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    offset: int = 0
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuses an array that the model cannot load.
+
+        Raises:
+          UserError: the array's shape is not `shape`, or its dtype is not in lsjax.config.DTYPES.
+        """
+        if self.shape != shape:
+            raise UserError(
+                f"{self.path}: {self.name!r} has the shape {list(self.shape)}, but config.json "
+                f"asks for {list(shape)}; the two files are not of one model."
+            )
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"{self.path}: {self.name!r} holds {self.dtype} values; supported are "
+                f"{', '.join(DTYPES)}, so use a checkpoint that is not quantized."
+            )
+
+    @property
+    def numpy_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def total_bytes(stored: Iterable[TensorInfo]) -> int:
+    return sum(item.nbytes for item in stored)
+
+
+def in_groups(stored: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Yields groups of adjacent arrays with one `path`: up to GROUP_BYTES, or one larger array."""
+    group: list[TensorInfo] = []
+    size = 0
+    for item in stored:
+        if group and (item.path != group[0].path or size + item.nbytes > GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item.nbytes
+    if group:
+        yield group

@@ -1,0 +1,99 @@
+"""Measures how many pass keys hidden in texts a model reads right, by length and depth.
+
+python scripts/eval_needle.py --lengths 512,2048,8192 --rope_scaling auto --plot needle.png
+"""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from lsjax.cli.flags import (
+    define_model_flags,
+    define_rope_scaling_flag,
+    model_options,
+    parse_lengths,
+)
+from lsjax.cli.program import run_program
+from lsjax.errors import UserError
+from lsjax.evals.needle import NeedleMap, needle_map
+from lsjax.evals.plots import plot_needle_curves, plot_needles
+from lsjax.language_model import load
+from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.text_files import check_writable, read_text, write_atomically
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    define_model_flags()
+    flags.DEFINE_list("lengths", ["512", "1024", "2048"], "Prompt lengths in tokens.")
+    flags.DEFINE_integer(
+        "depths", 10, "Number of depths, evenly spaced from start to end.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "keys_per_cell", 1, "Texts per combination of length and depth.", lower_bound=1
+    )
+    flags.DEFINE_integer("max_batch_size", 1, "Texts answered together.", lower_bound=1)
+    define_rope_scaling_flag()
+    flags.DEFINE_string("output_json", None, "File to write the shares of keys read right to.")
+    flags.DEFINE_string("plot", None, "PNG file to draw the heat map in.")
+    flags.DEFINE_multi_string(
+        "compare",
+        [],
+        "label=file, where --output_json of an earlier run wrote the file: plot its curve by "
+        "length beside this run's instead of a heat map. Repeat the flag for several.",
+    )
+    flags.DEFINE_string("label", "this", "Label of this run's curve with --compare.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    enable_persistent_cache()
+    for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
+        check_writable(path)
+    lengths = parse_lengths(FLAGS.lengths)
+    if FLAGS.compare and not FLAGS.plot:
+        raise UserError("--compare says what to plot; give --plot too.")
+    earlier = dict(map(_earlier, FLAGS.compare))
+    depths = np.linspace(0, 1, FLAGS.depths).round(4).tolist()
+    model = load(**model_options(), rope_scaling=FLAGS.rope_scaling)
+    with tqdm(
+        total=len(lengths) * len(depths) * FLAGS.keys_per_cell, unit="text", file=sys.stderr
+    ) as bar:
+        needles = needle_map(
+            model,
+            lengths,
+            depths,
+            FLAGS.keys_per_cell,
+            max_batch_size=FLAGS.max_batch_size,
+            progress=bar.update,
+        )
+    for length, share in zip(lengths, needles.by_length(), strict=True):
+        print(f"{length:>10,} tokens  {share:6.1%}")
+    if FLAGS.output_json:
+        result = dataclasses.asdict(needles)
+        write_atomically(FLAGS.output_json, json.dumps(result, indent=1) + "\n")
+    if earlier:
+        plot_needle_curves(earlier | {FLAGS.label: needles}, FLAGS.plot)
+    elif FLAGS.plot:
+        title = f"rope_scaling {FLAGS.rope_scaling or 'as in config.json'}"
+        plot_needles(needles, title, FLAGS.plot)
+
+
+def _earlier(given: str) -> tuple[str, NeedleMap]:
+    """Parses a value of --compare, label=file, and reads the file."""
+    name, _, file = given.partition("=")
+    try:
+        return name, NeedleMap(**json.loads(read_text(file)))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--compare {given!r} must be label=file, a file that --output_json wrote ({error})."
+        ) from None
+
+
+def program() -> None:
+    run_program(main, define_flags)

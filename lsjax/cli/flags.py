@@ -1,0 +1,127 @@
+"""Flags that several programs share."""
+
+from typing import Any
+
+from absl import flags
+
+from lsjax.cache import CACHE_DTYPES
+from lsjax.distributed import multihost
+from lsjax.errors import UserError
+from lsjax.inference.options import COMPUTE_DTYPES
+from lsjax.shipped import shipped_model_path
+
+# Flags defined here are key flags of the program that asks for them, so its --help lists them.
+flags.disclaim_key_flags()
+
+
+def define_model_flags() -> None:
+    """Defines the flags that say which model runs, on which devices, and in which dtypes."""
+    flags.DEFINE_string(
+        "model_path",
+        None,
+        "Model folder (Hugging Face or converted). Default: the shipped model.",
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", *COMPUTE_DTYPES],
+        "Dtype of weights and activations. auto: float32 on CPU, otherwise the checkpoint's.",
+    )
+    flags.DEFINE_enum(
+        "kv_cache_dtype",
+        "auto",
+        ["auto", *CACHE_DTYPES],
+        "Dtype of the KV cache. auto: same as --dtype.",
+    )
+    flags.DEFINE_integer(
+        "prefill_chunk",
+        None,
+        "Prompt tokens per prefill step, rounded up where a context axis splits them. Default: "
+        "512 on CPU, otherwise 4096.",
+        lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "kv_compression",
+        "none",
+        "KV cache compression: none; razor, where only retrieval heads keep all tokens; or its "
+        "settings as JSON, such as '{\"window\": 2000}'.",
+    )
+    define_mesh_flags()
+
+
+def define_rope_scaling_flag() -> None:
+    """Defines the flag that overrides config.json's RoPE scaling."""
+    flags.DEFINE_string(
+        "rope_scaling",
+        None,
+        "RoPE scaling: JSON as in config.json; off; or auto, which scales only requests longer "
+        "than the trained length. Default: config.json's.",
+    )
+
+
+def define_mesh_flags() -> None:
+    """Defines the flags that say which devices of which processes a program uses."""
+    flags.DEFINE_string(
+        "mesh",
+        "",
+        "Devices per mesh axis (data, context, model), such as context=4,model=2. Default: one "
+        "device.",
+    )
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "Address of process 0 as host:port, where several processes run one model; auto under "
+        "Slurm, MPI, GKE or on a TPU pod, which provide it.",
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "Number of processes; required with --coordinator_address unless it is auto.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "Index of this process, from 0; required with --coordinator_address unless it is auto.",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer(
+        "coordinator_timeout",
+        300,
+        "Seconds to wait for the other processes to connect.",
+        lower_bound=1,
+    )
+
+
+def connect() -> None:
+    """Connects to the other processes, if the flags name a coordinator.
+
+    Raises:
+      UserError: the flags do not fit together, or a process does not connect in time.
+    """
+    address, count, number = (
+        flags.FLAGS[n].value for n in ("coordinator_address", "num_processes", "process_id")
+    )
+    if address:
+        multihost.connect(address, count, number, flags.FLAGS.coordinator_timeout)
+    elif count is not None or number is not None:
+        raise UserError("num_processes and process_id go with coordinator_address; give it too.")
+
+
+def model_options() -> dict[str, Any]:
+    """Returns define_model_flags' values as arguments of inference.options.resolve_options."""
+    names = ("dtype", "kv_cache_dtype", "kv_compression", "mesh", "prefill_chunk")
+    path = flags.FLAGS.model_path or shipped_model_path()
+    return {"path": path} | {n: flags.FLAGS[n].value for n in names}
+
+
+def parse_lengths(words: list[str], flag: str = "lengths") -> list[int]:
+    """Parses a flag's list of lengths in tokens.
+
+    Raises:
+      UserError: the list is empty, or an entry is not a whole number above 0.
+    """
+    wrong = [n for n in words if not n.isdecimal() or int(n) < 1]
+    if wrong or not words:
+        raise UserError(f"--{flag} takes numbers of tokens, as in 512,2048, not {wrong}.")
+    return [int(n) for n in words]

@@ -1,0 +1,1 @@
+"""Device meshes, sharding, sequence layout, and models that run in several processes."""

@@ -1,0 +1,127 @@
+"""Finds retrieval heads by how they attend to a text of random tokens that repeats itself.
+
+Source: RazorAttention (arXiv 2407.15891), section 3.2.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.dispatch import attend
+from lsjax.cache import CAPACITY_MULTIPLE, KVArray, empty_layer
+from lsjax.compression.razor import check_compresses
+from lsjax.compression.scores import HeadScores
+from lsjax.distributed.multihost import to_host
+from lsjax.distributed.sharding import QUERIES_SPEC
+from lsjax.errors import UserError
+from lsjax.inference.engine import Engine
+from lsjax.inference.request import cache_spec, round_up
+from lsjax.nn.block import Block
+from lsjax.positions.rotary import cos_sin
+from lsjax.runtime.precision import einsum
+
+REPEATS = 4
+
+
+def repeated_text(start: int, first: int, last: int, length: int, seed: int) -> np.ndarray:
+    """Returns [1 + 4 * length] ids: `start`, then `length` random ids, four times over.
+
+    The random ids are from first to last, both included.
+    """
+    ids = np.random.default_rng(seed).integers(first, last, length, endpoint=True)
+    return np.concatenate([[start], np.tile(ids, REPEATS)]).astype(np.int32)
+
+
+def find_heads(
+    engine: Engine, params: dict, text: np.ndarray, on_layer: Callable[[int], object]
+) -> HeadScores:
+    """Scores every query head of a model on a text of `repeated_text`.
+
+    Layers run one by one, so that the queries and keys of only one layer exist at a time. Only the
+    needed entries of the attention matrix and the sum of each row are kept.
+
+    Args:
+      engine: engine of the model; its mesh has a model axis only.
+      params: the model's parameters.
+      text: [1 + 4 * length] ids.
+      on_layer: called with 1 after each layer.
+
+    Raises:
+      UserError: the mesh has a context or a data axis, or the model has ALiBi or sliding windows.
+    """
+    config, mesh = engine.config, engine.mesh
+    check_compresses(config)
+    if config.alibi:
+        raise UserError(
+            "retrieval heads are found in models with RoPE; with ALiBi a head's reach follows from "
+            "its slope and its weights."
+        )
+    if mesh.shape["context"] > 1 or mesh.shape["data"] > 1:
+        raise UserError(
+            "heads are found on one text that is not sharded; use a mesh with a model axis only."
+        )
+    platform = mesh.devices.flat[0].platform
+    capacity = round_up(len(text), CAPACITY_MULTIPLE)
+    spec = cache_spec(mesh, 1, capacity, 1, capacity, engine.dtype, engine.dtype)
+    tokens = jnp.asarray(np.pad(text, (0, capacity - len(text)))[None])
+    tables = engine.tables([len(text)])
+    scores_of = jax.shard_map(
+        functools.partial(_scores, count=len(text), platform=platform),
+        mesh=mesh,
+        in_specs=(QUERIES_SPEC, QUERIES_SPEC),
+        out_specs=jax.sharding.PartitionSpec(None, "model"),
+        check_vma=False,
+    )
+
+    def step(layer: dict, x: jax.Array):
+        positions = jnp.arange(capacity)[None]
+        block = Block(config, mesh, None)
+        cache = empty_layer(config, spec, platform)
+        angles = cos_sin(tables, positions)
+        (x, _), seen = block.apply(
+            {"params": layer}, x, positions, angles, cache, None, False, mutable=["intermediates"]
+        )
+        (q,), (k,) = (seen["intermediates"]["attn"][name] for name in ("queries", "keys"))
+        return x, scores_of(q, k)
+
+    run = jax.jit(step)
+    x = engine.embed(params, tokens)
+    rows = []
+    for i in range(config.num_layers):
+        x, scores = run(params[f"layers_{i}"], x)
+        rows.append(to_host(scores))
+        on_layer(1)
+    echo, induction = np.stack(rows, axis=1)
+    return HeadScores(echo, induction)
+
+
+def _scores(q: jax.Array, k: jax.Array, *, count: int, platform: str) -> jax.Array:
+    """Returns [2, heads] echo and induction scores of the local heads.
+
+    Args:
+      q: [1, capacity, heads, head_dim] queries, not yet scaled.
+      k: [1, capacity, kv_heads, head_dim] keys.
+      count: tokens of the text.
+      platform: cpu, gpu (or cuda) or tpu.
+    """
+    _, capacity, heads, head_dim = q.shape
+    kv_heads, length = k.shape[2], (count - 1) // REPEATS
+    q = (q * head_dim**-0.5).reshape(1, capacity, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    keys = KVArray(k.swapaxes(1, 2), None)
+    at = jnp.arange(capacity)[None]
+    lse = attend(platform, q, keys, keys, KeyRange(None, at + 1, at), None).lse
+
+    def looked(back: int, on: int) -> jax.Array:
+        """Returns [kv_heads, group] sums of the attention from token t to token t - back + on."""
+        first = 1 + back
+        new, old = slice(first, count), slice(first - back + on, count - back + on)
+        score = einsum("bkgtd,bktd->bkgt", q[:, :, :, new], keys.data[:, :, old])
+        return jnp.sum(jnp.exp(score - lse[:, :, :, new]), axis=-1)[0]
+
+    backs = [copies * length for copies in range(1, REPEATS)]
+    sums = [sum(looked(back, on) for back in backs) for on in (0, 1)]
+    return jnp.stack(sums).reshape(2, heads) / (length * (REPEATS - 1))

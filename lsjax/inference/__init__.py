@@ -1,0 +1,1 @@
+"""Inference: options, requests, compiled steps, and generation."""

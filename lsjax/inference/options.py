@@ -1,0 +1,168 @@
+"""Options of running a model, resolved and checked before any weight is read."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lsjax.cache import BLOCK, CACHE_DTYPES, round_up_to_blocks
+from lsjax.checkpoint import read_model_config
+from lsjax.compression import Compression, RazorConfig, compression_of, parse_compression
+from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import check_fits_mesh, make_mesh
+from lsjax.errors import UserError
+from lsjax.families.generation_config import NAME, eos_token_ids, read_generation_config, unapplied
+from lsjax.inference.engine import SEGMENT
+from lsjax.inference.sampling import Sampling, suggested_sampling
+from lsjax.positions.scaling import override_rope_scaling
+from lsjax.runtime.html import table
+from lsjax.runtime.notes import note
+from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Resolved options of running a model.
+
+    Attributes:
+      folder: model folder.
+      config: model configuration, with the effective rope scaling.
+      mesh: device mesh.
+      dtype: dtype of weights and activations.
+      kv_cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
+      prefill_chunk: prompt tokens per prefill step; the requested number, rounded up so that the
+        devices of the context axis get equal shares.
+      eos_token_ids: ids that end an answer.
+      compression: KV head compression, or None.
+      suggested: sampling that the publisher suggests.
+      tokenizer: tokenizer of the folder, or None if it has none.
+      segment: decode steps between two checks for end-of-sequence.
+      cache_block: block size of a quantized cache, whose current block is kept in floats; see
+        CacheSpec.
+    """
+
+    folder: str
+    config: ModelConfig
+    mesh: Mesh
+    dtype: str
+    kv_cache_dtype: str
+    prefill_chunk: int
+    eos_token_ids: frozenset[int]
+    compression: Compression | None = None
+    suggested: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    tokenizer: Tokenizer | None = None
+    segment: int = SEGMENT
+    cache_block: int = BLOCK
+
+    def _repr_html_(self) -> str:
+        """Shows the effective options in a notebook."""
+        c, devices = self.config, self.mesh.devices
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return table(
+            {
+                "model": f"{self.folder} ({c.architecture})",
+                "trained length": f"{c.trained_length:,} tokens",
+                "served length": f"{c.served_length:,} tokens",
+                "rope scaling": c.rope_scaling.kind,
+                "devices": f"{devices.size} x {devices.flat[0].device_kind} ({axes})",
+                "weights": self.dtype,
+                "KV cache": self.kv_cache_dtype,
+                "KV compression": "none" if self.compression is None else "RazorAttention",
+                "prefill chunk": f"{self.prefill_chunk:,} tokens",
+            }
+        )
+
+
+def resolve_options(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    mesh: str | Mapping[str, int] | Mesh = "",
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    prefill_chunk: int | None = None,
+    kv_compression: str | Mapping[str, Any] | RazorConfig | None = None,
+) -> Options:
+    """Resolves and checks all options; see `lsjax.load` for the arguments.
+
+    Raises:
+      UserError: an option is wrong, or options conflict.
+    """
+    folder = os.fspath(path)
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"{folder} is not a folder; a model is a Hugging Face folder (config.json, "
+            "*.safetensors, tokenizer files) or one that lsjax-convert has written."
+        )
+    config = override_rope_scaling(read_model_config(folder), rope_scaling)
+    if not isinstance(mesh, Mesh):
+        mesh = make_mesh(mesh)
+    check_fits_mesh(config, mesh.shape)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if dtype == "auto":
+        # On a CPU, bfloat16 matrix-vector products are fifteen times slower than float32 ones.
+        dtype = "float32" if on_cpu or config.dtype == "float32" else "bfloat16"
+    dtype = one_of("dtype", dtype, COMPUTE_DTYPES)
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = dtype
+    if prefill_chunk is None:
+        prefill_chunk = 512 if on_cpu else 4096
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk must be at least 1 token, not {prefill_chunk}.")
+    published = read_generation_config(folder)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if asked := unapplied(published):
+        note(f"generation_config.json sets {', '.join(asked)}, which lsjax does not support.")
+    razor = parse_compression(kv_compression)
+    prefill_chunk = round_up_to_blocks(prefill_chunk, mesh.shape["context"])
+    return Options(
+        folder=folder,
+        config=config,
+        mesh=mesh,
+        dtype=dtype,
+        kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
+        prefill_chunk=prefill_chunk,
+        eos_token_ids=_eos_ids(config, published, tokenizer),
+        suggested=suggested_sampling(published),
+        tokenizer=tokenizer,
+        compression=razor and compression_of(razor, folder, config, mesh.shape["model"]),
+    )
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Returns the value if it is allowed.
+
+    Raises:
+      UserError: the value is not allowed; the message lists the allowed ones.
+    """
+    if value not in allowed:
+        raise UserError(f"{name} {value!r} is not known; use auto, {', '.join(allowed)}.")
+    return value
+
+
+def _eos_ids(
+    config: ModelConfig, published: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> frozenset[int]:
+    """Returns all end ids: config.json's, generation_config.json's and the tokenizer's."""
+    ids = {*config.eos_token_ids, *eos_token_ids(published, NAME)}
+    return frozenset(ids | set(tokenizer.eos_ids if tokenizer else ()))
+
+
+def end_of_documents(
+    folder: str | None, config: ModelConfig, tokenizer: Tokenizer | None
+) -> int | None:
+    """Returns the id that ends a training document, or None.
+
+    It is the first end-of-sequence id of config.json, else of the folder's generation_config.json,
+    else of the tokenizer.
+    """
+    first = config.eos_token_ids
+    if not first and folder is not None:
+        first = eos_token_ids(read_generation_config(folder), NAME)
+    if not first and tokenizer is not None:
+        first = tokenizer.eos_ids
+    return first[0] if first else None

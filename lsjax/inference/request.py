@@ -1,0 +1,338 @@
+"""Requests: checked prompts, grouped into batches that share compiled programs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from lsjax.cache import BLOCK, CAPACITY_MULTIPLE, CacheSpec, block_length_of
+from lsjax.config import MAX_POSITIONS, ModelConfig
+from lsjax.errors import UserError
+from lsjax.inference.engine import SEGMENT
+from lsjax.inference.options import Options
+from lsjax.inference.prompt_lookup import MAX_DRAFT_TOKENS
+from lsjax.inference.sampling import Sampling
+
+# A long cache's capacity per device of the context axis is a multiple of this, so that attention
+# can read it in large blocks.
+_LARGE_CAPACITY_MULTIPLE = 16 * CAPACITY_MULTIPLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch of prompts to be answered together.
+
+    Attributes:
+      prompts: token ids of each row.
+      num_real: number of rows that are real prompts; they come first, and the rest is padding.
+      max_output_length: maximum number of tokens to generate per row.
+      prompt_capacity: prompt tokens that the cache has room for; at least the longest prompt.
+      chunk: prompt tokens per prefill step.
+      sampling: how tokens are drawn.
+      eos_token_ids: ids that end a row; may be empty.
+      prompt_lookup_num_tokens: tokens drafted per decode step; 0 for no drafts.
+      first: index of the batch's first prompt among all prompts of the call.
+      num_samples: answers per prompt, in consecutive rows.
+      stop: texts that end an answer.
+      segment: decode steps between two checks for end-of-sequence.
+      cache_block: block size of a quantized cache, see CacheSpec.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    num_real: int
+    max_output_length: int
+    prompt_capacity: int
+    chunk: int
+    sampling: Sampling
+    eos_token_ids: frozenset[int]
+    prompt_lookup_num_tokens: int = 0
+    first: int = 0
+    num_samples: int = 1
+    stop: tuple[str, ...] = ()
+    segment: int = SEGMENT
+    cache_block: int = BLOCK
+
+    @property
+    def numbers(self) -> list[tuple[int, int]]:
+        """The (prompt index, sample index) of each row of answers."""
+        prompts = range(self.first, self.first + len(self.prompts))
+        return [(prompt, sample) for prompt in prompts for sample in range(self.num_samples)]
+
+    def for_samples(self, of_prompts: Sequence[Any]) -> list[Any]:
+        """Repeats an item per prompt so that there is one per row of answers."""
+        return [x for x in of_prompts for _ in range(self.num_samples)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length of prompt and requested output together, in tokens, for each row of prompts."""
+        return [len(p) + self.max_output_length for p in self.prompts]
+
+    @property
+    def output_capacity(self) -> int:
+        """Answer tokens that the cache has room for; the last draft may reach past the answer."""
+        return self.max_output_length + self.prompt_lookup_num_tokens
+
+    def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
+        """Returns the spec of the cache that the batch needs; see CacheSpec for the dtypes."""
+        rows, room = len(self.prompts), (self.prompt_capacity, self.output_capacity)
+        sizes = self.segment, self.cache_block
+        return cache_spec(mesh, rows, *room, self.chunk, dtype, compute_dtype, *sizes)
+
+
+def batches(
+    options: Options,
+    ids: Sequence[tuple[int, ...]],
+    max_output_length: int,
+    *,
+    max_input_length: int | None = None,
+    max_batch_size: int | None = None,
+    sampling: Sampling | Literal["auto"] = Sampling(),  # noqa: B008 (frozen)
+    ignore_eos: bool = False,
+    allow_untrained_length: bool = False,
+    prompt_lookup_num_tokens: int = 0,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
+) -> list[Request]:
+    """Checks prompts and groups them into batches of one shape.
+
+    The arguments are those of LanguageModel.generate. Batches are padded with rows, so that all
+    have one size, a multiple of the data axis, and no other shape is compiled.
+
+    Raises:
+      UserError: a prompt or an argument cannot be served.
+    """
+    for prompt in ids:
+        check_ids(options.config, prompt)
+    check_lengths(options.config, ids, max_output_length, max_input_length, allow_untrained_length)
+    if max_batch_size is not None and max_batch_size < 1:
+        raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+    if isinstance(sampling, str):
+        if sampling != "auto":
+            raise UserError(f"sampling must be a Sampling, or auto, not {sampling!r}.")
+        sampling = options.suggested
+    check_lookup(prompt_lookup_num_tokens, sampling)
+    check_samples(num_samples, sampling, prompt_lookup_num_tokens)
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not all(isinstance(text, str) and text for text in stop):
+        raise UserError(f"stop must be texts of at least one character, not {list(stop)}.")
+    if prompt_lookup_num_tokens and options.compression:
+        raise UserError(
+            "prompt lookup does not go with kv_compression: a draft that is refused would have "
+            "driven tokens out of the windows; set prompt_lookup_num_tokens 0, or kv_compression "
+            "none."
+        )
+    rows = min(max_batch_size or len(ids), len(ids))
+    data = options.mesh.shape["data"]
+    rows = -(-rows // data) * data
+    groups = [ids[i : i + rows] for i in range(0, len(ids), rows)]
+    room = max_input_length or bucket(max(len(p) for p in ids))
+    return [
+        Request(
+            prompts=(*group, *((0,) for _ in range(rows - len(group)))),
+            num_real=len(group),
+            max_output_length=max_output_length,
+            prompt_capacity=room,
+            chunk=options.prefill_chunk,
+            sampling=sampling,
+            eos_token_ids=frozenset() if ignore_eos else options.eos_token_ids,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            first=i * rows,
+            num_samples=num_samples,
+            stop=tuple(stop),
+            segment=options.segment,
+            cache_block=options.cache_block,
+        )
+        for i, group in enumerate(groups)
+    ]
+
+
+def check_ids(config: ModelConfig, ids: Sequence[int]) -> None:
+    """Refuses ids that the model has no embedding for.
+
+    Raises:
+      UserError: an id is outside the vocabulary; the message names the first.
+    """
+    outside = [i for i in ids if not 0 <= i < config.vocab_size]
+    if outside:
+        raise UserError(
+            f"token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}."
+        )
+
+
+def check_lengths(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_output_length: int,
+    max_input_length: int | None,
+    allow_untrained_length: bool,
+) -> None:
+    """Refuses prompts and lengths that cannot be served, before anything is run.
+
+    Raises:
+      UserError: a prompt is empty, or a length is out of range; the message says what to change.
+    """
+    if max_output_length < 1:
+        raise UserError(f"max_output_length must be at least 1 token, not {max_output_length}.")
+    if max_input_length is not None and max_input_length < 1:
+        raise UserError(f"max_input_length must be at least 1 token, not {max_input_length}.")
+    if not prompts:
+        raise UserError("there is no prompt; give at least one text or list of token ids.")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty; give at least one token.")
+        if max_input_length is not None and len(prompt) > max_input_length:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, but max_input_length is {max_input_length}; "
+                f"nothing is cut off silently, so raise max_input_length to {len(prompt)} or "
+                "shorten the prompt."
+            )
+    total = max(len(p) for p in prompts) + max_output_length
+    check_exact_length(config, total)
+    if not allow_untrained_length:
+        check_total(config, total, total - max_output_length)
+    if total > MAX_POSITIONS:
+        raise UserError(
+            f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
+        )
+
+
+def check_exact_length(config: ModelConfig, total: int) -> None:
+    """Refuses lengths for which the model's attention is not computed exactly.
+
+    Raises:
+      UserError: `total` exceeds config.exact_length; the message gives the limit.
+    """
+    if config.exact_length is not None and total > config.exact_length:
+        raise UserError(
+            f"{total} tokens are asked for, but past {config.exact_length} the model has dual "
+            "chunk attention (config.json's dual_chunk_attention_config), which is not supported; "
+            f"ask for at most {config.exact_length}, prompt and output together."
+        )
+
+
+def check_total(config: ModelConfig, total: int, prompt: int = 0) -> None:
+    """Refuses more tokens, prompt and output together, than the model serves.
+
+    Args:
+      config: model configuration.
+      total: number of tokens in prompt and output together.
+      prompt: number of tokens in the longest prompt.
+
+    Raises:
+      UserError: `total` is too large; the message gives a rope_scaling that would serve it, and
+        the output length that there is room for.
+    """
+    if total > config.served_length:
+        room = config.served_length - prompt
+        less = f"ask for at most {room} tokens of output, " if prompt and room > 0 else ""
+        raise UserError(
+            f"prompt and output come to {total} tokens, but {way_out(config, total, less)}"
+        )
+
+
+def way_out(config: ModelConfig, total: int, less: str = "") -> str:
+    """Says how many tokens the model serves, and which settings serve `total` tokens.
+
+    `less` is advice to put before those settings.
+    """
+    factor = total / config.trained_length
+    return (
+        f"the model serves {config.served_length} (rope scaling: {config.rope_scaling.kind}); "
+        f'{less}set rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
+        f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
+        "allow_untrained_length."
+    )
+
+
+def check_lookup(num_tokens: int, sampling: Sampling) -> None:
+    """Refuses drafts that cannot be verified.
+
+    Raises:
+      UserError: too many tokens are drafted, or the sampling is not plain greedy decoding.
+    """
+    if not 0 <= num_tokens <= MAX_DRAFT_TOKENS:
+        raise UserError(
+            f"prompt_lookup_num_tokens must be from 0 (no drafts) to {MAX_DRAFT_TOKENS}, not "
+            f"{num_tokens}."
+        )
+    if num_tokens and not sampling.greedy:
+        raise UserError(
+            "prompt lookup verifies drafts against the likeliest token, so it does not go with "
+            f"temperature {sampling.temperature}; set temperature 0, or prompt_lookup_num_tokens 0."
+        )
+    if num_tokens and sampling.penalized:
+        raise UserError(
+            "prompt lookup verifies drafts against the likeliest token, so it does not go with "
+            "repetition_penalty; set repetition_penalty 1, or prompt_lookup_num_tokens 0."
+        )
+
+
+def caches_held(num_samples: int) -> int:
+    """Returns the largest number of cache rows that a prompt takes at once.
+
+    With several samples, the prompt's own row is alive until it has been copied for all of them.
+    """
+    return num_samples + (num_samples > 1)
+
+
+def check_samples(num_samples: int, sampling: Sampling, prompt_lookup_num_tokens: int) -> None:
+    """Refuses several samples of a prompt if all would be the same.
+
+    Raises:
+      UserError: num_samples is below 1, or above 1 with greedy decoding or prompt lookup.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, not {num_samples}.")
+    if num_samples > 1 and (sampling.greedy or prompt_lookup_num_tokens):
+        raise UserError(
+            f"{num_samples} samples of a prompt would be the same without a temperature; set "
+            "temperature, as in 1.0, or num_samples 1."
+        )
+
+
+def _tidy(factor: float) -> float:
+    """Rounds a scaling factor up to a multiple of one half."""
+    return -(-factor // 0.5) * 0.5
+
+
+def cache_spec(
+    mesh: Mesh,
+    batch: int,
+    prompt_capacity: int,
+    output: int,
+    chunk: int,
+    dtype: str,
+    compute_dtype: str,
+    segment: int = SEGMENT,
+    block: int = BLOCK,
+) -> CacheSpec:
+    """Returns the spec of a cache for `batch` prompts, prefilled in chunks, and their answers."""
+    context = mesh.shape["context"]
+    capacity = cache_capacity(prompt_capacity, output, chunk, context, segment)
+    return CacheSpec(batch, capacity, dtype, compute_dtype, block_length_of(chunk, context), block)
+
+
+def cache_capacity(
+    prompt_capacity: int, output: int, chunk: int, context: int, segment: int = SEGMENT
+) -> int:
+    """Returns a cache's capacity, with room for the last chunk's padding and for whole segments."""
+    needed = max(round_up(prompt_capacity, chunk), prompt_capacity + round_up(output, segment))
+    granule = (
+        _LARGE_CAPACITY_MULTIPLE if needed > 8 * _LARGE_CAPACITY_MULTIPLE else CAPACITY_MULTIPLE
+    )
+    return round_up(needed, granule * context)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def bucket(length: int) -> int:
+    """Rounds a length up, so that prompts of similar lengths share compiled programs.
+
+    A length of at least 8 * CAPACITY_MULTIPLE grows by less than an eighth; a smaller one is
+    rounded up to a multiple of CAPACITY_MULTIPLE.
+    """
+    return round_up(length, max(CAPACITY_MULTIPLE, 1 << max(length.bit_length() - 4, 0)))

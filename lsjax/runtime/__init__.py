@@ -1,0 +1,1 @@
+"""Runtime support: devices, memory, compilation, text files, progress bars."""

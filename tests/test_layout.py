@@ -1,0 +1,69 @@
+"""The layout that docs/design.md shows: no module imports from a floor above its own."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import lsjax
+
+ROOT = Path(lsjax.__file__).parent
+FLOORS = (
+    "config errors runtime",
+    "positions tokenizer",
+    "cache distributed families",
+    "attention",
+    "nn",
+    "checkpoint compression",
+    "inference",
+    "evals planning shipped training",
+    "cli language_model",
+    "__init__",
+)
+FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.split()}
+
+
+def imported_units(file):
+    """Files and folders of lsjax that a module imports, wherever in it that is written."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    only_types = [
+        n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
+    ]
+    skipped = {inner for node in only_types for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: relative import"
+            names = [f"{node.module}.{name.name}" for name in node.names]
+        elif isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith("lsjax."))
+
+
+def imports():
+    """Unit -> the other units that it imports."""
+    found = {unit: set() for unit in FLOOR_OF}
+    for file in ROOT.rglob("*.py"):
+        unit = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        found[unit] |= set(imported_units(file)) & FLOOR_OF.keys() - {unit}
+    return found
+
+
+def test_nothing_imports_upward():
+    upward = [
+        f"{unit} imports {other}"
+        for unit, others in imports().items()
+        for other in others
+        if FLOOR_OF[other] > FLOOR_OF[unit]
+    ]
+    assert not upward
+
+
+def test_no_folders_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter(imports()).prepare()
+
+
+def test_every_file_and_folder_has_a_floor():
+    present = {p.name.removesuffix(".py") for p in ROOT.iterdir() if not p.name.startswith("__p")}
+    assert present == FLOOR_OF.keys()

@@ -13,7 +13,7 @@ from lsjax.distributed.multihost import to_host
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.engine import Engine
-from lsjax.inference.request import Request
+from lsjax.inference.request import Request, chunks
 from lsjax.inference.sampling import NOT_A_NUMBER
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
@@ -152,15 +152,15 @@ def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill)
     """Prefills chunk by chunk, each through all layers; returns as `_prefill`."""
     cache = engine.new_cache(spec, request.prompt_capacity)
     last = pending = None
-    for at in range(0, int(lengths.max()), request.chunk):
-        tokens = token_batch(request, at, at + request.chunk)
+    for at, size in chunks(int(lengths.max()), request.chunk, engine.block_length):
+        tokens = token_batch(request, at, at + size)
         cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
         # Wait only for the previous chunk, so that the device always has one queued.
         if pending is not None:
             jax.block_until_ready(pending[1])
             if on_prefill:
                 on_prefill(pending[0])
-        pending = min(request.chunk, int(lengths.max()) - at), last
+        pending = min(size, int(lengths.max()) - at), last
     jax.block_until_ready(last)
     if on_prefill:
         on_prefill(pending[0])

@@ -1,7 +1,7 @@
 """Requests: checked prompts, grouped into batches that share compiled programs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -17,6 +17,8 @@ from lsjax.inference.sampling import Sampling
 # A long cache's capacity per device of the context axis is a multiple of this, so that attention
 # can read it in large blocks.
 _LARGE_CAPACITY_MULTIPLE = 16 * CAPACITY_MULTIPLE
+# Sizes that a prompt's last chunk may have beside the usual one.
+_LAST_CHUNKS = (64, 256, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +325,24 @@ def cache_capacity(
         _LARGE_CAPACITY_MULTIPLE if needed > 8 * _LARGE_CAPACITY_MULTIPLE else CAPACITY_MULTIPLE
     )
     return round_up(needed, granule * context)
+
+
+def chunks(length: int, chunk: int, block_length: int) -> Iterator[tuple[int, int]]:
+    """Yields the start and the size of each prefill chunk of a prompt.
+
+    The last one has the smallest of a few sizes that holds the rest, so that a short prompt runs
+    few padding tokens and the number of compiled programs stays bounded.
+
+    Args:
+      length: prompt length in tokens.
+      chunk: size of all chunks but the last.
+      block_length: zigzag block length, which divides every size; 0 on one device.
+    """
+    start = (length - 1) // chunk * chunk
+    for whole in range(0, start, chunk):
+        yield whole, chunk
+    sizes = [size for size in _LAST_CHUNKS if size < chunk and size % (block_length or 1) == 0]
+    yield start, next((size for size in sizes if start + size >= length), chunk)
 
 
 def round_up(n: int, step: int) -> int:

@@ -6,6 +6,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from lsjax import Sampling
+from lsjax.inference.request import chunks
 from lsjax.inference.sharded_model import forget_compiled_programs
 
 LENGTH = 1000
@@ -32,6 +33,19 @@ def test_prompts_of_any_length_share_their_programs(model):
     lm = model("qwen2_tied", chunk=64)
     assert compilations(lm, LENGTH) == 3  # prefill, first token, decode
     assert compilations(lm, 100) == 0
+
+
+def test_a_short_prompt_and_the_end_of_a_long_one_run_in_a_short_chunk(model):
+    assert list(chunks(37, 4096, 0)) == [(0, 64)]
+    assert list(chunks(64, 512, 0)) == [(0, 64)]
+    assert list(chunks(512, 512, 0)) == [(0, 512)]
+    assert list(chunks(1090, 512, 0)) == [(0, 512), (512, 512), (1024, 256)]
+    assert list(chunks(1000, 512, 512)) == [(0, 512), (512, 512)]  # of four devices
+    assert list(chunks(5, 16, 0)) == [(0, 16)]
+    lm = model("qwen2_tied", chunk=512)
+    assert compilations(lm, 10) == 3
+    assert compilations(lm, 60) == 0
+    assert [compilations(lm, n) for n in (700, 100, 513, 650, 1000)] == [2, 0, 0, 0, 0]
 
 
 def test_engines_of_one_model_share_their_programs(model):

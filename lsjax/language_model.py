@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.cache import block_length_of, round_up_to_blocks
+from lsjax.cache import round_up_to_blocks, zigzag_of
 from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.compression import RazorConfig
 from lsjax.compression.reorder_heads import reorder_heads
@@ -231,9 +231,9 @@ class LanguageModel:
             yield scores[:, : part.shape[1]]
 
     def _scoring_engine(self, chunk: int) -> Engine:
-        """Returns an engine whose zigzag block length fits chunks of this size."""
+        """Returns an engine whose zigzag layout fits chunks of this size."""
         s = self.options
-        if block_length_of(chunk, s.mesh.shape["context"]) == self.engine.block_length:
+        if zigzag_of(chunk, s.mesh.shape["context"]) == self.engine.zigzag:
             return self.engine
         if chunk not in self._scoring:
             self._scoring[chunk] = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype, chunk)

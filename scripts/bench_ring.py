@@ -17,7 +17,6 @@ import functools
 import json
 import sys
 import time
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +32,8 @@ from lsjax.cache import (
     FloatTail,
     LayerCache,
     Zigzag,
-    block_length_of,
     empty_kv_array,
+    zigzag_of,
 )
 from lsjax.cache.kv_cache import BLOCK
 from lsjax.cache.partition_specs import layer_cache_spec
@@ -160,12 +159,8 @@ def _measure(layout: str, devices: int, length: int) -> Figures:
             f"chunk, and the chunk of {2 * devices}, so that {devices} devices share it evenly."
         )
     mesh = make_mesh({"context": devices})
-    if layout == "zigzag":
-        zigzag = Zigzag(devices, block_length_of(chunk, devices))
-    else:
-        zigzag = Contiguous(devices, chunk)
-    with mock.patch("lsjax.attention.cached.Zigzag", type(zigzag)):
-        return _run(layout, zigzag, mesh, length, chunk)
+    zigzag = zigzag_of(chunk, devices) if layout == "zigzag" else Contiguous(devices, chunk)
+    return _run(layout, zigzag, mesh, length, chunk)
 
 
 def _run(layout: str, zigzag: Zigzag, mesh: Mesh, length: int, chunk: int) -> Figures:
@@ -231,7 +226,7 @@ def _empty_cache(mesh: Mesh, zigzag: Zigzag, length: int) -> LayerCache:
         if FLAGS.cache_dtype != "float32":
             zeros = jnp.zeros((1, FLAGS.kv_heads, BLOCK, FLAGS.head_dim))
             float_tail = FloatTail(zeros, zeros)
-        return LayerCache(store, store, float_tail, zigzag.block_length)
+        return LayerCache(store, store, float_tail, zigzag)
 
     specs = layer_cache_spec(jax.eval_shape(empty))
     return jax.jit(empty, out_shardings=jax.tree.map(lambda s: sharding(mesh, s), specs))()

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -158,12 +157,11 @@ def _plain(config: ModelConfig) -> tuple[Step, int]:
     import optax
 
     mesh, optimizer = make_mesh(""), optax.adamw(1e-5)
-    decoder = Decoder(config, mesh, jnp.dtype(FLAGS.dtype))
+    decoder = Decoder(config, mesh, jnp.dtype(FLAGS.dtype), self_attention=_full_attention)
 
     def loss_of(params: dict, batch: Batch, tables) -> jax.Array:
         params = {"params": jax.tree.map(lambda x: x.astype(FLAGS.dtype), params)}
-        with mock.patch("lsjax.nn.attention.self_attention", _full_attention):
-            hidden, _ = decoder.apply(params, batch.tokens, batch.positions, tables, None)
+        hidden, _ = decoder.apply(params, batch.tokens, batch.positions, tables, None)
         logits = decoder.apply(params, hidden, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
         return jnp.mean(losses)

@@ -15,7 +15,7 @@ from lsjax.attention import float_tail, ring
 from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.dispatch import attend
 from lsjax.attention.partial import Partial, merge, merge_over_axis
-from lsjax.cache import KVArray, LayerCache, Zigzag, write, write_tokens
+from lsjax.cache import KVArray, LayerCache, write, write_tokens
 from lsjax.cache.hadamard import hadamard_transform
 from lsjax.cache.partition_specs import layer_cache_spec
 from lsjax.distributed.sharding import (
@@ -69,7 +69,7 @@ def write_and_attend(
         functools.partial(
             step,
             window=window,
-            zigzag=Zigzag(context, cache.block_length),
+            zigzag=cache.zigzag,
             decode=decode,
             platform=mesh.devices.flat[0].platform,
         ),

@@ -11,7 +11,7 @@ from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.dispatch import attend
 from lsjax.attention.partial import merge, merge_over_axis
 from lsjax.attention.streaming import attend_to_compensation_token, chunk_step, next_evicted
-from lsjax.cache import CompressedCache, KVArray, LayerCache, WindowCache, Zigzag, write_tokens
+from lsjax.cache import CompressedCache, KVArray, LayerCache, WindowCache, write_tokens
 from lsjax.cache.partition_specs import compressed_cache_spec
 from lsjax.distributed.sharding import (
     CHUNK_QUERIES_SPEC,
@@ -57,7 +57,7 @@ def write_and_attend(
     step = jax.shard_map(
         functools.partial(
             _step,
-            zigzag=Zigzag(context, cache.block_length),
+            zigzag=cache.zigzag,
             decode=decode,
             platform=mesh.devices.flat[0].platform,
         ),

@@ -22,15 +22,17 @@ from lsjax.cache.kv_cache import (
 from lsjax.cache.store import KVArray, empty_kv_array, write, write_tokens
 from lsjax.distributed.sequence_layout import (
     CAPACITY_MULTIPLE,
+    ONE_DEVICE,
     Zigzag,
-    block_length_of,
     round_up_to_blocks,
+    zigzag_of,
 )
 
 __all__ = [
     "BLOCK",
     "CACHE_DTYPES",
     "CAPACITY_MULTIPLE",
+    "ONE_DEVICE",
     "CacheSpec",
     "CompensationToken",
     "CompressedCache",
@@ -42,7 +44,6 @@ __all__ = [
     "WindowCache",
     "WindowSpec",
     "Zigzag",
-    "block_length_of",
     "compress",
     "empty_cache",
     "empty_kv_array",
@@ -51,4 +52,5 @@ __all__ = [
     "round_up_to_blocks",
     "write",
     "write_tokens",
+    "zigzag_of",
 ]

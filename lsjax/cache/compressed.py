@@ -115,12 +115,12 @@ class CompressedCache:
     Attributes:
       whole: cache of the heads that keep all tokens; None if there are none.
       windows: one cache for each group of heads that share a WindowSpec.
-      block_length: layout of prompt positions along the mesh's context axis; see Zigzag.
+      zigzag: layout of prompt positions along the mesh's context axis.
     """
 
     whole: LayerCache | None
     windows: tuple[WindowCache, ...]
-    block_length: int = flax.struct.field(pytree_node=False)
+    zigzag: Zigzag = flax.struct.field(pytree_node=False)
 
     @property
     def entries(self) -> tuple[LayerCache | WindowCache, ...]:
@@ -174,7 +174,7 @@ def compress(
             _window(*slice_heads(first, count, (cache.k, cache.v)), lengths, zigzag, spec)
         )
         first += count
-    return CompressedCache(whole, tuple(windows), zigzag.block_length)
+    return CompressedCache(whole, tuple(windows), zigzag)
 
 
 def _window(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lsjax.cache.store import KVArray, empty_kv_array
 from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import ONE_DEVICE, Zigzag
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _QUANTIZED = ("int8", "int4")
@@ -48,13 +49,13 @@ class LayerCache:
     Attributes:
       k, v: keys and values of all positions.
       float_tail: current block in floats, if the cache is quantized; else None.
-      block_length: layout of positions along the mesh's context axis; see Zigzag.
+      zigzag: layout of positions along the mesh's context axis.
     """
 
     k: KVArray
     v: KVArray
     float_tail: FloatTail | None
-    block_length: int = flax.struct.field(pytree_node=False, default=0)
+    zigzag: Zigzag = flax.struct.field(pytree_node=False, default=ONE_DEVICE)
 
 
 KVCache = tuple[LayerCache, ...]
@@ -69,7 +70,7 @@ class CacheSpec:
       capacity: number of tokens that a row can hold.
       dtype: format of the cache, one of CACHE_DTYPES.
       compute_dtype: dtype of incoming keys and values, and of the FloatTail.
-      block_length: layout of positions along the mesh's context axis; see Zigzag.
+      zigzag: layout of positions along the mesh's context axis.
       block: positions per block of a quantized cache; queries attend to their own block in floats.
     """
 
@@ -77,7 +78,7 @@ class CacheSpec:
     capacity: int
     dtype: str
     compute_dtype: str
-    block_length: int = 0
+    zigzag: Zigzag = ONE_DEVICE
     block: int = BLOCK
 
     def nbytes(self, config: ModelConfig) -> int:
@@ -95,7 +96,7 @@ def empty_layer(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
         zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
         float_tail = FloatTail(k=zeros, v=zeros)
     store = empty_kv_array(shape, spec.dtype, platform)
-    return LayerCache(k=store, v=store, float_tail=float_tail, block_length=spec.block_length)
+    return LayerCache(k=store, v=store, float_tail=float_tail, zigzag=spec.zigzag)
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:

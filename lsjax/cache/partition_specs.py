@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from lsjax.cache.compressed import CompressedCache, WindowCache
 from lsjax.cache.kv_cache import CacheSpec, KVCache, LayerCache, empty_layer
 from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CACHE_SPEC, FLOAT_TAIL_SPEC, TOKENS_SPEC, sharding
 
 
@@ -35,8 +36,8 @@ def compressed_cache_spec(cache: CompressedCache) -> CompressedCache:
     return cache.replace(whole=whole, windows=tuple(map(of_window, cache.windows)))
 
 
-def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str, block_length: int) -> KVCache:
+def cache_shardings(config: ModelConfig, mesh: Mesh, dtype: str, zigzag: Zigzag) -> KVCache:
     """Returns the shardings of a whole cache."""
-    spec = CacheSpec(1, 1, dtype, "float32", block_length)
+    spec = CacheSpec(1, 1, dtype, "float32", zigzag)
     layer = layer_cache_spec(jax.eval_shape(lambda: empty_layer(config, spec)))
     return (jax.tree.map(lambda spec: sharding(mesh, spec), layer),) * config.num_layers

@@ -49,9 +49,8 @@ def _cache_bytes(options: Options, request: Request) -> int:
     spec = dataclasses.replace(spec, batch=spec.batch * request.num_samples)
     if options.compression is None:
         return spec.nbytes(options.config)
-    context = options.mesh.shape["context"]
-    room = request.prompt_capacity
-    shapes = compressed_shapes(options.config, spec, options.compression, room, context)
+    capacity = request.prompt_capacity
+    shapes = compressed_shapes(options.config, spec, options.compression, capacity)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 

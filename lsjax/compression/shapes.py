@@ -2,7 +2,7 @@
 
 import jax
 
-from lsjax.cache import CacheSpec, CompressedCache, HeadGroups, Zigzag, compress, empty_layer
+from lsjax.cache import CacheSpec, CompressedCache, HeadGroups, compress, empty_layer
 from lsjax.compression.razor import Compression
 from lsjax.config import ModelConfig
 
@@ -12,7 +12,6 @@ def compressed_shapes(
     spec: CacheSpec,
     compression: Compression,
     prompt_capacity: int,
-    context: int,
     platform: str = "cpu",
 ) -> list[CompressedCache]:
     """Returns each layer's compressed cache, with jax.ShapeDtypeStruct in place of arrays.
@@ -22,16 +21,17 @@ def compressed_shapes(
       spec: spec of the cache before compression.
       compression: compression of the KV heads.
       prompt_capacity: longest prompt that the cache holds, in tokens.
-      context: number of devices on the context axis.
       platform: cpu, gpu (or cuda) or tpu.
     """
     lengths = jax.ShapeDtypeStruct((spec.batch,), "int32")
     whole = jax.eval_shape(lambda: empty_layer(config, spec, platform))
-    zigzag, layers = Zigzag(context, spec.block_length), compression.parts(prompt_capacity)
+    layers = compression.parts(prompt_capacity)
 
     def kept_by(parts: HeadGroups) -> CompressedCache:
         return jax.eval_shape(
-            lambda cache, n: compress(cache, n, parts, compression.shards, zigzag), whole, lengths
+            lambda cache, n: compress(cache, n, parts, compression.shards, spec.zigzag),
+            whole,
+            lengths,
         )
 
     of = {parts: kept_by(parts) for parts in set(layers)}

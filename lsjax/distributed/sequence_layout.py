@@ -82,14 +82,22 @@ class Zigzag:
         return np.concatenate(own)
 
 
+ONE_DEVICE = Zigzag(1, 0)
+
+
 def round_up_to_blocks(chunk: int, devices: int) -> int:
     """Rounds a prefill chunk up to a length that can be sharded in zigzag order over devices."""
     return chunk if devices == 1 else -(-chunk // (2 * devices)) * 2 * devices
 
 
-def block_length_of(chunk: int, devices: int) -> int:
-    """Returns the block length of a cache that is filled in prefill chunks; 0 for one device.
+def zigzag_of(chunk: int, devices: int) -> Zigzag:
+    """Returns the layout of a cache that is filled in prefill chunks.
 
-    It divides both the chunk and the capacity, which is a multiple of CAPACITY_MULTIPLE per device.
+    Its blocks divide both the chunk and the capacity, which is a multiple of CAPACITY_MULTIPLE per
+    device.
     """
-    return 0 if devices == 1 else math.gcd(chunk, CAPACITY_MULTIPLE * devices)
+    return (
+        ONE_DEVICE
+        if devices == 1
+        else Zigzag(devices, math.gcd(chunk, CAPACITY_MULTIPLE * devices))
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import CacheSpec, KVCache, empty_cache
+from lsjax.cache import CacheSpec, KVCache, Zigzag, empty_cache
 from lsjax.cache.partition_specs import cache_shardings, compressed_cache_spec
 from lsjax.compression import Compression
 from lsjax.compression.shapes import compressed_shapes
@@ -59,9 +59,9 @@ class Engine:
         self._model = sharded_model(config, mesh, dtype, cache_dtype, chunk, compression)
 
     @property
-    def block_length(self) -> int:
-        """Length of the zigzag blocks that positions are sharded in, see Zigzag."""
-        return self._model.block_length
+    def zigzag(self) -> Zigzag:
+        """Layout of positions along the context axis."""
+        return self._model.zigzag
 
     @property
     def by_layer(self) -> bool:
@@ -306,7 +306,7 @@ class Engine:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty(config: ModelConfig, mesh: Mesh, spec: CacheSpec) -> KVCache:
-    where = cache_shardings(config, mesh, spec.dtype, spec.block_length)
+    where = cache_shardings(config, mesh, spec.dtype, spec.zigzag)
     cache = empty_cache(config, spec, mesh.devices.flat[0].platform)
     return jax.lax.with_sharding_constraint(cache, where)
 
@@ -326,9 +326,7 @@ def _compressed_shapes(
 ) -> KVCache:
     """Returns the shapes and shardings of a compressed cache."""
     platform = mesh.devices.flat[0].platform
-    layers = compressed_shapes(
-        config, spec, compression, prompt_capacity, mesh.shape["context"], platform
-    )
+    layers = compressed_shapes(config, spec, compression, prompt_capacity, platform)
 
     def placed(x: jax.ShapeDtypeStruct, where: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, where))

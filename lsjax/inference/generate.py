@@ -152,7 +152,7 @@ def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill)
     """Prefills chunk by chunk, each through all layers; returns as `_prefill`."""
     cache = engine.new_cache(spec, request.prompt_capacity)
     last = pending = None
-    for at, size in chunks(int(lengths.max()), request.chunk, engine.block_length):
+    for at, size in chunks(int(lengths.max()), request.chunk, engine.zigzag.block_length):
         tokens = token_batch(request, at, at + size)
         cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
         # Wait only for the previous chunk, so that the device always has one queued.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from lsjax.cache import BLOCK, CAPACITY_MULTIPLE, CacheSpec, block_length_of
+from lsjax.cache import BLOCK, CAPACITY_MULTIPLE, CacheSpec, zigzag_of
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.errors import UserError
 from lsjax.inference.engine import SEGMENT
@@ -313,7 +313,7 @@ def cache_spec(
     """Returns the spec of a cache for `batch` prompts, prefilled in chunks, and their answers."""
     context = mesh.shape["context"]
     capacity = cache_capacity(prompt_capacity, output, chunk, context, segment)
-    return CacheSpec(batch, capacity, dtype, compute_dtype, block_length_of(chunk, context), block)
+    return CacheSpec(batch, capacity, dtype, compute_dtype, zigzag_of(chunk, context), block)
 
 
 def cache_capacity(

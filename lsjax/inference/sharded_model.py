@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import KVCache, Zigzag, block_length_of
+from lsjax.cache import KVCache, Zigzag, zigzag_of
 from lsjax.cache.partition_specs import cache_shardings
 from lsjax.compression import Compression
 from lsjax.compression.reorder_heads import query_heads
@@ -28,7 +28,7 @@ class ShardedModel:
       mesh: device mesh.
       dtype: dtype of weights and activations.
       cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
-      block_length: length of the zigzag blocks that positions are sharded in, see Zigzag.
+      zigzag: layout of positions along the context axis.
       compression: KV head compression, or None.
       compiled: compiled programs of the model, see Program.
     """
@@ -37,17 +37,13 @@ class ShardedModel:
     mesh: Mesh
     dtype: str
     cache_dtype: str
-    block_length: int
+    zigzag: Zigzag
     compression: Compression | None
     compiled: dict[Any, Callable] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
-
-    @property
-    def zigzag(self) -> Zigzag:
-        return Zigzag(self.mesh.shape["context"], self.block_length)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -67,7 +63,7 @@ class ShardedModel:
     @property
     def cache(self) -> KVCache:
         """Shardings of an uncompressed cache."""
-        return cache_shardings(self.config, self.mesh, self.cache_dtype, self.block_length)
+        return cache_shardings(self.config, self.mesh, self.cache_dtype, self.zigzag)
 
     @property
     def cache_after_step(self) -> KVCache | None:
@@ -94,11 +90,11 @@ def sharded_model(
       mesh: device mesh.
       dtype: dtype of weights and activations.
       cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
-      chunk: prompt tokens per prefill step; decides the zigzag block length.
+      chunk: prompt tokens per prefill step; decides the zigzag layout.
       compression: KV head compression, or None.
     """
-    block_length = block_length_of(chunk, mesh.shape["context"])
-    return _shared(config.traced, mesh, dtype, cache_dtype, block_length, compression)
+    zigzag = zigzag_of(chunk, mesh.shape["context"])
+    return _shared(config.traced, mesh, dtype, cache_dtype, zigzag, compression)
 
 
 # Few models are kept: the compiled programs of each take many of the process's memory mappings.

@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary positions or ALiBi and an explicit KV cache."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
@@ -12,6 +14,8 @@ from lsjax.config import ModelConfig
 from lsjax.nn.linear import Linear, RMSNorm
 from lsjax.positions.rotary import rotate
 
+# (mesh, q, k, v, begin, window, slopes) -> output; see self_attention.
+SelfAttention = Callable[..., jax.Array]
 PositionInputs = tuple[jax.Array, jax.Array] | jax.Array
 
 
@@ -22,11 +26,13 @@ class Attention(nn.Module):
       config: model configuration.
       mesh: see lsjax.distributed.sharding.
       window: this layer's sliding window, or None.
+      self_attention: attention of whole rows, without a cache.
     """
 
     config: ModelConfig
     mesh: Mesh
     window: int | None
+    self_attention: SelfAttention = self_attention
 
     @nn.compact
     def __call__(
@@ -77,7 +83,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
         if cache is None:
-            y = self_attention(self.mesh, q, k, v, begin, self.window, slopes)
+            y = self.self_attention(self.mesh, q, k, v, begin, self.window, slopes)
         elif isinstance(cache, CompressedCache):
             y, cache = compressed.write_and_attend(
                 self.mesh, q, k, v, positions, lengths, cache, decode, slopes

@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
 from lsjax.config import ModelConfig
-from lsjax.nn.attention import Attention, PositionInputs
+from lsjax.nn.attention import Attention, PositionInputs, SelfAttention
 from lsjax.nn.linear import Linear, RMSNorm
 
 
@@ -35,11 +36,12 @@ class Block(nn.Module):
     config: ModelConfig
     mesh: Mesh
     window: int | None
+    self_attention: SelfAttention = self_attention
 
     def setup(self):
         c = self.config
         self.attn_norm = RMSNorm(c.norm_eps)
-        self.attn = Attention(c, self.mesh, self.window)
+        self.attn = Attention(c, self.mesh, self.window, self.self_attention)
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = GatedMLP(c)
         if c.post_norms:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lsjax.attention.differentiable import self_attention
 from lsjax.cache import KVCache
 from lsjax.config import ModelConfig
-from lsjax.nn.attention import PositionInputs
+from lsjax.nn.attention import PositionInputs, SelfAttention
 from lsjax.nn.block import Block
 from lsjax.nn.linear import Embedding, RMSNorm
 from lsjax.positions.alibi import layer_slopes
@@ -30,6 +31,7 @@ class Decoder(nn.Module):
       all_gather_weights: (layer name, its parameters) -> the parameters gathered over the context
         axis, used in prefill; None if they are not sharded over it.
       heads: query heads of each layer in their stored order; None for the checkpoint's order.
+      self_attention: attention of whole rows, without a cache.
     """
 
     config: ModelConfig
@@ -37,11 +39,12 @@ class Decoder(nn.Module):
     dtype: jnp.dtype
     all_gather_weights: Callable[[str, dict], dict] | None = None
     heads: tuple[tuple[int, ...], ...] | None = None
+    self_attention: SelfAttention = self_attention
 
     def setup(self):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.mesh)
-        self.layers = [Block(c, self.mesh, window) for window in c.windows]
+        self.layers = [Block(c, self.mesh, window, self.self_attention) for window in c.windows]
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.lm_head = Embedding(
@@ -101,7 +104,8 @@ class Decoder(nn.Module):
             # Wait for the layer's input: XLA would otherwise hold gathered weights of many layers.
             x, weights = jax.lax.optimization_barrier((x, weights))
             weights = self.all_gather_weights(f"layers_{i}", weights)
-        block = Block(self.config, self.mesh, self.config.windows[i], parent=None)
+        window = self.config.windows[i]
+        block = Block(self.config, self.mesh, window, self.self_attention, parent=None)
         return _run_block(block, decode, weights, x, positions, places, entry, lengths, begin)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:

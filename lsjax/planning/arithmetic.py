@@ -97,10 +97,7 @@ def cache_bytes(
     spec = deployment.cache_spec(input_length)
     if deployment.compression is None:
         return config.num_layers * _layer_bytes(config, platform, deployment, spec)
-    context = deployment.sizes["context"]
-    layers = compressed_shapes(
-        config, spec, deployment.compression, input_length, context, platform
-    )
+    layers = compressed_shapes(config, spec, deployment.compression, input_length, platform)
     return sum(_bytes(layer, compressed_cache_spec(layer), deployment) for layer in layers)
 
 

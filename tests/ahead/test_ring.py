@@ -19,7 +19,7 @@ def test_the_next_block_travels_while_the_current_one_is_attended_to():
     config = dataclasses.replace(read_config(GLM), num_layers=1, windows=(None,))
     mesh = target_mesh(find_target("v5e:2x4"), {"context": 8})
     engine = Engine(config, mesh, "bfloat16", "int8", 4096)
-    spec = CacheSpec(1, 2**20, "int8", "bfloat16", engine.block_length)
+    spec = CacheSpec(1, 2**20, "int8", "bfloat16", engine.zigzag)
     prefill, _ = engine.compile_ahead(spec, 2**20)
     started, overlapped = {}, []
     # Instructions of a computation stand in the order in which they run.

@@ -49,7 +49,7 @@ def empty(case, batch, kv_heads):
     if quantised(case):
         zeros = jnp.zeros((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype)
         float_tail = FloatTail(zeros, zeros)
-    cache = LayerCache(store, store, float_tail, zigzag(case).block_length)
+    cache = LayerCache(store, store, float_tail, zigzag(case))
     mesh = make_mesh(MESHES[case.mesh])
     specs = jax.tree.map(lambda s: sharding(mesh, s), layer_cache_spec(cache))
     return jax.device_put(cache, specs)

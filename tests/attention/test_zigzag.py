@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsjax.cache import CAPACITY_MULTIPLE, Zigzag, block_length_of, round_up_to_blocks
+from lsjax.cache import CAPACITY_MULTIPLE, Zigzag, round_up_to_blocks, zigzag_of
 
 
 @st.composite
@@ -36,8 +36,7 @@ def test_a_chunk_and_a_cache_are_whole_stripes(chunk, devices):
     whole = round_up_to_blocks(chunk, devices)
     assert chunk <= whole < chunk + 2 * devices
     if devices > 1:
-        block_length = block_length_of(whole, devices)
-        Zigzag(devices, block_length)
+        block_length = zigzag_of(whole, devices).block_length
         assert whole % block_length == 0 and CAPACITY_MULTIPLE * devices % block_length == 0
 
 
@@ -45,7 +44,7 @@ def test_a_chunk_and_a_cache_are_whole_stripes(chunk, devices):
 @pytest.mark.parametrize("chunk", [512, 4096, 32768])
 def test_every_device_attends_as_much(devices, chunk):
     """Pairs of a query and a key that it sees, over a prompt; contiguous parts: 1.88 at 8."""
-    zigzag = Zigzag(devices, block_length_of(chunk, devices))
+    zigzag = zigzag_of(chunk, devices)
     work = [
         np.sum(np.asarray(zigzag.position(d, np.arange(65536 // devices)), np.int64) + 1)
         for d in range(devices)

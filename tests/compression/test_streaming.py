@@ -7,7 +7,7 @@ import pytest
 
 import lsjax
 from lsjax.attention import compressed
-from lsjax.cache import HeadGroups, WindowSpec, Zigzag, block_length_of, compress
+from lsjax.cache import HeadGroups, WindowSpec, compress, zigzag_of
 from lsjax.cache.kv_cache import LayerCache, empty_kv_array
 from lsjax.cli import report
 from lsjax.distributed.sharding import make_mesh
@@ -55,14 +55,14 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     mesh = make_mesh({"data": data, "context": context, "model": shards})
     lengths = np.array([301, 190])
     total = -(-lengths.max() // chunk) * chunk
-    zigzag = Zigzag(context, block_length_of(chunk, context))
+    zigzag = zigzag_of(chunk, context)
     shape = 2, total, KV_HEADS, HEAD_DIM
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
     each = KV_HEADS // shards
     parts = HeadGroups(1, ((each - 1, SPEC),)) if each > 1 else HeadGroups(0, ((1, SPEC),))
     capacity = -(-total // (256 * context)) * 256 * context
     store = empty_kv_array((2, KV_HEADS, capacity, HEAD_DIM), "float32")
-    whole = LayerCache(store, store, None, zigzag.block_length)
+    whole = LayerCache(store, store, None, zigzag)
     with jax.set_mesh(mesh):
         small = jax.jit(lambda c: compress(c, jnp.zeros(2, int), parts, shards, zigzag))(whole)
     step = jax.jit(
@@ -89,7 +89,7 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     position = np.array([zigzag.position(d, s) for d, s in zip(device, slot, strict=True)])
     padded = (np.pad(x, ((0, 0), (0, capacity - total), (0, 0), (0, 0))) for x in (k, v))
     laid = (store.quantize(jnp.asarray(x[:, position].swapaxes(1, 2))) for x in padded)
-    whole = LayerCache(*laid, None, zigzag.block_length)
+    whole = LayerCache(*laid, None, zigzag)
     wanted = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(whole, lengths)
     (window,), (expected,) = small.windows, wanted.windows
     kept = np.arange(min(SPEC.slots, lengths.min()))

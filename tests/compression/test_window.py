@@ -12,7 +12,7 @@ from lsjax.attention import compressed
 from lsjax.attention.cached import write_and_attend
 from lsjax.attention.partial import Partial, merge
 from lsjax.attention.streaming import attend_to_compensation_token
-from lsjax.cache import CompensationToken, HeadGroups, WindowSpec, Zigzag, block_length_of, compress
+from lsjax.cache import CompensationToken, HeadGroups, WindowSpec, Zigzag, compress, zigzag_of
 from lsjax.cache.hadamard import hadamard_transform
 from lsjax.cache.kv_cache import BLOCK, FloatTail, LayerCache, empty_kv_array
 from lsjax.distributed.sharding import make_mesh
@@ -45,8 +45,7 @@ def attention_over_what_is_kept(q, k, v, position, length, spec):
 def filled(k, v, dtype, capacity, context, lengths):
     """A layer's cache with [batch, length, kv_heads, head_dim] written, as prompts leave it."""
     batch, length = k.shape[:2]
-    block_length = block_length_of(64, context)
-    zigzag = Zigzag(context, block_length)
+    zigzag = zigzag_of(64, context)
     store = empty_kv_array((batch, KV_HEADS, capacity, HEAD_DIM), dtype)
     each = capacity // context
     position = np.concatenate([zigzag.position(d, np.arange(each)) for d in range(context)])
@@ -64,9 +63,7 @@ def filled(k, v, dtype, capacity, context, lengths):
             for block, x in zip(blocks, (k, v), strict=True):
                 block[row, :, : end - first] = x[row, first:end].swapaxes(0, 1)
         float_tail = FloatTail(*map(jnp.asarray, blocks))
-    return LayerCache(
-        k=laid(k), v=laid(v), float_tail=float_tail, block_length=block_length
-    ), zigzag
+    return LayerCache(k=laid(k), v=laid(v), float_tail=float_tail, zigzag=zigzag), zigzag
 
 
 def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0, last=LAST):

@@ -11,7 +11,7 @@ import pytest
 from golden.models.cases import CASES
 from golden.models.parameters import golden_parameters
 
-from lsjax.cache import CacheSpec, Zigzag, block_length_of, empty_cache
+from lsjax.cache import CacheSpec, empty_cache, zigzag_of
 from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.families import parse_config
 from lsjax.nn.decoder import Decoder
@@ -65,8 +65,8 @@ def difference(name, cache_dtype=None, chunks=(), mesh=""):
     tables = rotary_tables(config, [length])
     cache = None
     if cache_dtype is not None:
-        block_length = block_length_of(chunks[0], devices) if chunks else 0
-        spec = CacheSpec(batch, -(-length // 8) * 8, cache_dtype, "float32", block_length)
+        zigzag = zigzag_of(chunks[0] if chunks else 1, devices)
+        spec = CacheSpec(batch, -(-length // 8) * 8, cache_dtype, "float32", zigzag)
         cache = empty_cache(config, spec)
 
     parts = []
@@ -74,7 +74,7 @@ def difference(name, cache_dtype=None, chunks=(), mesh=""):
     for size, end in zip(sizes, np.cumsum(sizes), strict=True):
         order = np.arange(size)
         if size > 1 and devices > 1:
-            order = Zigzag(devices, block_length).permutation(size)
+            order = zigzag.permutation(size)
         at = end - size + order
         positions = np.broadcast_to(at, (batch, size))
         inputs = tokens[:, at], positions, cache

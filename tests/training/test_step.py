@@ -42,15 +42,13 @@ def gradients(t, mesh, batch):
 
 def plain_loss(kind, tables, params, batch):
     """Returns the loss and each token's loss, from all scores and all logits at once."""
-    decoder = Decoder(tiny(kind), make_mesh(""), np.dtype("float32"))
 
     def whole(mesh, q, k, v, begin, window, slopes):
         return causal_attention(q, k, v, window, slopes, batch.begin)
 
+    decoder = Decoder(tiny(kind), make_mesh(""), np.dtype("float32"), self_attention=whole)
     variables = {"params": params}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lsjax.nn.attention.self_attention", whole)
-        hidden, _ = decoder.apply(variables, batch.tokens, batch.positions, tables, None)
+    hidden, _ = decoder.apply(variables, batch.tokens, batch.positions, tables, None)
     logits = decoder.apply(variables, hidden, method="logits")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     return (losses * batch.weights).sum() / batch.weights.sum(), losses

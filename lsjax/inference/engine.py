@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sharding import put_on_mesh, sharding
 from lsjax.inference import steps
 from lsjax.inference.layerwise_prefill import lower_layer, prefill_by_layer
-from lsjax.inference.sampling import Draw
+from lsjax.inference.sampling import NOT_A_NUMBER, Draw
 from lsjax.inference.sharded_model import sharded_model
 from lsjax.inference.steps import DecodeState, LookupState
 from lsjax.nn.decoder import Decoder
@@ -163,19 +163,28 @@ class Engine:
         cache: KVCache,
         last: jax.Array,
         lengths: np.ndarray,
+        ends: np.ndarray,
         draw: Draw = Draw(),  # noqa: B008 (frozen)
         seen: np.ndarray | None = None,
     ) -> DecodeState:
         """Chooses each row's first token from the hidden state of its prompt's last token.
 
-        `seen` is [batch, vocab] and tells whether the prompt contains a token. It is given only if
-        `draw` penalizes repetition.
+        Args:
+          params: model parameters.
+          cache: cache of the prompts.
+          last: [batch, hidden] hidden states of the prompts' last tokens.
+          lengths: [batch] prompt lengths in tokens.
+          ends: [batch] positions of the last tokens to generate.
+          draw: how tokens are drawn.
+          seen: [batch, vocab] whether the prompt contains a token; given only if `draw` penalizes
+            repetition.
         """
         seen = None if seen is None else self._place(seen, np.bool_)
         return DecodeState(
             cache=cache,
             token=steps.first(self._model, params, last, draw, seen),
             position=self._place(lengths),
+            last=self._place(ends),
             step=jnp.ones((), jnp.int32, device=self._model.replicated),
             seen=seen,
         )
@@ -186,13 +195,23 @@ class Engine:
         tables: RotaryTables,
         state: DecodeState,
         draw: Draw = Draw(),  # noqa: B008 (frozen)
-    ) -> tuple[DecodeState, jax.Array]:
-        """Decodes one segment; `state` is donated.
+        eos: Collection[int] = (),
+    ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+        """Decodes one segment, or until all rows are done; `state` is donated.
+
+        Args:
+          params: model parameters.
+          tables: rotary tables of the batch.
+          state: state before the segment.
+          draw: how tokens are drawn.
+          eos: ids that end a row.
 
         Returns:
-          The new state, and [batch, segment] new ids.
+          The new state, [batch, segment] new ids and the number of steps that were run; later
+          ids, and those of a row that was done before, are undefined.
         """
-        return steps.decode(self._model, params, tables, state, draw, steps=self.segment)
+        eos = _padded(eos)
+        return steps.decode(self._model, params, tables, state, draw, eos, steps=self.segment)
 
     def teacher_forced_decode(
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: jax.Array, position: int
@@ -215,7 +234,7 @@ class Engine:
         )
 
     def init_speculative_state(
-        self, state: DecodeState, tokens: np.ndarray, last: np.ndarray
+        self, state: DecodeState, tokens: np.ndarray, eos: Collection[int]
     ) -> LookupState:
         """Converts the state after the first token for decoding with prompt lookup.
 
@@ -223,9 +242,11 @@ class Engine:
           state: state that `first` returned.
           tokens: [batch, room] ids of the prompts, with room for the answers and one draft;
             the first tokens are written into it.
-          last: [batch] position of the last token to generate in each row.
+          eos: ids that end a row.
         """
-        tokens[np.arange(len(tokens)), to_host(state.position)] = to_host(state.token)
+        token, position = to_host(state.token), to_host(state.position)
+        tokens[np.arange(len(tokens)), position] = token
+        last = np.where(np.isin(token, list(eos)), position, to_host(state.last))
         return LookupState(
             cache=state.cache,
             tokens=self._place(tokens),
@@ -234,17 +255,30 @@ class Engine:
         )
 
     def decode_with_lookup(
-        self, params: dict, tables: RotaryTables, state: LookupState, count: int
-    ) -> tuple[LookupState, tuple[jax.Array, jax.Array]]:
-        """Decodes one segment, drafting `count` tokens per step; `state` is donated.
+        self,
+        params: dict,
+        tables: RotaryTables,
+        state: LookupState,
+        drafted: int,
+        eos: Collection[int] = (),
+    ) -> tuple[LookupState, tuple[jax.Array, jax.Array, jax.Array]]:
+        """Decodes one segment, or until all rows are done; `state` is donated.
+
+        Args:
+          params: model parameters.
+          tables: rotary tables of the batch.
+          state: state before the segment.
+          drafted: tokens to draft per step.
+          eos: ids that end a row.
 
         Returns:
-          The new state, the [batch, segment, count + 1] ids that each step chose, and the
-          [batch, segment] number of leading ids that each step accepts. It is 0 after a row's
-          end.
+          The new state, the [batch, segment, drafted + 1] ids that each step chose, the
+          [batch, segment] number of leading ids that each step accepts (0 once a row is done), and
+          the number of steps that were run.
         """
+        eos = _padded(eos)
         return steps.decode_with_lookup(
-            self._model, params, tables, state, steps=self.segment, drafted=count
+            self._model, params, tables, state, eos, steps=self.segment, drafted=drafted
         )
 
     def compile_ahead(
@@ -283,7 +317,8 @@ class Engine:
                 model.config, self.mesh, spec, self.compression, prompt_capacity
             )
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
-        state = DecodeState(cache=cache, token=rows(), position=rows(), step=count)
+        state = DecodeState(cache, token=rows(), position=rows(), last=rows(), step=count)
+        eos = jax.ShapeDtypeStruct(_padded(()).shape, "int32", sharding=whole)
         hidden = rows(self.config.hidden_size, dtype=self.dtype)
         with jax.set_mesh(self.mesh):  # tells Pallas which GPU to compile for
             if self.by_layer:
@@ -294,7 +329,9 @@ class Engine:
                 prefill = steps.prefill.lower(
                     model, params, tables, cache, tokens, count, rows(), hidden
                 )
-            decode = steps.decode.lower(model, params, tables, state, Draw(), steps=self.segment)
+            decode = steps.decode.lower(
+                model, params, tables, state, Draw(), eos, steps=self.segment
+            )
             lowered = prefill, decode
         with concurrent.futures.ThreadPoolExecutor() as pool:
             prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
@@ -302,6 +339,12 @@ class Engine:
 
     def _place(self, rows: np.ndarray, dtype: type = np.int32) -> jax.Array:
         return put_on_mesh(np.asarray(rows, dtype), self._model.rows)
+
+
+def _padded(eos: Collection[int]) -> np.ndarray:
+    """Returns ids in an array of one of few sizes; they include NOT_A_NUMBER."""
+    size = len(eos) // 4 * 4 + 4
+    return np.array([*eos, *[NOT_A_NUMBER] * (size - len(eos))], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

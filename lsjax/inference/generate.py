@@ -83,7 +83,8 @@ def generate(
     timing.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     seen = _in_prompts(request, engine.config.vocab_size) if request.sampling.penalized else None
     lengths = np.array(request.for_samples(lengths))
-    state = engine.first(params, cache, last, lengths, draw, seen)
+    ends = np.array(request.for_samples(request.ends))
+    state = engine.first(params, cache, last, lengths, ends, draw, seen)
     del cache, last
     rows = StopTracker(request, stopper)
     new = rows.consume(to_host(state.token)[:, None].tolist())
@@ -95,18 +96,23 @@ def generate(
 
     start, compile_before = time.perf_counter(), CLOCK.seconds
     if drafted := request.prompt_lookup_num_tokens:
-        state = engine.init_speculative_state(state, *_lookup_rows(request, spec.capacity + 1))
+        tokens = token_batch(request, 0, spec.capacity + 1)
+        state = engine.init_speculative_state(state, tokens, request.eos_token_ids)
     while not rows.ended:
         if drafted:
-            state, tokens = engine.decode_with_lookup(params, tables, state, drafted)
-            decoded = accepted_tokens(*map(to_host, tokens))
+            state, found = engine.decode_with_lookup(
+                params, tables, state, drafted, request.eos_token_ids
+            )
+            tokens, counts, steps = map(to_host, found)
+            decoded = accepted_tokens(tokens, counts)
         else:
-            state, tokens = engine.decode(params, tables, state, draw)
-            decoded = to_host(tokens).tolist()
+            state, found = engine.decode(params, tables, state, draw, request.eos_token_ids)
+            tokens, steps = map(to_host, found)
+            decoded = tokens[:, :steps].tolist()
         new = rows.consume(decoded)
         compiling = CLOCK.seconds - compile_before
         timing.decoded += max(map(len, decoded))
-        timing.steps += engine.segment
+        timing.steps += int(steps)
         timing.decode += time.perf_counter() - start - compiling
         timing.compile += compiling
         yield new
@@ -197,15 +203,6 @@ def token_batch(request: Request, begin: int, end: int) -> np.ndarray:
         part = prompt[begin:end]
         row[: len(part)] = part
     return tokens
-
-
-def _lookup_rows(request: Request, prompt_capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [batch, room] prompt ids, and [batch] positions of the last tokens to generate."""
-    tokens = token_batch(request, 0, prompt_capacity)
-    last = [len(prompt) for prompt in request.prompts]  # padding rows get only a first token
-    for row in range(request.num_real):
-        last[row] += request.max_output_length - 1
-    return tokens, np.array(last)
 
 
 def accepted_tokens(tokens: np.ndarray, counts: np.ndarray) -> list[list[int]]:

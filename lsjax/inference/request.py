@@ -71,6 +71,13 @@ class Request:
         return [len(p) + self.max_output_length for p in self.prompts]
 
     @property
+    def ends(self) -> list[int]:
+        """Position of the last token to generate in each row; padding rows get only a first."""
+        more = [self.max_output_length - 1] * self.num_real
+        more += [0] * (len(self.prompts) - self.num_real)
+        return [len(p) + n for p, n in zip(self.prompts, more, strict=True)]
+
+    @property
     def output_capacity(self) -> int:
         """Answer tokens that the cache has room for; the last draft may reach past the answer."""
         return self.max_output_length + self.prompt_lookup_num_tokens

@@ -12,6 +12,7 @@ def test_an_answer_ends_with_its_first_end_of_sequence(model):
     lm = model("qwen3", eos=(eos,))
     stopped = lm.generate([[1, 2, 3]], 60)[0]
     assert (stopped.token_ids, stopped.finish_reason) == (cut, "stop")
+    assert stopped.stats.decode_steps == len(cut) - 1  # it stops within a segment
     ignored = lm.generate([[1, 2, 3]], 60, ignore_eos=True)[0]
     assert (ignored.token_ids, ignored.finish_reason) == (free, "length")
 
@@ -24,6 +25,19 @@ def test_a_row_goes_on_when_its_neighbour_has_ended(model, prompts):
     both = model("qwen3", eos=(eos,)).generate(prompts, 40)
     assert both[ends].finish_reason == "stop" and both[ends].token_ids[-1] == eos
     assert both[1 - ends].token_ids == free[1 - ends]
+    assert both[ends].stats.decode_steps == 39
+
+
+@pytest.mark.parametrize("drafted", [0, 3])
+def test_decode_stops_once_the_last_row_of_a_batch_has_ended(model, drafted):
+    prompts = [[1, 2, 3], [9, 8], [5]]
+    free = [c.token_ids for c in model("qwen3").generate(prompts, 20)]
+    eos = tuple({row[at] for row, at in zip(free, (2, 4, 6), strict=True)})
+    lengths = [next(i + 1 for i, t in enumerate(row) if t in eos) for row in free]
+    lm = model("qwen3", eos=eos)
+    found = lm.generate(prompts, 20, prompt_lookup_num_tokens=drafted)
+    assert [len(c.token_ids) for c in found] == lengths
+    assert found[0].stats.decode_steps <= max(lengths) - 1 <= 6
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 18, 33])
@@ -31,6 +45,7 @@ def test_exactly_as_many_tokens_as_asked(model, length):
     completion = model("qwen3").generate([[1, 2, 3]], length)[0]
     assert len(completion.token_ids) == length
     assert completion.stats.generated_tokens == length
+    assert completion.stats.decode_steps == length - 1
     assert completion.prompt_tokens == 3
 
 

@@ -53,7 +53,7 @@ def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
     def run() -> None:
         cache = engine.new_cache(deployment.cache_spec(int(length)), int(length))
         cache, last = engine.prefill(params, tables, cache, tokens, 0, lengths, None)
-        state = engine.first(params, cache, last, lengths)
+        state = engine.first(params, cache, last, lengths, lengths + 99)
         del cache
         jax.block_until_ready(engine.decode(params, tables, state))
 

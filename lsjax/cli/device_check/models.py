@@ -111,13 +111,13 @@ def _time_model(
         peak_bytes=peak_memory_bytes(),
         compile_seconds=round(CLOCK.seconds, 1),
     )
-    state = engine.first(params, cache, last, lengths)
+    state = engine.first(params, cache, last, lengths, lengths + spec.capacity)
     del cache
-    state, tokens = engine.decode(params, tables, state)
+    state, (tokens, _) = engine.decode(params, tables, state)
     np.asarray(tokens)
     start, decoded = time.perf_counter(), 0
     while decoded < sizes.output:
-        state, tokens = engine.decode(params, tables, state)
+        state, (tokens, _) = engine.decode(params, tables, state)
         decoded += np.asarray(tokens).size
     record(
         what="decode of a model",

@@ -243,10 +243,8 @@ FAULTS = (
     Fault(
         "scales left out of a plan's cache",
         "lsjax/cache/kv_cache.py",
-        "return config.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))",
-        "return config.num_layers * sum(\n"
-        "            x.size * x.dtype.itemsize for x in jax.tree.leaves(layer) if x.ndim > 3\n"
-        "        )",
+        "return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))",
+        "return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 3)",
         "tests/attention/test_cache_store.py",
     ),
 )

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.partial import Partial, from_sums
-from lsjax.cache import KVArray
+from lsjax.cache import MAX_DECODE_QUERIES, KVArray
 from lsjax.runtime.precision import einsum
 
-# Maximum number of tokens in a decode step.
-MAX_DECODE_QUERIES = 16
 # Number of keys from which on _scores_keys_as_rows pays off.
 _MANY_KEYS = 256
 

@@ -91,25 +91,37 @@ def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, 
         slots = None if slopes is None else slots
         return attend(platform, q, keys, values, KeyRange(begin, end, at, slots), slopes)
 
-    device, first = jax.lax.axis_index("context"), positions[:, 0]
+    # A layer with a sliding window rolls: its slots hold a lap of positions from here on, and what
+    # is left of the lap before.
+    capacity = cache.k.capacity * zigzag.devices
+    lap = None if window is None else positions // capacity * capacity
+    device = jax.lax.axis_index("context")
 
     def put(store: KVArray, new: KVArray) -> KVArray:
+        first = positions[:, 0] if lap is None else positions[:, 0] - lap[:, 0]
         slot = zigzag.num_local_slots_before(device, first)
         if not decode:  # `new` is this device's shard of the chunk
-            return write(store, new, slot[0], platform)
+            # Padding behind a row's end would overwrite what its window still holds.
+            valid = None if lap is None or lengths is None else positions < lengths[:, None]
+            return write(store, new, slot[0], platform, valid)
         position_of = functools.partial(zigzag.position, device)
+        store = write_tokens(store, new, first, slot, position_of, platform)
+        if lap is None or positions.shape[1] == 1:
+            return store
+        first -= capacity  # drafts past the lap's end
+        slot = zigzag.num_local_slots_before(device, first)
         return write_tokens(store, new, first, slot, position_of, platform)
 
     stores = [
         put(*pair) for pair in zip((cache.k, cache.v), _quantize_both(cache, k, v), strict=True)
     ]
-    begin = None if window is None else positions + 1 - window
+    begin = None if window is None else jnp.maximum(positions + 1 - window, 0)
     if zigzag.devices > 1 and not decode:
         attention = _ring_attention
     else:
         attention = functools.partial(_local_attention, decode=decode, platform=platform)
     partial, block = attention(
-        attend_to, q, k, v, positions, lengths, cache.float_tail, stores, begin, zigzag
+        attend_to, q, k, v, positions, lengths, cache.float_tail, stores, begin, lap, zigzag
     )
     out = by_token(partial.values).astype(v.dtype)
     return out, cache.replace(k=stores[0], v=stores[1], float_tail=block)
@@ -145,7 +157,7 @@ def by_token(values: jax.Array) -> jax.Array:
 
 
 def _local_attention(
-    attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag, *, decode, platform
+    attend_to, q, k, v, positions, lengths, before, stores, begin, lap, zigzag, *, decode, platform
 ):
     """Attends to the local shard of the cache on every device, and merges the partials."""
     end = positions + 1
@@ -171,33 +183,66 @@ def _local_attention(
         )
         end = block_begin
     device = jax.lax.axis_index("context")
-    slots = jnp.arange(stores[0].capacity)
-    partial = attend_to(
-        *stores,
-        None if begin is None else zigzag.num_local_slots_before(device, begin),
-        zigzag.num_local_slots_before(device, end),
-        positions,
-        None if zigzag.devices == 1 else zigzag.position(device, slots),
-    )
+    slots = zigzag.position(device, jnp.arange(stores[0].capacity))
+
+    def far(begin, end, slots):
+        if begin is not None:
+            begin = zigzag.num_local_slots_before(device, begin)
+        end = zigzag.num_local_slots_before(device, end)
+        return attend_to(*stores, begin, end, positions, slots)
+
+    if lap is None:
+        partial = far(begin, end, None if zigzag.devices == 1 else slots)
+    else:
+        laps = _laps(lap, begin, end, stores[0].capacity * zigzag.devices)
+        partial = merge(*(far(*window, lap[:, :1] + slots) for lap, *window in laps))
     if zigzag.devices > 1:
         partial = merge_over_axis(partial, "context")
     return (partial, None) if run is None else (merge(partial, near_partial), block)
 
 
-def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begin, zigzag):
+def _laps(lap, begin, end, capacity):
+    """Yields this lap of a rolling cache and the one before.
+
+    Yields:
+      The first position of the lap, and the begin and end of what each query sees of it, counted
+      from there.
+    """
+    yield lap, begin - lap, end - lap
+    lap = lap - capacity
+    yield lap, begin - lap, jnp.minimum(end - lap, capacity)
+
+
+def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begin, lap, zigzag):
     """Attends with a chunk's local queries while keys and values rotate around the ring."""
     length = positions.shape[1]
     end = positions + 1
     start = positions[0, 0] // zigzag.block_length * zigzag.block_length  # start of the chunk
-    slot = zigzag.num_local_slots_before(jax.lax.axis_index("context"), positions[0, 0])
+    device = jax.lax.axis_index("context")
+    slot = zigzag.num_local_slots_before(device, positions[0, 0])
 
     def attend_block(keys: KVArray, values: KVArray, begin, end, slots) -> Partial:
         return attend_to(keys, values, begin, end, positions, slots)
 
     block_begin = end if before is None else positions // before.block * before.block
-    partial = ring.attend(
-        attend_block, q, *stores, zigzag, jnp.int32(0), slot + length, begin, block_begin
-    )
+
+    def far(count, begin, end, lap):
+        def attend_block(keys: KVArray, values: KVArray, begin, end, slots) -> Partial:
+            return attend_to(keys, values, begin, end, positions, lap + slots)
+
+        return ring.attend(attend_block, q, *stores, zigzag, jnp.int32(0), count, begin, end)
+
+    if lap is None:
+        partial = far(slot + length, begin, block_begin, 0)
+    else:
+        local = stores[0].capacity
+        this, previous = _laps(lap, begin, block_begin, local * zigzag.devices)
+        start_of_lap = lap[0, 0]
+        held = zigzag.num_local_slots_before(device, positions[0, 0] - start_of_lap)
+        partial = merge(
+            far(held + length, *this[1:], start_of_lap),
+            far(jnp.where(start_of_lap > 0, local, 0), *previous[1:], previous[0][0, 0]),
+        )
     if before is None:
         return partial, None
     near_begin = block_begin if begin is None else jnp.maximum(begin, block_begin)

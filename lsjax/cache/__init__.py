@@ -12,6 +12,7 @@ from lsjax.cache.compressed import (
 from lsjax.cache.kv_cache import (
     BLOCK,
     CACHE_DTYPES,
+    MAX_DECODE_QUERIES,
     CacheSpec,
     FloatTail,
     KVCache,
@@ -32,6 +33,7 @@ __all__ = [
     "BLOCK",
     "CACHE_DTYPES",
     "CAPACITY_MULTIPLE",
+    "MAX_DECODE_QUERIES",
     "ONE_DEVICE",
     "CacheSpec",
     "CompensationToken",

@@ -9,6 +9,7 @@ split into prefill chunks. Source of a float window beside a quantized cache: KI
 """
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -16,13 +17,14 @@ import jax.numpy as jnp
 
 from lsjax.cache.store import KVArray, empty_kv_array
 from lsjax.config import ModelConfig
-from lsjax.distributed.sequence_layout import ONE_DEVICE, Zigzag
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, ONE_DEVICE, Zigzag
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _QUANTIZED = ("int8", "int4")
 # With blocks of half this size, an int8 cache changed twice as many of a small model's predictions
 # over 2,048 tokens.
 BLOCK = 1024
+MAX_DECODE_QUERIES = 16  # tokens of a decode step: the last one, and drafts of prompt lookup
 
 
 @flax.struct.dataclass
@@ -47,7 +49,8 @@ class LayerCache:
     """Keys and values of one layer.
 
     Attributes:
-      k, v: keys and values of all positions.
+      k, v: keys and values of all positions. In a layer with a sliding window they roll: position
+        p is kept at p modulo the capacity.
       float_tail: current block in floats, if the cache is quantized; else None.
       zigzag: layout of positions along the mesh's context axis.
     """
@@ -72,6 +75,8 @@ class CacheSpec:
       compute_dtype: dtype of incoming keys and values, and of the FloatTail.
       zigzag: layout of positions along the mesh's context axis.
       block: positions per block of a quantized cache; queries attend to their own block in floats.
+      chunk: tokens of a prefill chunk, which the cache of a layer with a sliding window has room
+        for beside the window; 0 if that layer is to keep all positions, too.
     """
 
     batch: int
@@ -80,17 +85,32 @@ class CacheSpec:
     compute_dtype: str
     zigzag: Zigzag = ONE_DEVICE
     block: int = BLOCK
+    chunk: int = 0
+
+    def capacity_of(self, window: int | None) -> int:
+        """Returns the capacity of a layer: all positions, or a rolling window and a chunk.
+
+        A prefill chunk never wraps around the end of a rolling cache, whose capacity is a multiple
+        of the chunk.
+        """
+        if window is None or not self.chunk:
+            return self.capacity
+        multiple = math.lcm(self.chunk, CAPACITY_MULTIPLE * self.zigzag.devices)
+        needed = window + max(self.chunk, MAX_DECODE_QUERIES)
+        return min(self.capacity, -(-needed // multiple) * multiple)
 
     def nbytes(self, config: ModelConfig) -> int:
         """Returns the bytes of the whole cache, with replicated arrays counted once."""
-        layer = jax.eval_shape(lambda: empty_layer(config, self))
-        return config.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layer))
+        cache = jax.eval_shape(lambda: empty_cache(config, self))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-def empty_layer(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> LayerCache:
-    """Creates the cache of one layer, filled with zeros."""
+def empty_layer(
+    config: ModelConfig, spec: CacheSpec, platform: str = "cpu", window: int | None = None
+) -> LayerCache:
+    """Creates the cache of one layer, filled with zeros; `window` is its sliding window."""
     rows = (spec.batch, config.num_kv_heads)
-    shape = (*rows, spec.capacity, config.head_dim)
+    shape = (*rows, spec.capacity_of(window), config.head_dim)
     float_tail = None
     if spec.dtype in _QUANTIZED:
         zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
@@ -101,4 +121,4 @@ def empty_layer(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:
     """Creates a cache of zeros. Call it under jit with the cache's shardings as out_shardings."""
-    return tuple(empty_layer(config, spec, platform) for _ in range(config.num_layers))
+    return tuple(empty_layer(config, spec, platform, window) for window in config.windows)

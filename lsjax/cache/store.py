@@ -98,7 +98,13 @@ def empty_kv_array(shape: tuple[int, int, int, int], dtype: str, platform: str =
     return KVArray(jnp.zeros(shape, narrow if dtype == "bfloat16" else dtype), None)
 
 
-def write(store: KVArray, new: KVArray, start: jax.Array, platform: str = "cpu") -> KVArray:
+def write(
+    store: KVArray,
+    new: KVArray,
+    start: jax.Array,
+    platform: str = "cpu",
+    valid: jax.Array | None = None,
+) -> KVArray:
     """Writes consecutive slots of all rows into this device's shard of a layer.
 
     Args:
@@ -106,13 +112,17 @@ def write(store: KVArray, new: KVArray, start: jax.Array, platform: str = "cpu")
       new: keys or values to write, in the format of `store`.
       start: first slot to write, the same in every row.
       platform: cpu, gpu (or cuda) or tpu.
+      valid: [batch, length] which of the slots are written; None for all.
 
     Returns:
       The store with the slots written; unchanged if any of the slots is outside it.
     """
 
     def changed(slots: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
-        return jnp.where(slots[0] == start, new, held)
+        here = slots[0] == start
+        if valid is not None:
+            here = here & valid.reshape(valid.shape[0], 1, -1, *[1] * (new.ndim - 3))
+        return jnp.where(here, new, held)
 
     return _rewritten(store, new, None, start, changed, platform)
 

@@ -320,7 +320,8 @@ def cache_spec(
     """Returns the spec of a cache for `batch` prompts, prefilled in chunks, and their answers."""
     context = mesh.shape["context"]
     capacity = cache_capacity(prompt_capacity, output, chunk, context, segment)
-    return CacheSpec(batch, capacity, dtype, compute_dtype, zigzag_of(chunk, context), block)
+    zigzag = zigzag_of(chunk, context)
+    return CacheSpec(batch, capacity, dtype, compute_dtype, zigzag, block, chunk)
 
 
 def cache_capacity(

@@ -3,6 +3,7 @@
 The formula for temporaries was fitted to compiled programs; tests/ahead compares the two.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -96,16 +97,21 @@ def cache_bytes(
     """Returns the bytes per device of the whole cache."""
     spec = deployment.cache_spec(input_length)
     if deployment.compression is None:
-        return config.num_layers * _layer_bytes(config, platform, deployment, spec)
+        layers = collections.Counter(config.windows).items()
+        return sum(n * _layer_bytes(config, platform, deployment, spec, w) for w, n in layers)
     layers = compressed_shapes(config, spec, deployment.compression, input_length, platform)
     return sum(_bytes(layer, compressed_cache_spec(layer), deployment) for layer in layers)
 
 
 def _layer_bytes(
-    config: ModelConfig, platform: str, deployment: Deployment, spec: CacheSpec
+    config: ModelConfig,
+    platform: str,
+    deployment: Deployment,
+    spec: CacheSpec,
+    window: int | None = None,
 ) -> int:
-    """Returns the bytes per device of one layer's uncompressed cache."""
-    layer = jax.eval_shape(lambda: empty_layer(config, spec, platform))
+    """Returns the bytes per device of the uncompressed cache of a layer with such a window."""
+    layer = jax.eval_shape(lambda: empty_layer(config, spec, platform, window))
     return _bytes(layer, layer_cache_spec(layer), deployment)
 
 

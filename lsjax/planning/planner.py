@@ -183,7 +183,7 @@ def _ask_compiler(
         answers = dict(zip(wanted, pool.map(ask, wanted), strict=True))
     far = guess + 2**20
     sizes = [cache_bytes(config, target.platform, deployment, n) for n in (guess, far)]
-    step = (sizes[1] - sizes[0]) / (far - guess)  # bytes per token
+    step = max((sizes[1] - sizes[0]) / (far - guess), 1.0)  # bytes per token
     best = 0
     for _ in range(_ROUNDS):
         if guess not in answers:

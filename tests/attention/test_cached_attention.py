@@ -314,3 +314,37 @@ def test_log_sum_exp_of_a_shard():
     np.testing.assert_allclose(got, lse, atol=1e-5)
     got = np.moveaxis(partial.values[..., 32:, :], 3, 1).reshape(values.shape)
     np.testing.assert_allclose(got, values, atol=1e-5)
+
+
+ROLLING = [
+    Case(200, 48, 16, window=20),
+    Case(110, 48, 1, window=20, cache="int8"),
+    Case(200, 64, 32, window=30, cache="int8", mesh="121"),
+    Case(110, 64, 1, window=30, mesh="141"),
+]
+
+
+@pytest.mark.parametrize("case", ROLLING, ids=str)
+def test_a_window_in_a_rolling_cache_sees_what_it_sees_in_a_whole_one(case):
+    inputs = queries_keys_values(case)
+    rolling, _ = in_chunks(case, *inputs)
+    whole, _ = in_chunks(case._replace(capacity=256), *inputs)
+    np.testing.assert_allclose(rolling, whole, atol=1e-5)
+
+
+def test_a_row_that_has_ended_keeps_its_window_while_longer_ones_go_on():
+    case = Case(96, 48, 16, window=20)
+    q, k, v = queries_keys_values(case)
+    lengths = np.array([30, 96])
+    found = []
+    for capacity in (48, 256):
+        roomy = case._replace(capacity=capacity)
+        step, cache = stepper(roomy), empty(roomy, 2, 2)
+        for start in range(0, 96, 16):
+            _, cache = step_of(roomy, step, cache, q, k, v, start, lengths)
+        decode = jax.jit(functools.partial(write_and_attend, make_mesh(""), window=20, decode=True))
+        new = [x[:, :3] for x in (q, k, v)]  # three drafted tokens; the second row wraps around
+        positions = np.array([[30, 31, 32], [95, 96, 97]])
+        y, _ = decode(*new, positions, lengths + 3, cache)
+        found.append(np.asarray(y))
+    np.testing.assert_allclose(*found, atol=1e-5)

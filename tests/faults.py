@@ -247,6 +247,27 @@ FAULTS = (
         "return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 3)",
         "tests/attention/test_cache_store.py",
     ),
+    Fault(
+        "a rolling window that forgets the lap before",
+        "lsjax/attention/cached.py",
+        "yield lap, begin - lap, jnp.minimum(end - lap, capacity)",
+        "yield lap, begin - lap, jnp.minimum(end - lap, 0)",
+        "tests/attention/test_cached_attention.py -k rolling",
+    ),
+    Fault(
+        "padding that overwrites a shorter row's window",
+        "lsjax/attention/cached.py",
+        "valid = None if lap is None or lengths is None else positions < lengths[:, None]",
+        "valid = None",
+        "tests/attention/test_cached_attention.py -k keeps_its_window",
+    ),
+    Fault(
+        "a segment that goes on though all rows have ended",
+        "lsjax/inference/steps.py",
+        "return (i < steps) & ~jnp.all(done(state))",
+        "return i < steps",
+        "tests/generation/test_ending.py",
+    ),
 )
 
 

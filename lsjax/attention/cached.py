@@ -91,8 +91,8 @@ def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, 
         slots = None if slopes is None else slots
         return attend(platform, q, keys, values, KeyRange(begin, end, at, slots), slopes)
 
-    # A layer with a sliding window rolls: its slots hold a lap of positions from here on, and what
-    # is left of the lap before.
+    # In a layer with a sliding window the cache rolls: slots hold the positions of this lap so far,
+    # and the rest of the lap before.
     capacity = cache.k.capacity * zigzag.devices
     lap = None if window is None else positions // capacity * capacity
     device = jax.lax.axis_index("context")

@@ -34,6 +34,7 @@ def test_a_saved_folder_gives_the_tokens_of_transformers(name):
     check(SAVED / name, name)
 
 
+@pytest.mark.slow("conversion and meshes are tested with other checkpoints")
 def test_so_does_it_converted_and_on_a_mesh(tmp_path):
     name = "glm4_sharded"
     convert_hf_to_orbax(SAVED / name, tmp_path / "converted")

@@ -109,8 +109,6 @@ slow = pytest.mark.slow("a chunk is quick; what layers compute on meshes is in t
             for options in (
                 {"prefill_chunk": 4096},
                 {"mesh": "context=8"},
-                {"mesh": "model=2"},
-                ALL_AXES,
             )
         ),
     ],

@@ -318,7 +318,7 @@ def test_log_sum_exp_of_a_shard():
 
 ROLLING = [
     Case(110, 48, 1, window=20, cache="int8"),
-    Case(200, 64, 32, window=30, cache="int8", mesh="121"),
+    pytest.param(Case(200, 64, 32, window=30, cache="int8", mesh="121"), marks=slow),
     pytest.param(Case(200, 48, 16, window=20), marks=slow),
     pytest.param(Case(110, 64, 1, window=30, mesh="141"), marks=slow),
 ]

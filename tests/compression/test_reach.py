@@ -83,6 +83,7 @@ def test_what_is_dropped_weighs_less_than_epsilon(whole, seen, epsilon):
     assert checked >= 3  # heads whose reach ends within the text
 
 
+@pytest.mark.slow("the bound on what is dropped is quick")
 def test_tokens_are_those_of_the_whole_cache(whole):
     assert tokens(twin()) == tokens(whole)
 

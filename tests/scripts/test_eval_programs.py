@@ -52,17 +52,9 @@ def test_loss_by_position_for_several_settings(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "settings"),
-    [
-        ((512,), ("none", "alibi")),
-        pytest.param(
-            *((512, 1024), ("none", "yarn", "alibi")),
-            marks=pytest.mark.slow("two models and a row are quick"),
-        ),
-    ],
-)
-def test_the_table_of_scalings(tmp_path, lengths, settings):
+@pytest.mark.slow("what it measures is tested with the shipped models")
+def test_the_table_of_scalings(tmp_path):
+    lengths, settings = (512, 1024), ("none", "yarn", "alibi")
     files = ["--output_json", tmp_path / "table.json", "--plot", tmp_path / "table.png"]
     asked = [
         "--lengths",
@@ -124,6 +116,7 @@ def test_the_ring_by_device_count_and_layout(tmp_path):
     assert (tmp_path / "ring.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow("prompt lookup is tested by itself; this is its bench")
 def test_prompt_lookup_beside_plain_decoding(tmp_path):
     text = "The door was open. The light was on. " * 20
     asked = ["--input_texts", text, "--output_length", 33, "--repeats", 1]

@@ -113,6 +113,7 @@ def test_it_reads_keys_at_the_length_it_was_trained_at(lm):
     assert share_right(lm, held_out_passages(505, 8)) == 1.0
 
 
+@pytest.mark.slow("the logits of a model with ALiBi are quick")
 def test_so_does_its_twin_with_alibi():
     twin = lsjax.load(shipped_model_path("alibi"))
     assert share_right(twin, held_out_passages(505, 8)) >= 0.8

@@ -122,6 +122,7 @@ def test_packed_documents_lose_what_each_loses_alone():
         np.testing.assert_allclose(losses, together[first:end], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow("a resumed run, whose state is restored by these shapes, is quick")
 def test_state_lies_where_shapes_say():
     mesh = "context=2,model=2"
     t = Trainer(tiny("rotary"), make_mesh(mesh), optax.adamw(1e-3), "float32")

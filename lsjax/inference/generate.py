@@ -109,6 +109,8 @@ def generate(
             state, found = engine.decode(params, tables, state, draw, request.eos_token_ids)
             tokens, steps = map(to_host, found)
             decoded = tokens[:, :steps].tolist()
+        if not steps:
+            raise RuntimeError("no step was run: rows are done on the device, but not here")
         new = rows.consume(decoded)
         compiling = CLOCK.seconds - compile_before
         timing.decoded += max(map(len, decoded))

@@ -26,7 +26,6 @@ from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
 
-define_model_flags()
 flags.DEFINE_string(
     "config",
     None,
@@ -106,4 +105,4 @@ def _measure(lm: lsjax.LanguageModel, prompt: tuple[int, ...], drafts: list[int]
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run_program(main, define_model_flags))

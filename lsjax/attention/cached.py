@@ -69,7 +69,6 @@ def write_and_attend(
         functools.partial(
             step,
             window=window,
-            zigzag=cache.zigzag,
             decode=decode,
             platform=mesh.devices.flat[0].platform,
         ),
@@ -81,8 +80,9 @@ def write_and_attend(
     return sharded(q, k, v, positions, lengths, cache, slopes)
 
 
-def step(q, k, v, positions, lengths, cache, slopes, *, window, zigzag, decode, platform):
+def step(q, k, v, positions, lengths, cache, slopes, *, window, decode, platform):
     """Runs `write_and_attend` on one device of the mesh, on its shards of the arrays."""
+    zigzag = cache.zigzag
     q, k, v = by_head(q, k, v, cache.k)
     if slopes is not None:
         slopes = slopes.reshape(q.shape[1:3])
@@ -220,20 +220,17 @@ def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begi
     start = positions[0, 0] // zigzag.block_length * zigzag.block_length  # start of the chunk
     device = jax.lax.axis_index("context")
     slot = zigzag.num_local_slots_before(device, positions[0, 0])
-
-    def attend_block(keys: KVArray, values: KVArray, begin, end, slots) -> Partial:
-        return attend_to(keys, values, begin, end, positions, slots)
-
     block_begin = end if before is None else positions // before.block * before.block
 
-    def far(count, begin, end, lap):
+    def around_the_ring(arrays, first, count, begin, end, lap=0):
         def attend_block(keys: KVArray, values: KVArray, begin, end, slots) -> Partial:
             return attend_to(keys, values, begin, end, positions, lap + slots)
 
-        return ring.attend(attend_block, q, *stores, zigzag, jnp.int32(0), count, begin, end)
+        return ring.attend(attend_block, q, *arrays, zigzag, first, count, begin, end)
 
+    far = functools.partial(around_the_ring, stores, jnp.int32(0))
     if lap is None:
-        partial = far(slot + length, begin, block_begin, 0)
+        partial = far(slot + length, begin, block_begin)
     else:
         local = stores[0].capacity
         this, previous = _laps(lap, begin, block_begin, local * zigzag.devices)
@@ -247,7 +244,7 @@ def _ring_attention(attend_to, q, k, v, positions, lengths, before, stores, begi
         return partial, None
     near_begin = block_begin if begin is None else jnp.maximum(begin, block_begin)
     chunk = KVArray(k, None), KVArray(v, None)
-    near_partial = ring.attend(attend_block, q, *chunk, zigzag, slot, length, near_begin, end)
+    near_partial = around_the_ring(chunk, slot, length, near_begin, end)
     if zigzag.block_length % before.block:  # the chunk may begin within a FloatTail block
         first = start // before.block * before.block
         earlier = attend_to(

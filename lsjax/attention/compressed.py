@@ -81,7 +81,6 @@ def _step(q, k, v, positions, lengths, cache, slopes, *, zigzag, decode, platfor
                 entry,
                 slopes,
                 window=None,
-                zigzag=zigzag,
                 decode=decode,
                 platform=platform,
             )

@@ -10,9 +10,6 @@ from lsjax.errors import UserError
 from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.shipped import shipped_model_path
 
-# Flags defined here are key flags of the program that asks for them, so its --help lists them.
-flags.disclaim_key_flags()
-
 
 def define_model_flags() -> None:
     """Defines the flags that say which model runs, on which devices, and in which dtypes."""

@@ -33,6 +33,18 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """The kind of a decoder block; blocks of one kind have parameters of the same shapes.
+
+    Attributes:
+      window: sliding window in tokens (a query sees itself and the window - 1 tokens before it), or
+        None for full attention.
+    """
+
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Configuration of a decoder-only transformer of any supported family.
 
@@ -41,7 +53,7 @@ class ModelConfig:
       vocab_size: rows of the embedding and of the output head.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
-      num_layers: number of decoder blocks.
+      layers: kind of each decoder block.
       num_heads: number of query heads.
       num_kv_heads: number of KV heads; each serves num_heads / num_kv_heads query heads.
       head_dim: width of one head.
@@ -60,8 +72,6 @@ class ModelConfig:
         residual add.
       tie_embeddings: whether the output head is the embedding.
       normalized_head: whether the rows of the output head are scaled to norm 1.
-      windows: sliding window of each layer in tokens (a query sees itself and the window - 1 tokens
-        before it), or None for full attention.
       eos_token_ids: token ids that end an answer.
       dtype: dtype in which the checkpoint was published.
       exact_length: longest prompt plus output, in tokens, for which this library computes the
@@ -72,7 +82,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
+    layers: tuple[LayerKind, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -91,10 +101,18 @@ class ModelConfig:
     post_norms: bool
     tie_embeddings: bool
     normalized_head: bool
-    windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]
     dtype: str
     exact_length: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer, or None."""
+        return tuple(layer.window for layer in self.layers)
 
     @property
     def trained_length(self) -> int:

@@ -11,18 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.cache import round_up_to_blocks, zigzag_of
 from lsjax.checkpoint import load_parameters, save_parameters
-from lsjax.compression import RazorConfig
-from lsjax.compression.reorder_heads import reorder_heads
+from lsjax.compression import CompressionSettings
 from lsjax.distributed.multihost import to_host
+from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
 from lsjax.inference.generate import Run, teacher_forced_scores
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.prompts import Prompt, as_prompts, as_rows
-from lsjax.inference.request import Request, batches, cache_spec, check_ids
+from lsjax.inference.request import Request, batches, check_ids
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
@@ -38,7 +37,7 @@ def load(
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
-    kv_compression: str | Mapping[str, Any] | RazorConfig | None = None,
+    kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> "LanguageModel":
     """Loads a model onto the devices.
@@ -55,7 +54,8 @@ def load(
         for what each request's length needs; None for what config.json says.
       prefill_chunk: prompt tokens per prefill step; None for 512 on CPU and 4096 elsewhere.
       kv_compression: "razor" for RazorAttention, with which most heads keep only the last tokens;
-        or a mapping of RazorConfig's settings, or its JSON. "none" or None turns it off.
+        "streaming_llm" for StreamingLLM, which forgets all but the first and the last tokens; or a
+        mapping with such a "kind" and its settings, or its JSON. "none" or None turns it off.
       progress: called repeatedly with the number of bytes read since its last call.
 
     Raises:
@@ -80,7 +80,7 @@ def load_from_options(
     s = options
     params = load_parameters(s.folder, s.config, s.mesh, s.dtype, progress)
     if s.compression:
-        params = reorder_heads(params, s.config, s.compression)
+        params = s.compression.reorder_heads(params, s.config)
     return LanguageModel(s, params)
 
 
@@ -97,11 +97,7 @@ class LanguageModel:
 
     def __init__(self, options: Options, params: dict):
         self.options, self.config, self.params = options, options.config, params
-        s = options
-        self.engine = Engine(
-            s.config, s.mesh, s.dtype, s.kv_cache_dtype, s.prefill_chunk, s.compression, s.segment
-        )
-        self._scoring: dict[int, Engine] = {}
+        self.engine = Engine(options.config, options)
 
     def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
         """Returns a model with the same weights and another rope_scaling; see `load`."""
@@ -113,11 +109,11 @@ class LanguageModel:
 
         Raises:
           UserError: the folder is not empty, its disk is too small, or the model was loaded with
-            kv_compression.
+            a kv_compression that reorders its heads.
         """
-        if self.options.compression:
+        if self.options.compression and self.options.compression.reorders_heads:
             raise UserError(
-                "a model loaded with kv_compression has its heads in another order; load it "
+                "a model loaded with this kv_compression has its heads in another order; load it "
                 "without to save it."
             )
         save_parameters(self.params, self.options.folder, folder)
@@ -190,11 +186,8 @@ class LanguageModel:
             num_real=len(ids),
             max_output_length=length - prompt_length,
             prompt_capacity=prompt_length,
-            chunk=self.options.prefill_chunk,
             sampling=Sampling(),
             eos_token_ids=frozenset(),
-            segment=self.options.segment,
-            cache_block=self.options.cache_block,
         )
         scores = teacher_forced_scores(self.engine, self.params, request)
         return _token_nll(scores, ids[:, prompt_length + 1 :])
@@ -208,7 +201,7 @@ class LanguageModel:
 
     def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
         """Yields the logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
-        if self.options.compression:
+        if self.options.compression and not self.options.compression.scores_prompts:
             raise UserError(
                 "scores of a prompt's own tokens do not show what a compressed cache costs. Score "
                 "what is decoded after a prompt (teacher_forced_nll, --prompt_length), or leave "
@@ -216,28 +209,17 @@ class LanguageModel:
             )
         ids = self._rows(token_ids)
         batch, length = ids.shape
-        s, context = self.options, self.options.mesh.shape["context"]
-        chunk = round_up_to_blocks(min(chunk_size or s.prefill_chunk, length), context)
-        engine = self._scoring_engine(chunk)
-        spec = cache_spec(
-            s.mesh, batch, length, 0, chunk, s.kv_cache_dtype, s.dtype, s.segment, s.cache_block
-        )
-        cache = engine.new_cache(spec, length)
+        chunk = min(chunk_size or self.options.prefill_chunk, length)
+        chunk = round_up_to_blocks(chunk, self.options.mesh.shape["context"])
+        settings = dataclasses.replace(self.options, prefill_chunk=chunk)
+        engine = Engine(self.config, settings)
+        cache = engine.new_cache(settings.cache_spec(batch, length, 0))
         tables = engine.tables([length] * batch)
         for at in range(0, length, chunk):
             part = ids[:, at : at + chunk]
             tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
             cache, scores = engine.score(self.params, tables, cache, tokens, at)
             yield scores[:, : part.shape[1]]
-
-    def _scoring_engine(self, chunk: int) -> Engine:
-        """Returns an engine whose zigzag layout fits chunks of this size."""
-        s = self.options
-        if zigzag_of(chunk, s.mesh.shape["context"]) == self.engine.zigzag:
-            return self.engine
-        if chunk not in self._scoring:
-            self._scoring[chunk] = Engine(s.config, s.mesh, s.dtype, s.kv_cache_dtype, chunk)
-        return self._scoring[chunk]
 
     def generate(
         self,

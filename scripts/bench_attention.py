@@ -26,25 +26,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.dispatch import attend
+from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial, merge
-from lsjax.attention.streaming import attend_to_compensation_token
 from lsjax.cache import (
     CACHE_DTYPES,
-    CompressedCache,
+    FullCache,
     HeadGroups,
-    KVArray,
-    LayerCache,
+    HeadSplit,
+    WindowCache,
     WindowSpec,
-    Zigzag,
     compress,
-    empty_kv_array,
 )
+from lsjax.cache.window import attend_to_compensation_token
 from lsjax.cli.flags import parse_lengths
 from lsjax.cli.program import run_program
 from lsjax.compression import RazorConfig
@@ -201,35 +201,42 @@ def _ours_compressed(case: Case, dtype: str) -> Formulations:
         max(RazorConfig.window, math.ceil(RazorConfig.window_share * case.length)),
     )
     q, end = _our_queries(case, 1, dtype), jnp.full((1, 1), case.length)
-    whole = LayerCache(*_our_cache(case, dtype), float_tail=None)
+    whole = FullCache(*_our_cache(case, dtype))
 
     def attention(q: jax.Array, k: KVArray, v: KVArray, end: jax.Array) -> Partial:
         return attend(platform, q, k, v, KeyRange(None, end, end - 1), None)
 
-    def one(q: jax.Array, cache: LayerCache | CompressedCache) -> Partial:
-        if isinstance(cache, LayerCache):
+    def of_group(q: jax.Array, cache: FullCache | WindowCache) -> Partial:
+        if isinstance(cache, FullCache):
             return attention(q, cache.k, cache.v, end)
-        parts = [attention(q[:, : h.k.data.shape[1]], h.k, h.v, end) for h in [cache.whole] if h]
-        for w in cache.windows:
-            q = q[:, -w.k.data.shape[1] :]
-            near = attention(q, w.k, w.v, jnp.minimum(end, window.slots))
-            parts.append(merge(near, attend_to_compensation_token(q, w.compensation_token)))
+        near = attention(q, cache.k, cache.v, jnp.minimum(end, window.slots))
+        return merge(near, attend_to_compensation_token(q, cache.compensation_token))
+
+    def one(q: jax.Array, cache: HeadGroups) -> Partial:
+        bounds = np.cumsum([0, *cache.sizes])
+        parts = [
+            of_group(q[:, first:last], group)
+            for group, first, last in zip(cache.groups, bounds, bounds[1:], strict=False)
+        ]
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
-    def run(q: jax.Array, layers: list[LayerCache | CompressedCache]) -> jax.Array:
+    def run(q: jax.Array, layers: list[HeadGroups]) -> jax.Array:
         for layer in layers:
             q += one(q, layer).values.astype(q.dtype)
         return q
 
     @functools.partial(jax.jit, static_argnums=1)
-    def small(cache: LayerCache, kept: int) -> CompressedCache:
-        parts = HeadGroups(kept, ((case.kv_heads - kept, window),) if kept < case.kv_heads else ())
-        return compress(cache, end[0], parts, 1, Zigzag(1, 0))
+    def small(cache: FullCache, kept: int) -> HeadGroups:
+        windows = ((case.kv_heads - kept, window),) if kept < case.kv_heads else ()
+        return compress(cache, end[0], HeadSplit(kept, windows), shards=1)
 
     found = {}
     caches = {
-        "": [jax.tree.map(jnp.copy, whole) for _ in range(FLAGS.layers)],
+        "": [
+            HeadGroups((jax.tree.map(jnp.copy, whole),), (case.kv_heads,))
+            for _ in range(FLAGS.layers)
+        ],
         " compressed": [small(whole, heads) for heads in each],
     }
     for name, layers in caches.items():

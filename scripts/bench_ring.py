@@ -26,19 +26,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lsjax.attention import ring
-from lsjax.attention.cached import write_and_attend
-from lsjax.cache import (
-    CAPACITY_MULTIPLE,
-    FloatTail,
-    LayerCache,
-    Zigzag,
-    empty_kv_array,
-    zigzag_of,
-)
-from lsjax.cache.kv_cache import BLOCK
-from lsjax.cache.partition_specs import layer_cache_spec
+from lsjax.attention.kv_array import empty_kv_array
+from lsjax.cache import BLOCK, FloatBlock, FloatTail, FullCache, LayerCache, update_and_attend
 from lsjax.cli.flags import parse_lengths
 from lsjax.cli.program import make_cpu_devices, run_program
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, Zigzag, zigzag_of
 from lsjax.distributed.sharding import (
     CHUNK_QUERIES_SPEC,
     CHUNK_SPEC,
@@ -178,7 +170,7 @@ def _run(layout: str, zigzag: Zigzag, mesh: Mesh, length: int, chunk: int) -> Fi
         return *(put_on_mesh(x[:, at], queries) for x in (q, k, v)), put_on_mesh(at[None], tokens)
 
     step = jax.jit(
-        functools.partial(write_and_attend, mesh, window=None, decode=False),
+        functools.partial(update_and_attend, mesh, decode=False),
         donate_argnums=5,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
@@ -194,6 +186,8 @@ def _run(layout: str, zigzag: Zigzag, mesh: Mesh, length: int, chunk: int) -> Fi
         seconds += time.perf_counter() - began
         here = np.flatnonzero(np.isin(start + order, rows))
         sampled |= dict(zip((start + order[here]).tolist(), np.asarray(out[0, here]), strict=True))
+    full = cache.inner if isinstance(cache, FloatTail) else cache
+    stored = sum(x.nbytes for x in jax.tree.leaves(full))
     error = plain_error = None
     if len(rows):
         error, plain_error = _errors(sampled, q[0], k[0], v[0])
@@ -204,8 +198,8 @@ def _run(layout: str, zigzag: Zigzag, mesh: Mesh, length: int, chunk: int) -> Fi
         seconds=seconds,
         tokens_per_second=length / seconds,
         busiest_over_mean=_busiest_over_mean(zigzag, length),
-        bytes_sent=_bytes_sent(cache, zigzag.devices, length, chunk),
-        cache_bytes=sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) // zigzag.devices,
+        bytes_sent=_bytes_sent(stored, zigzag.devices, length, chunk),
+        cache_bytes=stored // zigzag.devices,
         temporary_bytes=program.memory_analysis().temp_size_in_bytes,
         error=error,
         plain_error=plain_error,
@@ -222,13 +216,13 @@ def _inputs(length: int) -> list[np.ndarray]:
 def _empty_cache(mesh: Mesh, zigzag: Zigzag, length: int) -> LayerCache:
     def empty() -> LayerCache:
         store = empty_kv_array((1, FLAGS.kv_heads, length, FLAGS.head_dim), FLAGS.cache_dtype)
-        float_tail = None
-        if FLAGS.cache_dtype != "float32":
-            zeros = jnp.zeros((1, FLAGS.kv_heads, BLOCK, FLAGS.head_dim))
-            float_tail = FloatTail(zeros, zeros)
-        return LayerCache(store, store, float_tail, zigzag)
+        cache = FullCache(store, store, zigzag)
+        if FLAGS.cache_dtype == "float32":
+            return cache
+        zeros = jnp.zeros((1, FLAGS.kv_heads, BLOCK, FLAGS.head_dim))
+        return FloatTail(cache, FloatBlock(zeros, zeros))
 
-    specs = layer_cache_spec(jax.eval_shape(empty))
+    specs = jax.eval_shape(empty).partition_specs()
     return jax.jit(empty, out_shardings=jax.tree.map(lambda s: sharding(mesh, s), specs))()
 
 
@@ -241,9 +235,9 @@ def _busiest_over_mean(zigzag: Zigzag, length: int) -> float:
     return max(pairs) / (sum(pairs) / len(pairs))
 
 
-def _bytes_sent(cache: LayerCache, devices: int, length: int, chunk: int) -> int:
+def _bytes_sent(stored: int, devices: int, length: int, chunk: int) -> int:
     """Returns bytes per device: whole blocks of filled slots, once around the ring per chunk."""
-    of_slot = sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v))) / length
+    of_slot = stored / length
     size = ring.block_size(length // devices)
     blocks = sum(-(-(end // devices) // size) for end in range(chunk, length + 1, chunk))
     return int((devices - 1) * blocks * size * of_slot)

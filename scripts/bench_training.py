@@ -71,8 +71,8 @@ def main(_) -> None:
     sizes = parse_mesh(FLAGS.mesh)
     config = read_config(FLAGS.config) if FLAGS.config else parse_config(HF_CONFIGS["rotary"])
     if FLAGS.layers:
-        windows = (config.windows * FLAGS.layers)[: FLAGS.layers]
-        config = dataclasses.replace(config, num_layers=FLAGS.layers, windows=windows)
+        layers = (config.layers * FLAGS.layers)[: FLAGS.layers]
+        config = dataclasses.replace(config, layers=layers)
     check_fits_mesh(config, sizes)
     devices = int(np.prod(list(sizes.values())))
     if FLAGS.target:

@@ -65,7 +65,7 @@ def _few_memory_mappings():
     """A compiled program takes hundreds of the 65,530 memory mappings that a process may hold."""
     import jax
 
-    from lsjax.inference.sharded_model import forget_compiled_programs
+    from lsjax.runtime.compilation import forget_compiled_programs
 
     yield
     mappings = pathlib.Path("/proc/self/maps")

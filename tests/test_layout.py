@@ -10,8 +10,9 @@ ROOT = Path(lsjax.__file__).parent
 FLOORS = (
     "config errors runtime",
     "positions tokenizer",
-    "cache distributed families",
+    "distributed families",
     "attention",
+    "cache",
     "nn",
     "checkpoint compression",
     "inference",

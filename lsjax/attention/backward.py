@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lsjax.attention import ring
 from lsjax.attention.blocking import even_block_size, local_key_range, loop_over_query_blocks
 from lsjax.attention.blockwise import Blocks, KeyRange
-from lsjax.cache import Zigzag
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.runtime.precision import einsum
 
 

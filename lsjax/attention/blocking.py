@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.blockwise import KeyRange
-from lsjax.cache import Zigzag
+from lsjax.distributed.sequence_layout import Zigzag
 
 
 def even_block_size(count: int, max_size: int) -> int:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, from_sums
-from lsjax.cache import MAX_DECODE_QUERIES, KVArray
 from lsjax.runtime.precision import einsum
 
+MAX_DECODE_QUERIES = 16  # tokens of a decode step: the last one, and drafts of prompt lookup
 # Number of keys from which on _scores_keys_as_rows pays off.
 _MANY_KEYS = 256
 

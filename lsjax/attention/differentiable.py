@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from lsjax.attention import backward, ring
 from lsjax.attention.blocking import even_block_size, local_key_range, loop_over_query_blocks
 from lsjax.attention.blockwise import Blocks, KeyRange
-from lsjax.attention.cached import by_head, by_token
 from lsjax.attention.dispatch import attend, blocks_of
+from lsjax.attention.head_layout import by_head, by_token
+from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
-from lsjax.cache import KVArray, Zigzag
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_QUERIES_SPEC, CHUNK_SPEC, HEADS_SPEC
 
 
@@ -95,7 +96,7 @@ def self_attention(
 
 def _on_device(q, k, v, begin, slopes, *, window, zigzag, platform, sizes):
     """Runs `self_attention` on one device of the mesh, on its shards of the arrays."""
-    q, k, v = by_head(q, k, v, KVArray(k, None))
+    q, k, v = by_head(q, k, v)
     if slopes is not None:
         slopes = slopes.reshape(q.shape[1:3])
     at = zigzag.position(jax.lax.axis_index("context"), jnp.arange(q.shape[3]))

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from lsjax.attention import blockwise
 from lsjax.attention.blockwise import CPU_BLOCKS, Blocks, KeyRange, in_query_blocks
+from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
-from lsjax.cache import KVArray
 
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128

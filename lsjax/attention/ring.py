@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
-from lsjax.cache import KVArray, Zigzag
+from lsjax.distributed.sequence_layout import Zigzag
 
 # Slots per device that are sent at once: enough to make the transfer worthwhile, few enough that
 # the two blocks in flight are small compared to a layer's cache.

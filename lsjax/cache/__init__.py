@@ -1,58 +1,47 @@
-"""The KV cache: a pytree of one float, int8 or int4 entry per layer, sharded over the sequence."""
+"""The KV cache: what each layer keeps of its tokens, which turns queries into a Partial.
 
-from lsjax.cache.compressed import (
-    CompensationToken,
-    CompressedCache,
-    HeadGroups,
-    WindowCache,
-    WindowSpec,
-    compress,
-    floats_at,
-)
-from lsjax.cache.kv_cache import (
-    BLOCK,
+`protocol` says what a layer's cache does. Caches of one kind wrap or group others: FloatTail keeps
+the current block of a quantized cache in floats, HeadGroups gives groups of heads their own.
+"""
+
+from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
+from lsjax.cache.full import FullCache
+from lsjax.cache.head_groups import HeadGroups, HeadSplit, compress
+from lsjax.cache.protocol import KVCache, LayerCache, Step
+from lsjax.cache.rolling import RollingCache
+from lsjax.cache.sharded import update_and_attend
+from lsjax.cache.spec import (
     CACHE_DTYPES,
-    MAX_DECODE_QUERIES,
+    CachePolicy,
     CacheSpec,
-    FloatTail,
-    KVCache,
-    LayerCache,
+    cache_shapes,
+    cache_specs,
     empty_cache,
     empty_layer,
 )
-from lsjax.cache.store import KVArray, empty_kv_array, write, write_tokens
-from lsjax.distributed.sequence_layout import (
-    CAPACITY_MULTIPLE,
-    ONE_DEVICE,
-    Zigzag,
-    round_up_to_blocks,
-    zigzag_of,
-)
+from lsjax.cache.window import CompensationToken, WindowCache, WindowSpec
 
 __all__ = [
     "BLOCK",
     "CACHE_DTYPES",
-    "CAPACITY_MULTIPLE",
-    "MAX_DECODE_QUERIES",
-    "ONE_DEVICE",
+    "CachePolicy",
     "CacheSpec",
     "CompensationToken",
-    "CompressedCache",
+    "FloatBlock",
     "FloatTail",
+    "FullCache",
     "HeadGroups",
-    "KVArray",
+    "HeadSplit",
     "KVCache",
     "LayerCache",
+    "RollingCache",
+    "Step",
     "WindowCache",
     "WindowSpec",
-    "Zigzag",
+    "cache_shapes",
+    "cache_specs",
     "compress",
     "empty_cache",
-    "empty_kv_array",
     "empty_layer",
-    "floats_at",
-    "round_up_to_blocks",
-    "write",
-    "write_tokens",
-    "zigzag_of",
+    "update_and_attend",
 ]

@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from lsjax.compression.shapes import compressed_shapes
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request
@@ -30,12 +27,12 @@ def effective_config(options: Options, requests: Sequence[Request]) -> dict[str,
         "rope_factor": scaling.factor,
         "rope_attention_factor": attention_factor,
         "trained_length": config.trained_length,
-        "served_length": config.served_length,
+        "served_length": compression.served_length(config) if compression else config.served_length,
         "request_length": request_length,
         "dtype": options.dtype,
         "kv_cache_dtype": options.kv_cache_dtype,
-        "kv_compression": compression and dataclasses.asdict(compression.razor),
-        "kv_heads_kept": compression and compression.num_full_heads(requests[0].prompt_capacity),
+        "kv_compression": compression and compression.settings,
+        "kept": compression and compression.summary(config, requests[0].prompt_capacity),
         "cache_bytes": _cache_bytes(options, requests[0]),
         "prefill_chunk": options.prefill_chunk,
         "mesh": {axis: int(size) for axis, size in options.mesh.shape.items()},
@@ -45,13 +42,9 @@ def effective_config(options: Options, requests: Sequence[Request]) -> dict[str,
 
 def _cache_bytes(options: Options, request: Request) -> int:
     """Returns the bytes of the whole cache after prefill, counting replicated arrays once."""
-    spec = request.cache_spec(options.mesh, options.kv_cache_dtype, options.dtype)
+    spec = request.cache_spec(options)
     spec = dataclasses.replace(spec, batch=spec.batch * request.num_samples)
-    if options.compression is None:
-        return spec.nbytes(options.config)
-    capacity = request.prompt_capacity
-    shapes = compressed_shapes(options.config, spec, options.compression, capacity)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    return spec.nbytes(options.config)
 
 
 def warnings(options: Options, requests: Sequence[Request]) -> list[str]:
@@ -88,12 +81,8 @@ def _notes_on_cache(options: Options) -> list[str]:
             "entry is 13 times as far off; scripts/eval_perplexity.py --kv_cache_dtype int4 says "
             "what that comes to for a model and a text"
         )
-    compression = options.compression
-    if compression and compression.razor.streaming and not options.config.alibi:
-        found.append(
-            "kv_compression streaming is approximate: tokens of the prompt see windows too, and "
-            "the answer depends on prefill_chunk"
-        )
+    if options.compression and (warning := options.compression.warning(options.config)):
+        found.append(warning)
     return found
 
 
@@ -120,6 +109,7 @@ def describe(configuration: dict[str, Any]) -> str:
     """Formats the result of `effective_config` as text."""
     c = configuration
     mesh = ",".join(f"{axis}={size}" for axis, size in c["mesh"].items())
+    kept = f" ({c['kept']})" if c["kept"] else ""
     return "\n".join(
         (
             f"model      {c['model']} ({c['architecture']})",
@@ -128,19 +118,10 @@ def describe(configuration: dict[str, Any]) -> str:
             f"length     trained for {c['trained_length']:,}, serves {c['served_length']:,}, "
             f"this request {c['request_length']:,} tokens",
             f"numbers    weights {c['dtype']}, KV cache {c['kv_cache_dtype']} of "
-            f"{human_bytes(c['cache_bytes'])}{_kept(c)}, "
+            f"{human_bytes(c['cache_bytes'])}{kept}, "
             f"prefill in chunks of {c['prefill_chunk']:,}",
             f"devices    {c['devices']}, mesh {mesh}",
         )
-    )
-
-
-def _kept(configuration: dict[str, Any]) -> str:
-    num_full_heads = configuration["kv_heads_kept"]
-    return (
-        ""
-        if num_full_heads is None
-        else f" (compressed: {num_full_heads} KV heads keep everything)"
     )
 
 

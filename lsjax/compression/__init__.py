@@ -1,13 +1,8 @@
-"""KV head compression: which heads keep all tokens, and how heads are reordered for it."""
+"""KV compression: policies that keep less of the cache than queries could see."""
 
-from lsjax.compression.razor import (
-    Compression,
-    RazorConfig,
-    choose,
-    compression_of,
-    estimate_without_scores,
-    parse_compression,
-)
+from lsjax.compression.parse import parse_compression
+from lsjax.compression.policy import Compression, CompressionSettings
+from lsjax.compression.razor import RazorAttention, RazorConfig, choose
 from lsjax.compression.scores import (
     HEAD_FILE,
     HeadScores,
@@ -15,15 +10,17 @@ from lsjax.compression.scores import (
     write_bounds,
     write_scores,
 )
+from lsjax.compression.streaming_llm import StreamingLLM
 
 __all__ = [
     "HEAD_FILE",
     "Compression",
+    "CompressionSettings",
     "HeadScores",
+    "RazorAttention",
     "RazorConfig",
+    "StreamingLLM",
     "choose",
-    "compression_of",
-    "estimate_without_scores",
     "parse_compression",
     "read_scores",
     "write_bounds",

@@ -1,16 +1,27 @@
 """RazorAttention: its settings, and the choice of the heads that keep all tokens."""
 
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lsjax.cache import HeadGroups, WindowSpec
+from lsjax.cache import (
+    CacheSpec,
+    HeadGroups,
+    HeadSplit,
+    KVCache,
+    LayerCache,
+    WindowSpec,
+    compress,
+    empty_layer,
+)
 from lsjax.compression.alibi_span import alibi_spans
+from lsjax.compression.policy import Compression, check_type
+from lsjax.compression.reorder_heads import query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
@@ -49,9 +60,74 @@ class RazorConfig:
     streaming: bool = False
     heads: str | None = None
 
+    def check(self) -> None:
+        """Refuses settings out of range with a UserError."""
+        for name in ("induction", "echo", "window_share"):
+            share = getattr(self, name)
+            if not check_type(name, share, (int, float)) or not 0 <= share <= 1:
+                raise UserError(f"kv_compression: {name} is a share from 0 to 1, not {share!r}.")
+        epsilon = self.epsilon
+        if not check_type("epsilon", epsilon, (int, float)) or not 0 < epsilon < 1:
+            raise UserError(f"kv_compression: epsilon is between 0 and 1, not {epsilon!r}.")
+        for name, least in (("sinks", 0), ("window", 1)):
+            count = getattr(self, name)
+            if not check_type(name, count, int) or count < least:
+                raise UserError(
+                    f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
+                )
+        if not isinstance(self.streaming, bool):
+            raise UserError(f"kv_compression: streaming is true or false, not {self.streaming!r}.")
+        if self.heads is not None and not isinstance(self.heads, str):
+            raise UserError(f"kv_compression: heads names a file, not {self.heads!r}.")
+
+    def resolve(self, folder: str, config: ModelConfig, shards: int) -> "RazorAttention":
+        """Chooses how much each head keeps, from the model's head scores (ALiBi: score bounds).
+
+        Args:
+          folder: model folder.
+          config: model configuration.
+          shards: number of devices on the model axis, which must divide the KV heads.
+
+        Raises:
+          UserError: the file of head scores is missing, damaged or another model's; or the model
+            does not support RazorAttention or one of the settings.
+        """
+        check_compresses(config)
+        _check_goes_with(self, config)
+        path = self.heads or os.path.join(folder, HEAD_FILE)
+        if config.alibi:
+            alibi_span = alibi_spans(config, read_bounds(path, config), self.epsilon)
+        else:
+            scores = read_scores(path, config)
+            wanted = choose(scores, config.num_kv_heads, self.induction, self.echo)
+            alibi_span = np.where(wanted, math.inf, 0)
+        return _arranged(self, alibi_span, shards)
+
+    def estimate(self, config: ModelConfig, shards: int) -> "RazorAttention":
+        """Spreads the heads that keep everything over the layers, for want of a model folder.
+
+        If the settings name a file of head scores, it is used instead. ALiBi models need such a
+        file. Errors are as in `resolve`.
+        """
+        if self.heads:
+            return self.resolve("", config, shards)
+        check_compresses(config)
+        _check_goes_with(self, config)
+        if config.alibi:
+            raise UserError(
+                "how far the heads of a model with ALiBi reach follows from its weights; name the "
+                'file that scripts/find_retrieval_heads.py writes, as in {"heads": '
+                f'"{HEAD_FILE}"}}.'
+            )
+        layers, heads = config.num_layers, config.num_kv_heads
+        count = sum(_count(share, layers * heads) for share in (self.induction, self.echo))
+        wanted = np.zeros((heads, layers), bool)
+        wanted.flat[:count] = True
+        return _arranged(self, np.where(wanted.T, math.inf, 0), shards)
+
 
 @dataclasses.dataclass(frozen=True)
-class Compression:
+class RazorAttention(Compression):
     """The resolved compression of a model.
 
     Attributes:
@@ -68,15 +144,35 @@ class Compression:
     alibi_span: tuple[tuple[float, ...], ...]
     shards: int
 
-    def parts(self, prompt_capacity: int) -> tuple[HeadGroups, ...]:
-        """Returns each layer's head groups, for prompts of up to `prompt_capacity` tokens."""
-        return tuple(self._parts(alibi_span, prompt_capacity) for alibi_span in self.alibi_span)
+    reorders_heads = True
 
-    def num_full_heads(self, prompt_capacity: int) -> int:
-        """Returns how many KV heads keep prompts of up to `prompt_capacity` tokens whole."""
-        return sum(parts.whole for parts in self.parts(prompt_capacity)) * self.shards
+    @property
+    def by_layer(self) -> bool:
+        return not self.razor.streaming
 
-    def _parts(self, alibi_span: tuple[float, ...], prompt_capacity: int) -> HeadGroups:
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.razor)
+
+    def empty_cache(self, config: ModelConfig, spec: CacheSpec, platform: str) -> KVCache:
+        lengths = jax.ShapeDtypeStruct((spec.batch,), "int32")
+        whole = jax.eval_shape(lambda: empty_layer(config, spec, platform))
+
+        def empty(split: HeadSplit) -> HeadGroups:
+            shapes = jax.eval_shape(lambda c, n: self.compress(c, n, split), whole, lengths)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        splits = [self.split(i, spec.prompt_capacity) for i in range(config.num_layers)]
+        layers = {split: empty(split) for split in set(splits)}
+        return tuple(layers[split] for split in splits)
+
+    def compress(self, cache: LayerCache, lengths: jax.Array, split: HeadSplit) -> HeadGroups:
+        """Compresses the full cache of a layer with `lengths` [batch] tokens in each row."""
+        return compress(cache, lengths, split, self.shards)
+
+    def split(self, layer: int, prompt_capacity: int) -> HeadSplit:
+        """Returns a layer's head groups, for prompts of up to `prompt_capacity` tokens."""
+        alibi_span = self.alibi_span[layer]
         whole = sum(tokens >= prompt_capacity for tokens in alibi_span)
         windows, rest = [], alibi_span[whole:]
         while rest:
@@ -84,94 +180,36 @@ class Compression:
             count = sum(2 * tokens >= rest[0] for tokens in rest)
             windows.append((count, self._window(rest[0], prompt_capacity)))
             rest = rest[count:]
-        return HeadGroups(whole, tuple(windows))
+        return HeadSplit(whole, tuple(windows))
+
+    def query_heads(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+        return query_heads(config, self.order)
+
+    def reorder_heads(self, params: dict, config: ModelConfig) -> dict:
+        return reorder_heads(params, config, self.order)
+
+    def summary(self, config: ModelConfig, prompt_capacity: int) -> str:
+        splits = [self.split(i, prompt_capacity) for i in range(config.num_layers)]
+        full = sum(split.whole for split in splits) * self.shards
+        total = config.num_layers * config.num_kv_heads
+        sizes = sorted({spec.slots for split in splits for _, spec in split.windows})
+        ends = " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
+        rest = f", the others {ends} tokens" if sizes else ""
+        return f"{full} KV heads of {total} keep everything{rest}"
+
+    def warning(self, config: ModelConfig) -> str | None:
+        if not self.razor.streaming or config.alibi:
+            return None
+        return (
+            "kv_compression streaming is approximate: tokens of the prompt see windows too, and "
+            "the answer depends on prefill_chunk"
+        )
 
     def _window(self, alibi_span: float, prompt_capacity: int) -> WindowSpec:
         if alibi_span:
             return WindowSpec(0, int(alibi_span), has_compensation=False)
         r = self.razor
         return WindowSpec(r.sinks, max(r.window, math.ceil(prompt_capacity * r.window_share)))
-
-
-def parse_compression(given: str | Mapping[str, Any] | RazorConfig | None) -> RazorConfig | None:
-    """Parses `none`, `razor`, or an object (or its JSON) of RazorConfig settings to change.
-
-    Raises:
-      UserError: the value is something else, or has an unknown setting or one out of range.
-    """
-    if given is None or isinstance(given, RazorConfig) or given == "none":
-        razor = None if given == "none" else given
-    else:
-        if isinstance(given, str) and given.strip().startswith("{"):
-            try:
-                given = json.loads(given)
-            except ValueError as error:
-                raise UserError(f"kv_compression {given!r} is not JSON: {error}.") from None
-        if given == "razor":
-            given = {}
-        if not isinstance(given, Mapping):
-            raise UserError(
-                f"kv_compression {given!r} is not known; use none, razor, or settings as in "
-                '{"window": 2000}.'
-            )
-        known = {f.name for f in dataclasses.fields(RazorConfig)}
-        if unknown := sorted(set(given) - known):
-            raise UserError(
-                f"kv_compression has no setting {unknown[0]!r}; use {', '.join(sorted(known))}."
-            )
-        razor = RazorConfig(**given)
-    if razor is not None:
-        _check(razor)
-    return razor
-
-
-def compression_of(
-    razor: RazorConfig, folder: str, config: ModelConfig, shards: int
-) -> Compression:
-    """Chooses how much each head keeps, from the model's head scores (with ALiBi, score bounds).
-
-    Args:
-      razor: settings.
-      folder: model folder.
-      config: model configuration.
-      shards: number of devices on the model axis, which must divide the KV heads.
-
-    Raises:
-      UserError: the file of head scores is missing, damaged or another model's; or the model does
-        not support this compression or one of its settings.
-    """
-    check_compresses(config)
-    _check_goes_with(razor, config)
-    path = razor.heads or os.path.join(folder, HEAD_FILE)
-    if config.alibi:
-        alibi_span = alibi_spans(config, read_bounds(path, config), razor.epsilon)
-    else:
-        scores = read_scores(path, config)
-        wanted = choose(scores, config.num_kv_heads, razor.induction, razor.echo)
-        alibi_span = np.where(wanted, math.inf, 0)
-    return _arranged(razor, alibi_span, shards)
-
-
-def estimate_without_scores(razor: RazorConfig, config: ModelConfig, shards: int) -> Compression:
-    """Estimates the compression without a model folder: chosen heads are spread over the layers.
-
-    If the settings name a file of head scores, it is used instead. ALiBi models need such a file.
-    Arguments and errors are as in `compression_of`.
-    """
-    if razor.heads:
-        return compression_of(razor, "", config, shards)
-    check_compresses(config)
-    _check_goes_with(razor, config)
-    if config.alibi:
-        raise UserError(
-            "how far the heads of a model with ALiBi reach follows from its weights; name the file "
-            f'that scripts/find_retrieval_heads.py writes, as in {{"heads": "{HEAD_FILE}"}}.'
-        )
-    layers, heads = config.num_layers, config.num_kv_heads
-    count = sum(_count(share, layers * heads) for share in (razor.induction, razor.echo))
-    wanted = np.zeros((heads, layers), bool)
-    wanted.flat[:count] = True
-    return _arranged(razor, np.where(wanted.T, math.inf, 0), shards)
 
 
 def check_compresses(config: ModelConfig) -> None:
@@ -205,7 +243,7 @@ def _count(share: float, heads: int) -> int:
     return math.ceil(share * heads - 1e-9)
 
 
-def _arranged(razor: RazorConfig, alibi_span: np.ndarray, shards: int) -> Compression:
+def _arranged(razor: RazorConfig, alibi_span: np.ndarray, shards: int) -> RazorAttention:
     """Builds the compression from [layers, kv_heads] spans of heads.
 
     Heads are assigned to shards round-robin, by descending span. Heads with the same index on
@@ -215,7 +253,7 @@ def _arranged(razor: RazorConfig, alibi_span: np.ndarray, shards: int) -> Compre
     dealt = ranked.reshape(len(alibi_span), -1, shards)  # [layers, place, shard]
     farthest = np.take_along_axis(alibi_span, ranked, axis=1).reshape(dealt.shape).max(axis=-1)
     order = dealt.swapaxes(1, 2).reshape(alibi_span.shape)
-    return Compression(
+    return RazorAttention(
         razor, tuple(map(tuple, order.tolist())), tuple(map(tuple, farthest.tolist())), shards
     )
 
@@ -236,23 +274,3 @@ def _check_goes_with(razor: RazorConfig, config: ModelConfig) -> None:
                 "kv_compression: epsilon goes with ALiBi; with rotary positions set window and "
                 "window_share."
             )
-
-
-def _check(razor: RazorConfig) -> None:
-    for name in ("induction", "echo", "window_share"):
-        share = getattr(razor, name)
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"kv_compression: {name} is a share from 0 to 1, not {share!r}.")
-    epsilon = razor.epsilon
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
-        raise UserError(f"kv_compression: epsilon is between 0 and 1, not {epsilon!r}.")
-    for name, least in (("sinks", 0), ("window", 1)):
-        count = getattr(razor, name)
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise UserError(
-                f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
-            )
-    if not isinstance(razor.streaming, bool):
-        raise UserError(f"kv_compression: streaming is true or false, not {razor.streaming!r}.")
-    if razor.heads is not None and not isinstance(razor.heads, str):
-        raise UserError(f"kv_compression: heads names a file, not {razor.heads!r}.")

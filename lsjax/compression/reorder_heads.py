@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lsjax.compression.razor import Compression
 from lsjax.config import ModelConfig
 
+HeadOrder = tuple[tuple[int, ...], ...]  # of each layer
 
-def reorder_heads(params: dict, config: ModelConfig, compression: Compression) -> dict:
+
+def reorder_heads(params: dict, config: ModelConfig, kv_heads: HeadOrder) -> dict:
     """Returns the parameters with each layer's KV heads, and their query heads, in a new order.
 
     The output of a layer does not depend on the order of its heads.
@@ -20,12 +21,10 @@ def reorder_heads(params: dict, config: ModelConfig, compression: Compression) -
     Args:
       params: parameters of the model, a nested dict; reordered projections are donated.
       config: model configuration.
-      compression: compression that gives the order.
+      kv_heads: KV heads of each layer in their new order.
     """
     out = dict(params)
-    for i, (order, queries) in enumerate(
-        zip(compression.order, query_heads(config, compression), strict=True)
-    ):
+    for i, (order, queries) in enumerate(zip(kv_heads, query_heads(config, kv_heads), strict=True)):
         if order == tuple(range(config.num_kv_heads)):
             continue
         layer = dict(params[f"layers_{i}"])
@@ -42,12 +41,11 @@ def reorder_heads(params: dict, config: ModelConfig, compression: Compression) -
     return out
 
 
-def query_heads(config: ModelConfig, compression: Compression) -> tuple[tuple[int, ...], ...]:
+def query_heads(config: ModelConfig, kv_heads: HeadOrder) -> HeadOrder:
     """Returns the query heads of each layer in their new order."""
     group = config.num_heads // config.num_kv_heads
     return tuple(
-        tuple(head * group + j for head in order for j in range(group))
-        for order in compression.order
+        tuple(head * group + j for head in order for j in range(group)) for order in kv_heads
     )
 
 

@@ -3,6 +3,7 @@
 Source: RazorAttention (arXiv 2407.15891), section 3.2.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -12,16 +13,17 @@ import numpy as np
 
 from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.dispatch import attend
-from lsjax.cache import CAPACITY_MULTIPLE, KVArray, empty_layer
+from lsjax.attention.kv_array import KVArray
+from lsjax.cache import empty_layer
 from lsjax.compression.razor import check_compresses
 from lsjax.compression.scores import HeadScores
 from lsjax.distributed.multihost import to_host
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
 from lsjax.distributed.sharding import QUERIES_SPEC
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
-from lsjax.inference.request import cache_spec, round_up
+from lsjax.inference.engine_config import round_up
 from lsjax.nn.block import Block
-from lsjax.positions.rotary import cos_sin
 from lsjax.runtime.precision import einsum
 
 REPEATS = 4
@@ -53,7 +55,7 @@ def find_heads(
     Raises:
       UserError: the mesh has a context or a data axis, or the model has ALiBi or sliding windows.
     """
-    config, mesh = engine.config, engine.mesh
+    config, mesh = engine.config, engine.settings.mesh
     check_compresses(config)
     if config.alibi:
         raise UserError(
@@ -66,7 +68,10 @@ def find_heads(
         )
     platform = mesh.devices.flat[0].platform
     capacity = round_up(len(text), CAPACITY_MULTIPLE)
-    spec = cache_spec(mesh, 1, capacity, 1, capacity, engine.dtype, engine.dtype)
+    settings = dataclasses.replace(
+        engine.settings, kv_cache_dtype=engine.settings.dtype, prefill_chunk=capacity
+    )
+    spec = settings.cache_spec(1, capacity, 1)
     tokens = jnp.asarray(np.pad(text, (0, capacity - len(text)))[None])
     tables = engine.tables([len(text)])
     scores_of = jax.shard_map(
@@ -79,11 +84,11 @@ def find_heads(
 
     def step(layer: dict, x: jax.Array):
         positions = jnp.arange(capacity)[None]
-        block = Block(config, mesh, None)
+        block = Block(config, mesh, config.layers[0])
         cache = empty_layer(config, spec, platform)
-        angles = cos_sin(tables, positions)
+        (inputs, *_) = engine.decoder.position_inputs(tables, positions)
         (x, _), seen = block.apply(
-            {"params": layer}, x, positions, angles, cache, None, False, mutable=["intermediates"]
+            {"params": layer}, x, positions, inputs, cache, None, False, mutable=["intermediates"]
         )
         (q,), (k,) = (seen["intermediates"]["attn"][name] for name in ("queries", "keys"))
         return x, scores_of(q, k)

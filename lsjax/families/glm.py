@@ -3,7 +3,7 @@
 Source: transformers' modeling_glm.py and modeling_glm4.py; THUDM's modeling_chatglm.py.
 """
 
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.families.family import Family, Tensor, with_bias
 from lsjax.families.fields import Fields
 from lsjax.families.hf_fields import parse_hf
@@ -49,7 +49,7 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         vocab_size=fields.size("padded_vocab_size"),
         hidden_size=fields.size("hidden_size"),
         intermediate_size=fields.size("ffn_hidden_size"),
-        num_layers=num_layers,
+        layers=(LayerKind(),) * num_layers,
         num_heads=heads,
         num_kv_heads=fields.size("multi_query_group_num"),
         head_dim=head_dim,
@@ -68,7 +68,6 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         post_norms=False,
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
         normalized_head=False,
-        windows=(None,) * num_layers,
         eos_token_ids=fields.eos_token_ids(),
         dtype=fields.dtype(),
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.families.fields import Fields
 from lsjax.positions.scaling import parse_rope_scaling
 
@@ -18,7 +18,6 @@ def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConf
     """
     fields.expect("hidden_act", "silu", "silu")
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    num_layers = fields.size("num_hidden_layers")
     head_dim = fields.size("head_dim", hidden // heads)
     max_position_embeddings = fields.size("max_position_embeddings")
     rotary_factor = fields.rope("partial_rotary_factor", differences.pop("rotary_factor", 1.0))
@@ -27,7 +26,7 @@ def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConf
         "vocab_size": fields.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.size("intermediate_size"),
-        "num_layers": num_layers,
+        "layers": (LayerKind(),) * fields.size("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": fields.size("num_key_value_heads", heads),
         "head_dim": head_dim,
@@ -46,7 +45,6 @@ def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConf
         "post_norms": False,
         "tie_embeddings": fields.get("tie_word_embeddings", bool, False),
         "normalized_head": False,
-        "windows": (None,) * num_layers,
         "eos_token_ids": fields.eos_token_ids(),
         "dtype": fields.dtype(),
     }

@@ -3,7 +3,7 @@
 Source: transformers' modeling_qwen2.py and modeling_qwen3.py.
 """
 
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.errors import UserError
 from lsjax.families.family import Family
 from lsjax.families.fields import Fields
@@ -13,7 +13,7 @@ from lsjax.families.hf_names import PRE_NORMS, hf_tensors
 
 def _parse_qwen2(fields: Fields, architecture: str) -> ModelConfig:
     # Qwen2 has query, key and value biases whatever config.json says.
-    return parse_hf(fields, architecture, qkv_bias=True, windows=_windows(fields))
+    return parse_hf(fields, architecture, qkv_bias=True, layers=_layers(fields))
 
 
 def _parse_qwen3(fields: Fields, architecture: str) -> ModelConfig:
@@ -25,12 +25,12 @@ def _parse_qwen3(fields: Fields, architecture: str) -> ModelConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,
-        windows=_windows(fields),
+        layers=_layers(fields),
     )
 
 
-def _windows(fields: Fields) -> tuple[int | None, ...]:
-    """Returns each layer's sliding window in tokens, or None for full attention.
+def _layers(fields: Fields) -> tuple[LayerKind, ...]:
+    """Returns the kind of each layer.
 
     `layer_types` says which layers slide. Without it, layers from max_window_layers on slide.
     `sliding_window` alone has no effect: Qwen's files set it with use_sliding_window false.
@@ -38,7 +38,7 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
     num_layers = fields.size("num_hidden_layers")
     fields.mark_known("sliding_window", "max_window_layers", "layer_types")
     if not fields.get("use_sliding_window", bool, False):
-        return (None,) * num_layers
+        return (LayerKind(),) * num_layers
     window = fields.size("sliding_window")
     types = fields.get("layer_types", list, None)
     if types is None:
@@ -50,7 +50,7 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
             f"config.json field 'layer_types' must hold 'full_attention' or 'sliding_attention' "
             f"for each of the {num_layers} layers."
         )
-    return tuple(window if t == "sliding_attention" else None for t in types)
+    return tuple(LayerKind(window if t == "sliding_attention" else None) for t in types)
 
 
 def _tensors(config: ModelConfig):

@@ -73,18 +73,20 @@ def generate(
     start, compile_before = time.perf_counter(), CLOCK.seconds
     lengths = np.array([len(p) for p in request.prompts], np.int32)
     tables = engine.tables(request.lengths)
-    spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
+    spec, eos = request.cache_spec(engine.settings), request.eos_token_ids
     draw = request.sampling.arrays(request.numbers)
 
     cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill)
     if request.num_samples > 1:
-        cache, last = engine.for_samples(params, cache, last, request.num_samples)
+        cache, last = engine.for_samples(cache, last, request.num_samples)
         tables = engine.tables(request.for_samples(request.lengths))
     timing.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     seen = _in_prompts(request, engine.config.vocab_size) if request.sampling.penalized else None
     lengths = np.array(request.for_samples(lengths))
     ends = np.array(request.for_samples(request.ends))
-    state = engine.first(params, cache, last, lengths, ends, draw, seen)
+    drafted = request.prompt_lookup_num_tokens
+    text = token_batch(request, 0, spec.capacity + 1) if drafted else None
+    state = engine.first(params, cache, last, lengths, ends, draw, eos, seen, text)
     del cache, last
     rows = StopTracker(request, stopper)
     new = rows.consume(to_host(state.token)[:, None].tolist())
@@ -95,20 +97,10 @@ def generate(
     yield new
 
     start, compile_before = time.perf_counter(), CLOCK.seconds
-    if drafted := request.prompt_lookup_num_tokens:
-        tokens = token_batch(request, 0, spec.capacity + 1)
-        state = engine.init_speculative_state(state, tokens, request.eos_token_ids)
     while not rows.ended:
-        if drafted:
-            state, found = engine.decode_with_lookup(
-                params, tables, state, drafted, request.eos_token_ids
-            )
-            tokens, counts, steps = map(to_host, found)
-            decoded = accepted_tokens(tokens, counts)
-        else:
-            state, found = engine.decode(params, tables, state, draw, request.eos_token_ids)
-            tokens, steps = map(to_host, found)
-            decoded = tokens[:, :steps].tolist()
+        state, found = engine.decode(params, tables, state, draw, eos, drafted)
+        tokens, counts, steps = map(to_host, found)
+        decoded = accepted_tokens(tokens[:, :steps], counts[:, :steps])
         if not steps:
             raise RuntimeError("no step was run: rows are done on the device, but not here")
         new = rows.consume(decoded)
@@ -134,18 +126,19 @@ def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Ite
         prefilled and the rest is decoded.
 
     Yields:
-      [batch, up to engine.segment, vocab] float32 logits, each of the token after a decoded token.
+      [batch, up to a segment, vocab] float32 logits, each of the token after a decoded token.
     """
     prompt_capacity, (end,) = request.prompt_capacity, {len(p) for p in request.prompts}
     begun = dataclasses.replace(
         request, prompts=tuple(p[:prompt_capacity] for p in request.prompts)
     )
     tables = engine.tables([len(p) for p in request.prompts])
-    spec = request.cache_spec(engine.mesh, engine.cache_dtype, engine.dtype)
+    spec = request.cache_spec(engine.settings)
     lengths = np.array([prompt_capacity] * len(request.prompts), np.int32)
     cache, _ = _prefill(engine, params, begun, spec, tables, lengths, None)
-    for at in range(prompt_capacity, end, engine.segment):
-        tokens = token_batch(request, at, at + engine.segment)
+    segment = engine.settings.segment
+    for at in range(prompt_capacity, end, segment):
+        tokens = token_batch(request, at, at + segment)
         cache, scores = engine.teacher_forced_decode(params, tables, cache, tokens, at)
         yield scores[:, : end - at]
 
@@ -158,9 +151,9 @@ def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
 
 def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill):
     """Prefills chunk by chunk, each through all layers; returns as `_prefill`."""
-    cache = engine.new_cache(spec, request.prompt_capacity)
+    cache, chunk = engine.new_cache(spec), engine.settings.prefill_chunk
     last = pending = None
-    for at, size in chunks(int(lengths.max()), request.chunk, engine.zigzag.block_length):
+    for at, size in chunks(int(lengths.max()), chunk, spec.zigzag.block_length):
         tokens = token_batch(request, at, at + size)
         cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
         # Wait only for the previous chunk, so that the device always has one queued.
@@ -177,7 +170,8 @@ def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill)
 
 def _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill):
     """Prefills layer by layer, each over all chunks; returns as `_prefill`."""
-    longest, chunk, layers = int(lengths.max()), request.chunk, engine.config.num_layers
+    longest, chunk = int(lengths.max()), engine.settings.prefill_chunk
+    layers = engine.config.num_layers
     chunks, told = -(-longest // chunk), 0
     cost = functools.partial(prefill_cost, engine.config, 0)
 
@@ -194,8 +188,7 @@ def _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill
             told = done
 
     tokens = token_batch(request, 0, chunks * chunk)
-    prompt_capacity = request.prompt_capacity
-    return engine.prefill_by_layer(params, tables, tokens, lengths, spec, prompt_capacity, on_chunk)
+    return engine.prefill_by_layer(params, tables, tokens, lengths, spec, on_chunk)
 
 
 def token_batch(request: Request, begin: int, end: int) -> np.ndarray:

@@ -5,28 +5,18 @@ uncompressed. Prompt tokens attend to uncompressed caches, so the first token of
 of the uncompressed model.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from lsjax.cache import (
-    CacheSpec,
-    CompressedCache,
-    LayerCache,
-    compress,
-    empty_layer,
-)
-from lsjax.cache.partition_specs import compressed_cache_spec, layer_cache_spec
-from lsjax.config import ModelConfig
-from lsjax.distributed.sharding import CHUNK_SPEC, sharding
+from lsjax.cache import CacheSpec, KVCache, LayerCache, cache_shapes, empty_layer
 from lsjax.inference.sharded_model import ShardedModel
-from lsjax.nn.block import Block
-from lsjax.positions.alibi import layer_slopes
-from lsjax.positions.rotary import RotaryTables, cos_sin
+from lsjax.nn.decoder import run_layer
+from lsjax.positions.rotary import RotaryTables
 from lsjax.runtime.compilation import Program
 
 
@@ -37,9 +27,8 @@ def prefill_by_layer(
     hidden: Sequence[jax.Array],
     lengths: jax.Array,
     spec: CacheSpec,
-    prompt_capacity: int,
     on_chunk: Callable[[int, int], None],
-) -> tuple[tuple[CompressedCache, ...], jax.Array]:
+) -> tuple[KVCache, jax.Array]:
     """Prefills prompts layer by layer.
 
     Args:
@@ -49,24 +38,24 @@ def prefill_by_layer(
       hidden: [batch, chunk, hidden] embeddings of each chunk in turn, in zigzag order; arbitrary
         after a prompt's end.
       lengths: [batch] number of tokens in each prompt.
-      spec: spec of the uncompressed cache.
-      prompt_capacity: longest prompt that the cache holds, in tokens.
+      spec: spec of the compressed cache.
       on_chunk: called with the index of the layer and of the chunk that has just been run.
 
     Returns:
       The compressed cache, and [batch, hidden] hidden states of the prompts' last tokens.
     """
-    hidden, where = list(hidden), _where(model, tables)
+    hidden, inputs = list(hidden), model.decoder.position_inputs(tables)
     starts = [np.int32(i * x.shape[1]) for i, x in enumerate(hidden)]
-    entries = []
-    for i, parts in enumerate(model.compression.parts(prompt_capacity)):
-        cache, layer = _empty(model.config, model.mesh, spec), params[f"layers_{i}"]
+    whole, entries = dataclasses.replace(spec, policy=None), []
+    for i in range(model.config.num_layers):
+        cache, layer = _empty(model, whole), params[f"layers_{i}"]
         for n, start in enumerate(starts):
-            hidden[n], cache = _LAYER(model, layer, where[i], cache, hidden[n], start, lengths)
+            hidden[n], cache = _LAYER(model, layer, inputs[i], cache, hidden[n], start, lengths)
             if n:  # wait only for the previous chunk: the device always has one queued
                 jax.block_until_ready(hidden[n - 1])
                 on_chunk(i, n - 1)
-        entries.append(_COMPRESS(model, None, cache, lengths, parts=parts))
+        split = model.compression.split(i, spec.prompt_capacity)
+        entries.append(_COMPRESS(model, cache, lengths, split=split))
         del cache
         jax.block_until_ready(entries[-1])  # before the next layer's cache is allocated
         on_chunk(i, len(starts) - 1)
@@ -78,75 +67,50 @@ def prefill_by_layer(
 
 
 def lower_layer(
-    model: ShardedModel,
-    layer: dict,
-    tables: RotaryTables,
-    cache: LayerCache,
-    batch: int,
-    chunk: int,
-    lengths: jax.ShapeDtypeStruct,
-    start: jax.ShapeDtypeStruct,
+    model: ShardedModel, layer: dict, tables: RotaryTables, spec: CacheSpec, chunk: int
 ) -> jax.stages.Lowered:
     """Lowers the program that runs a chunk through one layer, for abstract arguments."""
-    shape = batch, chunk, model.config.hidden_size
-    where = sharding(model.mesh, CHUNK_SPEC)
-    hidden = jax.ShapeDtypeStruct(shape, model.decoder.dtype, sharding=where)
-    where = tables
-    if model.config.alibi:
-        shape = (model.config.num_heads,)
-        where = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=model.replicated)
-    return _LAYER.lower(model, layer, where, cache, hidden, start, lengths)
+
+    def abstract(shape: tuple[int, ...], dtype, where) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    hidden = abstract((spec.batch, chunk, model.config.hidden_size), model.dtype, model.chunks)
+    inputs = model.decoder.position_inputs(tables)[0]
+    if inputs.slopes is not None:
+        slopes = abstract(inputs.slopes.shape, jnp.float32, model.replicated)
+        inputs = inputs.replace(slopes=slopes)
+    start = abstract((), "int32", model.replicated)
+    lengths = abstract((spec.batch,), "int32", model.rows)
+    whole = dataclasses.replace(spec, policy=None)
+    cache = cache_shapes(model.config, model.mesh, whole, model.platform)[0]
+    return _LAYER.lower(model, layer, inputs, cache, hidden, start, lengths)
 
 
-def _where(model: ShardedModel, tables: RotaryTables) -> Sequence[RotaryTables | jax.Array]:
-    """Returns what each layer's position inputs come from: rotary tables or ALiBi slopes."""
-    if model.config.alibi:
-        return layer_slopes(model.config, model.decoder.heads)
-    return [tables] * model.config.num_layers
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(model: ShardedModel, spec: CacheSpec) -> LayerCache:
+    return model.as_layer(empty_layer(model.config, spec, model.platform))
 
 
-def _placed(mesh: Mesh, tree, specs):
-    """Constrains arrays to the shardings of their specs, within a compiled program."""
-    return jax.tree.map(
-        lambda x, spec: jax.lax.with_sharding_constraint(x, sharding(mesh, spec)),
-        tree,
-        specs,
-    )
+def _run_layer(model, layer, inputs, cache, hidden, start, lengths):
+    positions = model.as_chunk(model.zigzag.chunk_positions(start, *hidden.shape[:2]))
+    tokens = hidden, positions, inputs.at(positions)
+    hidden, cache = run_layer(model.decoder, 0, layer, *tokens, cache, lengths)
+    return model.as_chunk(hidden), model.as_layer(cache)
 
 
-def _compress_layer(model, _, cache, lengths, *, parts):
-    out = compress(cache, lengths, parts, model.compression.shards, model.zigzag)
-    return _placed(model.mesh, out, compressed_cache_spec(out))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(config: ModelConfig, mesh: Mesh, spec: CacheSpec) -> LayerCache:
-    layer = empty_layer(config, spec, mesh.devices.flat[0].platform)
-    return _placed(mesh, layer, layer_cache_spec(layer))
-
-
-def _run_layer(model, layer, where, cache, hidden, start, lengths):
-    positions = model.zigzag.chunk_positions(start, *hidden.shape[:2])
-    positions = _placed(model.mesh, positions, CHUNK_SPEC)
-    if model.decoder.all_gather_weights is not None:
-        layer = model.decoder.all_gather_weights("layers_0", layer)
-    block = Block(model.config, model.mesh, None)
-    places = where if model.config.alibi else cos_sin(where, positions)
-    hidden, cache = block.apply({"params": layer}, hidden, positions, places, cache, lengths, False)
-    return _placed(model.mesh, hidden, CHUNK_SPEC), _placed(
-        model.mesh, cache, layer_cache_spec(cache)
-    )
+def _compress_layer(model, cache, lengths, *, split):
+    return model.as_layer(model.compression.compress(cache, lengths, split))
 
 
 def _last_hidden(model, params, hidden, start, lengths, last):
     positions = model.zigzag.chunk_positions(start, *hidden.shape[:2])
     hidden = model.decoder.apply({"params": params}, hidden, method="apply_final_norm")
-    return last_hidden(hidden, positions, lengths, last)
+    return model.by_row(last_hidden(hidden, positions, lengths, last))
 
 
-_LAYER = Program(_run_layer, donate_argnums=(2, 3))
-_LAST = Program(_last_hidden, lambda model: model.rows)
-_COMPRESS = Program(_compress_layer)
+_LAYER = Program(_run_layer, donate_argnames=["cache", "hidden"])
+_LAST = Program(_last_hidden)
+_COMPRESS = Program(_compress_layer, static_argnames=["split"])
 
 
 def last_hidden(

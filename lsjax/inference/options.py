@@ -7,14 +7,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lsjax.cache import BLOCK, CACHE_DTYPES, round_up_to_blocks
+from lsjax.cache import CACHE_DTYPES
 from lsjax.checkpoint import read_model_config
-from lsjax.compression import Compression, RazorConfig, compression_of, parse_compression
+from lsjax.compression import CompressionSettings, parse_compression
 from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 from lsjax.errors import UserError
 from lsjax.families.generation_config import NAME, eos_token_ids, read_generation_config, unapplied
-from lsjax.inference.engine import SEGMENT
+from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.sampling import Sampling, suggested_sampling
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.runtime.html import table
@@ -24,39 +25,23 @@ from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Resolved options of running a model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(EngineConfig):
+    """Resolved options of running a model: the settings of its engine, and what it is.
 
     Attributes:
       folder: model folder.
       config: model configuration, with the effective rope scaling.
-      mesh: device mesh.
-      dtype: dtype of weights and activations.
-      kv_cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
-      prefill_chunk: prompt tokens per prefill step; the requested number, rounded up so that the
-        devices of the context axis get equal shares.
       eos_token_ids: ids that end an answer.
-      compression: KV head compression, or None.
       suggested: sampling that the publisher suggests.
       tokenizer: tokenizer of the folder, or None if it has none.
-      segment: decode steps between two checks for end-of-sequence.
-      cache_block: block size of a quantized cache, whose current block is kept in floats; see
-        CacheSpec.
     """
 
     folder: str
     config: ModelConfig
-    mesh: Mesh
-    dtype: str
-    kv_cache_dtype: str
-    prefill_chunk: int
     eos_token_ids: frozenset[int]
-    compression: Compression | None = None
     suggested: Sampling = Sampling()  # noqa: RUF009 (frozen)
     tokenizer: Tokenizer | None = None
-    segment: int = SEGMENT
-    cache_block: int = BLOCK
 
     def _repr_html_(self) -> str:
         """Shows the effective options in a notebook."""
@@ -71,7 +56,9 @@ class Options:
                 "devices": f"{devices.size} x {devices.flat[0].device_kind} ({axes})",
                 "weights": self.dtype,
                 "KV cache": self.kv_cache_dtype,
-                "KV compression": "none" if self.compression is None else "RazorAttention",
+                "KV compression": "none"
+                if self.compression is None
+                else type(self.compression).__name__,
                 "prefill chunk": f"{self.prefill_chunk:,} tokens",
             }
         )
@@ -85,7 +72,7 @@ def resolve_options(
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
-    kv_compression: str | Mapping[str, Any] | RazorConfig | None = None,
+    kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
 ) -> Options:
     """Resolves and checks all options; see `lsjax.load` for the arguments.
 
@@ -117,7 +104,7 @@ def resolve_options(
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     if asked := unapplied(published):
         note(f"generation_config.json sets {', '.join(asked)}, which lsjax does not support.")
-    razor = parse_compression(kv_compression)
+    settings = parse_compression(kv_compression)
     prefill_chunk = round_up_to_blocks(prefill_chunk, mesh.shape["context"])
     return Options(
         folder=folder,
@@ -129,7 +116,7 @@ def resolve_options(
         eos_token_ids=_eos_ids(config, published, tokenizer),
         suggested=suggested_sampling(published),
         tokenizer=tokenizer,
-        compression=razor and compression_of(razor, folder, config, mesh.shape["model"]),
+        compression=settings and settings.resolve(folder, config, mesh.shape["model"]),
     )
 
 

@@ -9,7 +9,7 @@ speculative decoding (arXiv 2211.17192).
 import jax
 import jax.numpy as jnp
 
-from lsjax.cache import MAX_DECODE_QUERIES
+from lsjax.attention.blockwise import MAX_DECODE_QUERIES
 
 MAX_DRAFT_TOKENS = MAX_DECODE_QUERIES - 1  # the last token comes first
 _NGRAM = 3  # longest suffix that is looked up; shorter matches are used if there is none longer

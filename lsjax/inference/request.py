@@ -4,19 +4,16 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jax.sharding import Mesh
-
-from lsjax.cache import BLOCK, CAPACITY_MULTIPLE, CacheSpec, zigzag_of
+from lsjax.cache import CacheSpec
+from lsjax.compression import Compression
 from lsjax.config import MAX_POSITIONS, ModelConfig
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
 from lsjax.errors import UserError
-from lsjax.inference.engine import SEGMENT
+from lsjax.inference.engine_config import EngineConfig, round_up
 from lsjax.inference.options import Options
 from lsjax.inference.prompt_lookup import MAX_DRAFT_TOKENS
 from lsjax.inference.sampling import Sampling
 
-# A long cache's capacity per device of the context axis is a multiple of this, so that attention
-# can read it in large blocks.
-_LARGE_CAPACITY_MULTIPLE = 16 * CAPACITY_MULTIPLE
 # Sizes that a prompt's last chunk may have beside the usual one.
 _LAST_CHUNKS = (64, 256, 1024)
 
@@ -30,30 +27,24 @@ class Request:
       num_real: number of rows that are real prompts; they come first, and the rest is padding.
       max_output_length: maximum number of tokens to generate per row.
       prompt_capacity: prompt tokens that the cache has room for; at least the longest prompt.
-      chunk: prompt tokens per prefill step.
       sampling: how tokens are drawn.
       eos_token_ids: ids that end a row; may be empty.
       prompt_lookup_num_tokens: tokens drafted per decode step; 0 for no drafts.
       first: index of the batch's first prompt among all prompts of the call.
       num_samples: answers per prompt, in consecutive rows.
       stop: texts that end an answer.
-      segment: decode steps between two checks for end-of-sequence.
-      cache_block: block size of a quantized cache, see CacheSpec.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     num_real: int
     max_output_length: int
     prompt_capacity: int
-    chunk: int
     sampling: Sampling
     eos_token_ids: frozenset[int]
     prompt_lookup_num_tokens: int = 0
     first: int = 0
     num_samples: int = 1
     stop: tuple[str, ...] = ()
-    segment: int = SEGMENT
-    cache_block: int = BLOCK
 
     @property
     def numbers(self) -> list[tuple[int, int]]:
@@ -82,11 +73,9 @@ class Request:
         """Answer tokens that the cache has room for; the last draft may reach past the answer."""
         return self.max_output_length + self.prompt_lookup_num_tokens
 
-    def cache_spec(self, mesh: Mesh, dtype: str, compute_dtype: str) -> CacheSpec:
-        """Returns the spec of the cache that the batch needs; see CacheSpec for the dtypes."""
-        rows, room = len(self.prompts), (self.prompt_capacity, self.output_capacity)
-        sizes = self.segment, self.cache_block
-        return cache_spec(mesh, rows, *room, self.chunk, dtype, compute_dtype, *sizes)
+    def cache_spec(self, settings: EngineConfig) -> CacheSpec:
+        """Returns the spec of the cache that the batch needs."""
+        return settings.cache_spec(len(self.prompts), self.prompt_capacity, self.output_capacity)
 
 
 def batches(
@@ -113,7 +102,7 @@ def batches(
     """
     for prompt in ids:
         check_ids(options.config, prompt)
-    check_lengths(options.config, ids, max_output_length, max_input_length, allow_untrained_length)
+    check_lengths(options, ids, max_output_length, max_input_length, allow_untrained_length)
     if max_batch_size is not None and max_batch_size < 1:
         raise UserError(f"max_batch_size must be at least 1, not {max_batch_size}.")
     if isinstance(sampling, str):
@@ -126,11 +115,10 @@ def batches(
         stop = (stop,)
     if not all(isinstance(text, str) and text for text in stop):
         raise UserError(f"stop must be texts of at least one character, not {list(stop)}.")
-    if prompt_lookup_num_tokens and options.compression:
+    if prompt_lookup_num_tokens and options.compression and not options.compression.keeps_drafts:
         raise UserError(
-            "prompt lookup does not go with kv_compression: a draft that is refused would have "
-            "driven tokens out of the windows; set prompt_lookup_num_tokens 0, or kv_compression "
-            "none."
+            "prompt lookup does not go with this kv_compression: a refused draft would have driven "
+            "tokens out of the windows; set prompt_lookup_num_tokens 0, or kv_compression none."
         )
     rows = min(max_batch_size or len(ids), len(ids))
     data = options.mesh.shape["data"]
@@ -143,15 +131,12 @@ def batches(
             num_real=len(group),
             max_output_length=max_output_length,
             prompt_capacity=room,
-            chunk=options.prefill_chunk,
             sampling=sampling,
             eos_token_ids=frozenset() if ignore_eos else options.eos_token_ids,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             first=i * rows,
             num_samples=num_samples,
             stop=tuple(stop),
-            segment=options.segment,
-            cache_block=options.cache_block,
         )
         for i, group in enumerate(groups)
     ]
@@ -171,7 +156,7 @@ def check_ids(config: ModelConfig, ids: Sequence[int]) -> None:
 
 
 def check_lengths(
-    config: ModelConfig,
+    options: Options,
     prompts: Sequence[Sequence[int]],
     max_output_length: int,
     max_input_length: int | None,
@@ -198,9 +183,9 @@ def check_lengths(
                 "shorten the prompt."
             )
     total = max(len(p) for p in prompts) + max_output_length
-    check_exact_length(config, total)
+    check_exact_length(options.config, total)
     if not allow_untrained_length:
-        check_total(config, total, total - max_output_length)
+        check_total(options.config, total, total - max_output_length, options.compression)
     if total > MAX_POSITIONS:
         raise UserError(
             f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
@@ -221,19 +206,22 @@ def check_exact_length(config: ModelConfig, total: int) -> None:
         )
 
 
-def check_total(config: ModelConfig, total: int, prompt: int = 0) -> None:
+def check_total(
+    config: ModelConfig, total: int, prompt: int = 0, compression: Compression | None = None
+) -> None:
     """Refuses more tokens, prompt and output together, than the model serves.
 
     Args:
       config: model configuration.
       total: number of tokens in prompt and output together.
       prompt: number of tokens in the longest prompt.
+      compression: what layers keep of their cache; None for all that their queries see.
 
     Raises:
       UserError: `total` is too large; the message gives a rope_scaling that would serve it, and
         the output length that there is room for.
     """
-    if total > config.served_length:
+    if total > (compression.served_length(config) if compression else config.served_length):
         room = config.served_length - prompt
         less = f"ask for at most {room} tokens of output, " if prompt and room > 0 else ""
         raise UserError(
@@ -306,35 +294,6 @@ def _tidy(factor: float) -> float:
     return -(-factor // 0.5) * 0.5
 
 
-def cache_spec(
-    mesh: Mesh,
-    batch: int,
-    prompt_capacity: int,
-    output: int,
-    chunk: int,
-    dtype: str,
-    compute_dtype: str,
-    segment: int = SEGMENT,
-    block: int = BLOCK,
-) -> CacheSpec:
-    """Returns the spec of a cache for `batch` prompts, prefilled in chunks, and their answers."""
-    context = mesh.shape["context"]
-    capacity = cache_capacity(prompt_capacity, output, chunk, context, segment)
-    zigzag = zigzag_of(chunk, context)
-    return CacheSpec(batch, capacity, dtype, compute_dtype, zigzag, block, chunk)
-
-
-def cache_capacity(
-    prompt_capacity: int, output: int, chunk: int, context: int, segment: int = SEGMENT
-) -> int:
-    """Returns a cache's capacity, with room for the last chunk's padding and for whole segments."""
-    needed = max(round_up(prompt_capacity, chunk), prompt_capacity + round_up(output, segment))
-    granule = (
-        _LARGE_CAPACITY_MULTIPLE if needed > 8 * _LARGE_CAPACITY_MULTIPLE else CAPACITY_MULTIPLE
-    )
-    return round_up(needed, granule * context)
-
-
 def chunks(length: int, chunk: int, block_length: int) -> Iterator[tuple[int, int]]:
     """Yields the start and the size of each prefill chunk of a prompt.
 
@@ -351,10 +310,6 @@ def chunks(length: int, chunk: int, block_length: int) -> Iterator[tuple[int, in
         yield whole, chunk
     sizes = [size for size in _LAST_CHUNKS if size < chunk and size % (block_length or 1) == 0]
     yield start, next((size for size in sizes if start + size >= length), chunk)
-
-
-def round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
 
 
 def bucket(length: int) -> int:

@@ -9,37 +9,33 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import KVCache, Zigzag, zigzag_of
-from lsjax.cache.partition_specs import cache_shardings
+from lsjax.cache import KVCache, LayerCache
 from lsjax.compression import Compression
-from lsjax.compression.reorder_heads import query_heads
 from lsjax.config import ModelConfig
-from lsjax.distributed.sharding import TOKENS_SPEC, drop_axis, sharding
+from lsjax.distributed.sequence_layout import Zigzag
+from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, drop_axis, sharding
+from lsjax.inference.engine_config import EngineConfig
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ShardedModel:
-    """What compiled programs depend on, besides the shapes of their arguments.
+    """What compiled programs depend on, besides their arguments; equal models share programs.
 
     Attributes:
       config: model configuration, see ModelConfig.traced.
       mesh: device mesh.
       dtype: dtype of weights and activations.
-      cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
       zigzag: layout of positions along the context axis.
-      compression: KV head compression, or None.
-      compiled: compiled programs of the model, see Program.
+      compression: what layers keep of their KV cache; None for all that their queries see.
     """
 
     config: ModelConfig
     mesh: Mesh
     dtype: str
-    cache_dtype: str
     zigzag: Zigzag
     compression: Compression | None
-    compiled: dict[Any, Callable] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def platform(self) -> str:
@@ -48,7 +44,7 @@ class ShardedModel:
     @functools.cached_property
     def decoder(self) -> Decoder:
         all_gather_weights = _all_gather_weights(self) if self.mesh.shape["context"] > 1 else None
-        heads = self.compression and query_heads(self.config, self.compression)
+        heads = self.compression and self.compression.query_heads(self.config)
         return Decoder(self.config, self.mesh, jnp.dtype(self.dtype), all_gather_weights, heads)
 
     @property
@@ -61,51 +57,34 @@ class ShardedModel:
         return sharding(self.mesh, PartitionSpec())
 
     @property
-    def cache(self) -> KVCache:
-        """Shardings of an uncompressed cache."""
-        return cache_shardings(self.config, self.mesh, self.cache_dtype, self.zigzag)
+    def chunks(self) -> NamedSharding:
+        """Sharding of an array whose first axes are the batch and a prefill chunk."""
+        return sharding(self.mesh, CHUNK_SPEC)
 
-    @property
-    def cache_after_step(self) -> KVCache | None:
-        """Shardings of the cache that a step returns.
+    def by_row(self, tree: Any) -> Any:
+        """Shards arrays whose first axis is the batch, within a compiled program."""
+        return jax.lax.with_sharding_constraint(tree, self.rows)
 
-        None for a compressed cache: its structure depends on its size, and it keeps the shardings
-        that attention gives it.
-        """
-        return None if self.compression else self.cache
+    def as_chunk(self, x: jax.Array) -> jax.Array:
+        """Shards [batch, length, ...] over the data and context axes, within a program."""
+        return jax.lax.with_sharding_constraint(x, self.chunks)
 
+    def as_layer(self, cache: LayerCache) -> LayerCache:
+        """Shards a layer's cache as it says, within a compiled program."""
+        return jax.tree.map(
+            lambda x, spec: jax.lax.with_sharding_constraint(x, sharding(self.mesh, spec)),
+            cache,
+            cache.partition_specs(),
+        )
 
-def sharded_model(
-    config: ModelConfig,
-    mesh: Mesh,
-    dtype: str,
-    cache_dtype: str,
-    chunk: int,
-    compression: Compression | None,
-) -> ShardedModel:
-    """Returns an engine's model; engines whose programs are the same share one object.
-
-    Args:
-      config: model configuration.
-      mesh: device mesh.
-      dtype: dtype of weights and activations.
-      cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
-      chunk: prompt tokens per prefill step; decides the zigzag layout.
-      compression: KV head compression, or None.
-    """
-    zigzag = zigzag_of(chunk, mesh.shape["context"])
-    return _shared(config.traced, mesh, dtype, cache_dtype, zigzag, compression)
+    def as_cache(self, cache: KVCache) -> KVCache:
+        """Shards a cache as its layers say, within a compiled program."""
+        return tuple(map(self.as_layer, cache))
 
 
-# Few models are kept: the compiled programs of each take many of the process's memory mappings.
-@functools.lru_cache(maxsize=8)
-def _shared(*static: Any) -> ShardedModel:
-    return ShardedModel(*static)
-
-
-def forget_compiled_programs() -> None:
-    """Releases compiled programs that no engine holds any more."""
-    _shared.cache_clear()
+def sharded_model(config: ModelConfig, engine: EngineConfig) -> ShardedModel:
+    """Returns what the programs of an engine depend on."""
+    return ShardedModel(config.traced, engine.mesh, engine.dtype, engine.zigzag, engine.compression)
 
 
 def _all_gather_weights(model: ShardedModel) -> Callable[[str, dict], dict]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.cache import KVCache
-from lsjax.distributed.sharding import CHUNK_SPEC, sharding
 from lsjax.inference import prompt_lookup
 from lsjax.inference.layerwise_prefill import last_hidden
 from lsjax.inference.sampling import likeliest, next_token
@@ -26,11 +25,13 @@ class DecodeState:
       cache: cache of every token before `token`.
       token: [batch] ids chosen last, not yet in the cache.
       position: [batch] positions of `token`.
-      last: [batch] positions of the last tokens to generate. A row that has reached it, or has
-        chosen an end-of-sequence token, is done and stays as it is.
-      step: number of tokens chosen so far per row.
+      last: [batch] positions of the last tokens to generate. A row that has reached it is done and
+        stays as it is; an end-of-sequence token brings it forward.
+      step: number of tokens chosen so far per row that is not done.
       seen: [batch, vocab] whether the row contains an id before `token`; None if there is no
         repetition penalty.
+      text: [batch, room] ids of each row up to `token`, to draft from; later ones are undefined.
+        None if nothing is drafted.
     """
 
     cache: KVCache
@@ -39,29 +40,18 @@ class DecodeState:
     last: jax.Array
     step: jax.Array
     seen: jax.Array | None = None
+    text: jax.Array | None = None
 
-
-@flax.struct.dataclass
-class LookupState:
-    """State of decoding with prompt lookup, passed from step to step.
-
-    Attributes:
-      cache: cache of every token before each row's position.
-      tokens: [batch, room] ids of each row; undefined after its position.
-      position: [batch] position of each row's last known token.
-      last: [batch] position of the last token to generate in each row.
-    """
-
-    cache: KVCache
-    tokens: jax.Array
-    position: jax.Array
-    last: jax.Array
+    @property
+    def done(self) -> jax.Array:
+        return self.position >= self.last
 
 
 def _run(model, params, tokens, positions, tables, cache, lengths=None, decode=False):
-    return model.decoder.apply(
+    hidden, cache = model.decoder.apply(
         {"params": params}, tokens, positions, tables, cache, lengths, decode
     )
+    return hidden, model.as_cache(cache)
 
 
 def _logits(model, params, hidden):
@@ -77,14 +67,13 @@ def _in_zigzag_order(
     if zigzag.devices == 1:
         return tokens, positions
     tokens = tokens[:, zigzag.permutation(tokens.shape[1])]
-    parts = sharding(model.mesh, CHUNK_SPEC)
-    return tuple(jax.lax.with_sharding_constraint(x, parts) for x in (tokens, positions))
+    return model.as_chunk(tokens), model.as_chunk(positions)
 
 
 def _prefill(model, params, tables, cache, tokens, start, lengths, last):
     tokens, positions = _in_zigzag_order(model, tokens, start)
     hidden, cache = _run(model, params, tokens, positions, tables, cache, lengths)
-    return cache, last_hidden(hidden, positions, lengths, last)
+    return cache, model.by_row(last_hidden(hidden, positions, lengths, last))
 
 
 def _score(model, params, tables, cache, tokens, start):
@@ -92,69 +81,91 @@ def _score(model, params, tables, cache, tokens, start):
     hidden, cache = _run(model, params, tokens, positions, tables, cache)
     if model.zigzag.devices > 1:
         hidden = hidden[:, np.argsort(model.zigzag.permutation(hidden.shape[1]))]
-    return cache, _logits(model, params, hidden)
+    return cache, model.by_row(_logits(model, params, hidden))
 
 
 def _embed(model, params, tokens):
     tokens, _ = _in_zigzag_order(model, tokens, 0)
-    return model.decoder.apply({"params": params}, tokens, method="embed_tokens")
+    return model.as_chunk(model.decoder.apply({"params": params}, tokens, method="embed_tokens"))
 
 
-def _for_samples(model, params, cache, last, *, samples):
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (cache, last))
+def _for_samples(model, cache, last, *, samples):
+    cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), (cache, last))
+    return model.as_cache(cache), model.by_row(last)
 
 
-def _first(model, params, last, draw, seen):
-    return next_token(_logits(model, params, last[:, None])[:, 0], draw, jnp.int32(0), seen)
+def _first(model, params, hidden, position, last, draw, eos, seen, text):
+    logits = _logits(model, params, hidden[:, None])[:, 0]
+    token = next_token(logits, draw, jnp.int32(0), seen)
+    last = jnp.where(jnp.isin(token, eos), position, last)
+    return model.by_row((token, last, _put(text, token[:, None], position)))
 
 
-def _run_segment(step, state, done, outputs, steps):
-    """Runs decode steps until all rows are done, at most a segment.
+def _put(text: jax.Array | None, ids: jax.Array, position: jax.Array) -> jax.Array | None:
+    """Writes ids [batch, count] of each row from a position on."""
+    if text is None:
+        return None
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
+        text, ids, position, 0
+    )
 
-    Args:
-      step: state -> (state, outputs).
-      state: state before the first step.
-      done: state -> [batch] whether rows are done.
-      outputs: shapes and dtypes of what a step returns beside the state.
-      steps: length of the segment.
+
+def _decode_step(model, params, tables, state, draw, eos, drafted):
+    """Runs each row's last token and `drafted` drafts after it.
 
     Returns:
-      The state, the outputs as [steps, ...] and the number of steps that were run.
+      The new state, [batch, drafted + 1] chosen ids, and [batch] how many of them are accepted.
     """
-
-    def unfinished(carry):
-        i, state, _ = carry
-        return (i < steps) & ~jnp.all(done(state))
-
-    def body(carry):
-        i, state, all_outputs = carry
-        state, new = step(state)
-        return i + 1, state, jax.tree.map(lambda x, y: x.at[i].set(y), all_outputs, new)
-
-    empty = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), outputs)
-    count, state, found = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, empty))
-    return state, found, count
-
-
-def _decode(model, params, tables, state, draw, eos, *, steps):
-    def done(state: DecodeState) -> jax.Array:
-        return (state.position >= state.last) | jnp.isin(state.token, eos)
-
-    def step(state: DecodeState) -> tuple[DecodeState, jax.Array]:
-        tokens, positions = state.token[:, None], state.position[:, None]
-        hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
-        seen = state.seen
+    tokens, at = state.token[:, None], state.position[:, None]
+    if drafted:
+        draft = prompt_lookup.draft(state.text, state.position, drafted)
+        tokens = jnp.concatenate([tokens, draft], axis=1)
+    positions = at + jnp.arange(drafted + 1)
+    hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
+    logits, seen = _logits(model, params, hidden), state.seen
+    new = state.last - state.position  # 0 in rows that are done
+    if drafted:
+        chosen = likeliest(logits)
+        new = jnp.minimum(prompt_lookup.num_accepted(draft, chosen), new)
+        if block := cache[0].block:  # logits past the first token's block are undefined
+            new = jnp.minimum(new, block - state.position % block)
+    else:
         if seen is not None:
             seen = seen.at[jnp.arange(seen.shape[0]), state.token].set(True)
-        token = next_token(_logits(model, params, hidden)[:, 0], draw, state.step, seen)
-        stay = done(state)
-        token = jnp.where(stay, state.token, token)
-        position = jnp.where(stay, state.position, state.position + 1)
-        state = DecodeState(cache, token, position, state.last, state.step + 1, seen)
-        return state, token
+        chosen = next_token(logits[:, 0], draw, state.step, seen)[:, None]
+        new = jnp.minimum(1, new)
+    accepted = jnp.arange(drafted + 1) < new[:, None]
+    ended = jnp.any(jnp.isin(chosen, eos) & accepted, axis=1)
+    newest = jnp.take_along_axis(chosen, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
+    position = state.position + new
+    state = DecodeState(
+        cache=cache,
+        token=jnp.where(new > 0, newest, state.token),
+        position=position,
+        last=jnp.where(ended, position, state.last),
+        step=state.step + 1,
+        seen=seen,
+        text=_put(state.text, chosen, state.position + 1),
+    )
+    return state, (chosen, new)
 
-    state, tokens, count = _run_segment(step, state, done, state.token, steps)
-    return state, (tokens.T, count)
+
+def _decode(model, params, tables, state, draw, eos, *, steps, drafted):
+    def unfinished(carry):
+        i, state, _ = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    def body(carry):
+        i, state, outputs = carry
+        state, new = _decode_step(model, params, tables, state, draw, eos, drafted)
+        return i + 1, state, jax.tree.map(lambda x, y: x.at[i].set(y), outputs, new)
+
+    batch = state.token.shape[0]
+    empty = jnp.zeros((steps, batch, drafted + 1), jnp.int32), jnp.zeros((steps, batch), jnp.int32)
+    count, state, outputs = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, empty))
+    outputs = model.by_row(jax.tree.map(lambda x: x.swapaxes(0, 1), outputs))
+    rows = model.by_row(state.replace(cache=None, step=None))
+    return rows.replace(cache=model.as_cache(state.cache), step=state.step), (*outputs, count)
 
 
 def _teacher_forced_decode(model, params, tables, cache, tokens, position):
@@ -165,67 +176,14 @@ def _teacher_forced_decode(model, params, tables, cache, tokens, position):
         return (cache, at + 1), _logits(model, params, hidden)[:, 0]
 
     (cache, _), scores = jax.lax.scan(step, (cache, position), tokens.T)
-    return cache, scores.swapaxes(0, 1)
-
-
-def _lookup(model, params, tables, state, eos, *, steps, drafted):
-    def step(state: LookupState) -> tuple[LookupState, tuple[jax.Array, jax.Array]]:
-        at = state.position[:, None]
-        draft = prompt_lookup.draft(state.tokens, state.position, drafted)
-        tokens = jnp.take_along_axis(state.tokens, at, axis=1)
-        tokens = jnp.concatenate([tokens, draft], axis=1)
-        positions = at + jnp.arange(drafted + 1)
-        hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
-        chosen = likeliest(_logits(model, params, hidden))
-        new = jnp.minimum(prompt_lookup.num_accepted(draft, chosen), state.last - state.position)
-        if float_tail := cache[0].float_tail:  # logits past the current block are undefined
-            new = jnp.minimum(new, float_tail.block - state.position % float_tail.block)
-        put = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        position = state.position + new
-        ended = jnp.isin(chosen, eos) & (jnp.arange(drafted + 1) < new[:, None])
-        state = state.replace(
-            cache=cache,
-            tokens=put(state.tokens, chosen, state.position + 1, 0),
-            position=position,
-            last=jnp.where(jnp.any(ended, axis=1), position, state.last),
-        )
-        return state, (chosen, new)
-
-    rows = state.position
-    outputs = jax.ShapeDtypeStruct((*rows.shape, drafted + 1), jnp.int32), rows
-    state, (tokens, counts), count = _run_segment(
-        step, state, lambda state: state.position >= state.last, outputs, steps
-    )
-    return state, (tokens.swapaxes(0, 1), counts.T, count)
-
-
-def _decode_state_shardings(model: ShardedModel) -> tuple[DecodeState, tuple]:
-    rows = model.rows
-    state = DecodeState(
-        cache=model.cache_after_step,
-        token=rows,
-        position=rows,
-        last=rows,
-        step=model.replicated,
-        seen=rows,
-    )
-    return state, (rows, model.replicated)
-
-
-def _lookup_state_shardings(model: ShardedModel) -> tuple[LookupState, tuple]:
-    rows = model.rows
-    state = LookupState(cache=model.cache, tokens=rows, position=rows, last=rows)
-    return state, (rows, rows, model.replicated)
+    return model.as_cache(cache), model.by_row(scores.swapaxes(0, 1))
 
 
 # Arguments and results are those of Engine's methods of the same names, with `model` first.
-prefill = Program(_prefill, lambda m: (m.cache_after_step, m.rows), donate_argnums=2)
-score = Program(_score, lambda m: (m.cache, m.rows), donate_argnums=2)
-embed = Program(_embed, lambda m: sharding(m.mesh, CHUNK_SPEC))
-for_samples = Program(_for_samples, lambda m: (m.cache_after_step, m.rows))
-first = Program(_first, lambda m: m.rows)
-decode = Program(_decode, _decode_state_shardings, donate_argnums=2)
-teacher_forced_decode = Program(
-    _teacher_forced_decode, lambda m: (m.cache_after_step, m.rows), donate_argnums=2
-)
-decode_with_lookup = Program(_lookup, _lookup_state_shardings, donate_argnums=2)
+prefill = Program(_prefill, donate_argnames=["cache"])
+score = Program(_score, donate_argnames=["cache"])
+embed = Program(_embed)
+for_samples = Program(_for_samples, static_argnames=["samples"])
+first = Program(_first)
+decode = Program(_decode, donate_argnames=["state"], static_argnames=["steps", "drafted"])
+teacher_forced_decode = Program(_teacher_forced_decode, donate_argnames=["cache"])

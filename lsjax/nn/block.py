@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.nn.attention import Attention, PositionInputs, SelfAttention
 from lsjax.nn.linear import Linear, RMSNorm
 
@@ -30,18 +30,19 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP; families with post norms also normalize what is added back.
 
-    See Attention for the attributes and for the arguments and results of `__call__`.
+    `kind` is that of the layer. See Attention for the other attributes, and for the arguments and
+    results of `__call__`.
     """
 
     config: ModelConfig
     mesh: Mesh
-    window: int | None
+    kind: LayerKind
     self_attention: SelfAttention = self_attention
 
     def setup(self):
         c = self.config
         self.attn_norm = RMSNorm(c.norm_eps)
-        self.attn = Attention(c, self.mesh, self.window, self.self_attention)
+        self.attn = Attention(c, self.mesh, self.kind.window, self.self_attention)
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = GatedMLP(c)
         if c.post_norms:
@@ -52,19 +53,19 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        places: PositionInputs,
+        inputs: PositionInputs,
         cache: LayerCache | None,
         lengths: jax.Array | None,
         decode: bool,
         begin: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        x, cache = self.attend(x, positions, places, cache, lengths, decode, begin)
+        x, cache = self.attend(x, positions, inputs, cache, lengths, decode, begin)
         return self.feed_forward(x), cache
 
-    def attend(self, x, positions, places, cache, lengths, decode, begin=None):
+    def attend(self, x, positions, inputs, cache, lengths, decode, begin=None):
         """Runs the attention half, which mixes tokens; arguments and results as in `__call__`."""
         y = self.attn_norm(x)
-        y, cache = self.attn(y, positions, places, cache, lengths, decode, begin)
+        y, cache = self.attn(y, positions, inputs, cache, lengths, decode, begin)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention.differentiable import self_attention
-from lsjax.cache import KVCache
+from lsjax.cache import KVCache, LayerCache
 from lsjax.config import ModelConfig
 from lsjax.nn.attention import PositionInputs, SelfAttention
 from lsjax.nn.block import Block
 from lsjax.nn.linear import Embedding, RMSNorm
 from lsjax.positions.alibi import layer_slopes
-from lsjax.positions.rotary import RotaryTables, cos_sin
+from lsjax.positions.rotary import RotaryTables
 
 
 class Decoder(nn.Module):
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.mesh)
-        self.layers = [Block(c, self.mesh, window, self.self_attention) for window in c.windows]
+        self.layers = [Block(c, self.mesh, kind, self.self_attention) for kind in c.layers]
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tie_embeddings:
             self.lm_head = Embedding(
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
         Args:
           tokens: [batch, length] token ids.
-          positions: [batch, length]; see lsjax.attention.cached for the allowed values.
+          positions: [batch, length]; see update_and_attend for the allowed values.
           tables: rotary tables of the requests in the batch.
           cache: KV cache with all earlier tokens; None if the tokens are whole rows and
             gradients are needed.
@@ -79,34 +79,29 @@ class Decoder(nn.Module):
           tokens written.
         """
         x = self.embed_tokens(tokens)
-        places = self._places(tables, positions)
+        inputs = self.position_inputs(tables, positions)
         # To initialize parameters or record intermediates, the bound modules themselves must run.
         recorded = any(map(self.is_mutable_collection, ("params", "intermediates")))
         entries = []
         for i, layer in enumerate(self.layers):
-            run = layer if recorded else functools.partial(self._run, i)
             entry = None if cache is None else cache[i]
-            x, entry = run(x, positions, places[i], entry, lengths, decode, begin)
+            args = x, positions, inputs[i], entry, lengths, decode, begin
+            if recorded:
+                x, entry = layer(*args)
+            else:
+                x, entry = run_layer(self, i, layer.variables["params"], *args)
             entries.append(entry)
         return self.apply_final_norm(x), None if cache is None else tuple(entries)
 
-    def _places(self, tables: RotaryTables, positions: jax.Array) -> Sequence[PositionInputs]:
-        """Returns the `places` of each layer; see Attention."""
+    def position_inputs(
+        self, tables: RotaryTables, positions: jax.Array | None = None
+    ) -> Sequence[PositionInputs]:
+        """Returns what each layer is given of positions, with their angles if they are known."""
         c = self.config
-        if not c.alibi:
-            return [cos_sin(tables, positions)] * c.num_layers
-        return layer_slopes(c, self.heads)
-
-    def _run(self, i: int, x, positions, places, entry, lengths, decode, begin):
-        """Runs layer i; arguments and results as in Block."""
-        weights = self.layers[i].variables["params"]
-        if self.all_gather_weights and entry is not None and not decode:
-            # Wait for the layer's input: XLA would otherwise hold gathered weights of many layers.
-            x, weights = jax.lax.optimization_barrier((x, weights))
-            weights = self.all_gather_weights(f"layers_{i}", weights)
-        window = self.config.windows[i]
-        block = Block(self.config, self.mesh, window, self.self_attention, parent=None)
-        return _run_block(block, decode, weights, x, positions, places, entry, lengths, begin)
+        if c.alibi:
+            return [PositionInputs(slopes=slopes) for slopes in layer_slopes(c, self.heads)]
+        inputs = PositionInputs(tables)
+        return [inputs if positions is None else inputs.at(positions)] * c.num_layers
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embeds [batch, length] token ids as [batch, length, hidden], the first layer's input."""
@@ -122,7 +117,32 @@ class Decoder(nn.Module):
         return head.logits(hidden)
 
 
+def run_layer(
+    decoder: Decoder,
+    i: int,
+    weights: dict,
+    x: jax.Array,
+    positions: jax.Array,
+    inputs: PositionInputs,
+    cache: LayerCache | None,
+    lengths: jax.Array | None = None,
+    decode: bool = False,
+    begin: jax.Array | None = None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Runs layer i of a decoder, whose module need not be bound, with its weights.
+
+    See Attention for the other arguments and the results. In prefill the weights are gathered over
+    the context axis first. Layers that are alike are traced and lowered once.
+    """
+    if decoder.all_gather_weights and cache is not None and not decode:
+        # Wait for the layer's input: XLA would otherwise hold gathered weights of many layers.
+        x, weights = jax.lax.optimization_barrier((x, weights))
+        weights = decoder.all_gather_weights(f"layers_{i}", weights)
+    kind = decoder.config.layers[i]
+    block = Block(decoder.config, decoder.mesh, kind, decoder.self_attention, parent=None)
+    return _run_block(block, decode, weights, x, positions, inputs, cache, lengths, begin)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(block, decode, weights, x, positions, places, entry, lengths, begin):
-    """Runs one layer; traced and lowered once for all identical layers."""
-    return block.apply({"params": weights}, x, positions, places, entry, lengths, decode, begin)
+def _run_block(block, decode, weights, x, positions, inputs, cache, lengths, begin):
+    return block.apply({"params": weights}, x, positions, inputs, cache, lengths, decode, begin)

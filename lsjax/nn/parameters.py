@@ -24,15 +24,15 @@ def abstract_parameters(
     config: ModelConfig, mesh: Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape, dtype and sharding of each parameter, by path ("layers_0/attn/q/weight")."""
-    one = dataclasses.replace(config.traced, num_layers=1, windows=config.windows[:1])
-    first, found = {}, {}
-    for path, box in _boxed_parameters(one, dtype).items():
-        shape = box.value.shape
-        where = sharding(mesh, parameter_spec(mesh, box.names, shape))
-        leaf = jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=where)
-        (first if path.startswith(_FIRST_LAYER) else found)[path] = leaf
-    for i in range(config.num_layers):  # all layers are alike
-        found |= {path.replace(_FIRST_LAYER, f"layers_{i}/"): leaf for path, leaf in first.items()}
+    found = {}
+    for i, kind in enumerate(config.layers):  # layers of one kind are traced once
+        one = dataclasses.replace(config.traced, layers=(kind,))
+        for path, box in _boxed_parameters(one, dtype).items():
+            shape = box.value.shape
+            where = sharding(mesh, parameter_spec(mesh, box.names, shape))
+            path = path.replace(_FIRST_LAYER, f"layers_{i}/")
+            if path not in found:
+                found[path] = jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=where)
     return found
 
 

@@ -3,21 +3,16 @@
 The formula for temporaries was fitted to compiled programs; tests/ahead compares the two.
 """
 
-import collections
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
-from lsjax.cache import CacheSpec, empty_layer
-from lsjax.cache.partition_specs import compressed_cache_spec, layer_cache_spec
-from lsjax.compression.shapes import compressed_shapes
 from lsjax.config import ModelConfig
-from lsjax.distributed.sharding import sharding
-from lsjax.inference.request import round_up
+from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
 
@@ -67,9 +62,10 @@ def needs_of(
     cache = cache_bytes(config, platform, deployment, input_length)
     decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
     prefill = _prefill_temporaries(config, platform, deployment, layer)
-    if deployment.compression and not deployment.compression.razor.streaming:
-        spec = deployment.cache_spec(input_length)
-        prefill += _layer_bytes(config, platform, deployment, spec)
+    if deployment.compression and deployment.compression.by_layer:
+        spec = dataclasses.replace(deployment.cache_spec_for(input_length), policy=None)
+        one = dataclasses.replace(config, layers=config.layers[:1])
+        prefill += spec.nbytes(one, deployment.mesh, platform)
         prefill += hidden_bytes(config, deployment, input_length)
     return {
         "prefill": MemoryUsage(weights, cache, prefill),
@@ -78,12 +74,11 @@ def needs_of(
 
 
 @functools.lru_cache
-def weight_bytes(config: ModelConfig, mesh: tuple[int, int, int], dtype: str) -> tuple[int, int]:
+def weight_bytes(config: ModelConfig, mesh: AbstractMesh, dtype: str) -> tuple[int, int]:
     """Returns the bytes per device of one layer's weights, and of all weights outside layers."""
-    devices = Deployment(mesh, dtype, dtype, 1, 1, 1).abstract_mesh
     layer = rest = 0
-    for path, leaf in abstract_parameters(config, devices, dtype).items():
-        nbytes = _shard_bytes(leaf, leaf.sharding)
+    for path, leaf in abstract_parameters(config, mesh, dtype).items():
+        nbytes = _shard_bytes(leaf)
         if path.startswith("layers_0/"):
             layer += nbytes
         elif not path.startswith("layers_"):
@@ -95,47 +90,24 @@ def cache_bytes(
     config: ModelConfig, platform: str, deployment: Deployment, input_length: int
 ) -> int:
     """Returns the bytes per device of the whole cache."""
-    spec = deployment.cache_spec(input_length)
-    if deployment.compression is None:
-        layers = collections.Counter(config.windows).items()
-        return sum(n * _layer_bytes(config, platform, deployment, spec, w) for w, n in layers)
-    layers = compressed_shapes(config, spec, deployment.compression, input_length, platform)
-    return sum(_bytes(layer, compressed_cache_spec(layer), deployment) for layer in layers)
-
-
-def _layer_bytes(
-    config: ModelConfig,
-    platform: str,
-    deployment: Deployment,
-    spec: CacheSpec,
-    window: int | None = None,
-) -> int:
-    """Returns the bytes per device of the uncompressed cache of a layer with such a window."""
-    layer = jax.eval_shape(lambda: empty_layer(config, spec, platform, window))
-    return _bytes(layer, layer_cache_spec(layer), deployment)
+    return deployment.cache_spec_for(input_length).nbytes(config, deployment.mesh, platform)
 
 
 def hidden_bytes(config: ModelConfig, deployment: Deployment, input_length: int) -> int:
     """Returns the bytes per device of all hidden states, which layer-by-layer prefill holds."""
-    data, context, _ = deployment.mesh
+    data, context, _ = deployment.sizes.values()
     tokens = deployment.batch // data * round_up(input_length, deployment.prefill_chunk) // context
     return tokens * config.hidden_size * jnp.dtype(deployment.dtype).itemsize
 
 
-def _bytes(tree: Any, specs: Any, deployment: Deployment) -> int:
-    """Returns the bytes per device of arrays sharded by their partition specs."""
-    placed = jax.tree.map(lambda s: sharding(deployment.abstract_mesh, s), specs)
-    return sum(map(_shard_bytes, *map(jax.tree.leaves, (tree, placed))))
-
-
-def _shard_bytes(x: jax.ShapeDtypeStruct, placed: jax.sharding.NamedSharding) -> int:
-    return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
+def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def _prefill_temporaries(
     config: ModelConfig, platform: str, deployment: Deployment, layer: int
 ) -> int:
-    data, context, model = deployment.mesh
+    data, context, model = deployment.sizes.values()
     takes, split = _TEMPORARIES[platform], int(model > 1)
     tokens = deployment.batch // data * deployment.prefill_chunk // context
     channels = takes.mlp * config.intermediate_size / model

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
-from lsjax.cache import CACHE_DTYPES, round_up_to_blocks
-from lsjax.distributed.sharding import AXES
+from lsjax.cache import CACHE_DTYPES
+from lsjax.distributed.sequence_layout import round_up_to_blocks
+from lsjax.distributed.sharding import AXES, abstract_mesh
 from lsjax.errors import UserError
+from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request, caches_held
 from lsjax.planning.arithmetic import needs_of
@@ -53,7 +55,9 @@ def longest_here(
     target = dataclasses.replace(target, memory=int(0.95 * target.memory))
     data = options.mesh.shape["data"]
     deployment = _layout(options, -(-batch // data) * data, output_length)
-    bound = longest_served(options.config, output_length, allow_untrained_length)
+    bound = longest_served(
+        options.config, output_length, allow_untrained_length, options.compression
+    )
     return longest_that_fits(options.config, target, deployment, bound)
 
 
@@ -64,15 +68,9 @@ def local_target(options: Options) -> Target:
 
 
 def _layout(options: Options, batch: int, output_length: int) -> Deployment:
-    return Deployment(
-        tuple(options.mesh.shape[axis] for axis in AXES),
-        options.dtype,
-        options.kv_cache_dtype,
-        options.prefill_chunk,
-        batch,
-        output_length,
-        options.compression,
-    )
+    settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(EngineConfig)}
+    settings["mesh"] = abstract_mesh(tuple(options.mesh.shape[axis] for axis in AXES))
+    return Deployment(**settings, batch=batch, output_length=output_length)
 
 
 def _that_fit(
@@ -91,7 +89,7 @@ def _that_fit(
     if smaller < deployment.prefill_chunk:
         others.append((f"--prefill_chunk {smaller}", {"prefill_chunk": smaller}))
     if options.mesh.size < target.devices:
-        all_of_them = (1, target.devices, 1)
+        all_of_them = abstract_mesh((1, target.devices, 1))
         others.append((f"--mesh context={target.devices}", {"mesh": all_of_them}))
     for flags, changes in others:
         try_this = dataclasses.replace(deployment, **changes)

@@ -1,5 +1,6 @@
 """Bytes per device according to the compiler, from the programs that would run."""
 
+import dataclasses
 from typing import Any
 
 from lsjax.config import ModelConfig
@@ -28,16 +29,10 @@ def compile_for(
       UserError: the target's compiler is not installed, or the target has too few devices.
     """
     mesh = target_mesh(target, deployment.sizes)
-    spec = deployment.cache_spec(input_length)
-    options = (
-        deployment.dtype,
-        deployment.kv_cache_dtype,
-        deployment.prefill_chunk,
-        deployment.compression,
-    )
-    engine = Engine(config, mesh, *options)
+    spec = deployment.cache_spec_for(input_length)
+    engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
     try:
-        prefill, decode = (p.memory_analysis() for p in engine.compile_ahead(spec, input_length))
+        prefill, decode = (p.memory_analysis() for p in engine.compile_ahead(spec))
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLargeError(str(error).partition("\n")[0]) from None

@@ -2,57 +2,32 @@
 
 import dataclasses
 
-from jax.sharding import AbstractMesh
-
 from lsjax.cache import CacheSpec
-from lsjax.compression import Compression
-from lsjax.distributed.sharding import AXES, abstract_mesh
-from lsjax.inference.request import cache_spec
+from lsjax.inference.engine_config import EngineConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Deployment:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deployment(EngineConfig):
     """Layout of a model on devices: all that decides the memory per device but the prompt length.
 
+    The mesh has a shape but no devices.
+
     Attributes:
-      mesh: devices along the data, context and model axes.
-      dtype: dtype of weights and activations.
-      kv_cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
-      prefill_chunk: prompt tokens per prefill step; a whole number of zigzag blocks, see Zigzag.
       batch: number of prompts answered together.
       output_length: number of tokens to generate.
-      compression: KV head compression, or None.
     """
 
-    mesh: tuple[int, int, int]
-    dtype: str
-    kv_cache_dtype: str
-    prefill_chunk: int
     batch: int
     output_length: int
-    compression: Compression | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of devices by axis name."""
-        return dict(zip(AXES, self.mesh, strict=True))
+        """Number of devices by axis name: data, context, model."""
+        return dict(self.mesh.shape)
 
-    @property
-    def abstract_mesh(self) -> AbstractMesh:
-        """Mesh that has a shape but no devices."""
-        return abstract_mesh(self.mesh)
-
-    def cache_spec(self, input_length: int) -> CacheSpec:
+    def cache_spec_for(self, input_length: int) -> CacheSpec:
         """Returns the spec of the cache that run_pa makes for prompts of this many tokens."""
-        return cache_spec(
-            self.abstract_mesh,
-            self.batch,
-            input_length,
-            self.output_length,
-            self.prefill_chunk,
-            self.kv_cache_dtype,
-            self.dtype,
-        )
+        return self.cache_spec(self.batch, input_length, self.output_length)
 
     @property
     def mesh_text(self) -> str:

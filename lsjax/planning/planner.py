@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lsjax.cache import CACHE_DTYPES, round_up_to_blocks
-from lsjax.compression import RazorConfig, estimate_without_scores, parse_compression
+from lsjax.cache import CACHE_DTYPES
+from lsjax.compression import Compression, CompressionSettings, parse_compression
 from lsjax.config import MAX_POSITIONS, ModelConfig
-from lsjax.distributed.sharding import check_fits_mesh, parse_mesh
+from lsjax.distributed.sequence_layout import round_up_to_blocks
+from lsjax.distributed.sharding import abstract_mesh, check_fits_mesh, parse_mesh
 from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.inference.options import COMPUTE_DTYPES, one_of
@@ -41,7 +42,7 @@ def plan(
     mesh: str | Mapping[str, int] = "",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
-    kv_compression: str | Mapping[str, Any] | RazorConfig | None = None,
+    kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
     prefill_chunk: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     allow_untrained_length: bool = False,
@@ -76,18 +77,19 @@ def plan(
     config = override_rope_scaling(config, rope_scaling)
     if not isinstance(target, Target):
         target = find_target(target)
+    compression = parse_compression(kv_compression)
+    kept = compression and compression.estimate(config, 1)
     if max_input_length is not None:
         check_exact_length(config, max_input_length + max_output_length)
         if not allow_untrained_length:
-            check_total(config, max_input_length + max_output_length, max_input_length)
-    bound = longest_served(config, max_output_length, allow_untrained_length)
+            check_total(config, max_input_length + max_output_length, max_input_length, kept)
+    bound = longest_served(config, max_output_length, allow_untrained_length, kept)
     if dtype == "auto":
         dtype = "float32" if target.platform == "cpu" else "bfloat16"
     one_of("dtype", dtype, COMPUTE_DTYPES)
     if kv_cache_dtype != "auto":
         one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
-    razor = parse_compression(kv_compression)
-    free = SearchSpace(config, target, dtype, max_batch_size, max_output_length, razor)
+    free = SearchSpace(config, target, dtype, max_batch_size, max_output_length, compression)
     asked = dataclasses.replace(
         free,
         mesh=_checked_mesh(config, target, mesh, max_batch_size) if mesh else None,
@@ -120,7 +122,12 @@ def plan(
     )
 
 
-def longest_served(config: ModelConfig, output_length: int, allow_untrained_length: bool) -> int:
+def longest_served(
+    config: ModelConfig,
+    output_length: int,
+    allow_untrained_length: bool,
+    compression: Compression | None,
+) -> int:
     """Returns the longest prompt that the model serves, in tokens.
 
     With allow_untrained_length, only the range of positions and exact_length bound it.
@@ -128,7 +135,8 @@ def longest_served(config: ModelConfig, output_length: int, allow_untrained_leng
     Raises:
       UserError: the output leaves no room for a prompt.
     """
-    served = MAX_POSITIONS if allow_untrained_length else config.served_length
+    served = compression.served_length(config) if compression else config.served_length
+    served = MAX_POSITIONS if allow_untrained_length else served
     served = min(served, MAX_POSITIONS, config.exact_length or MAX_POSITIONS)
     if served <= output_length:
         raise UserError(
@@ -209,7 +217,7 @@ class SearchSpace:
     Attributes:
       config: model configuration.
       target: devices to plan for.
-      razor: settings of KV head compression, or None for no compression.
+      compression: settings of KV compression, or None for none.
       dtype, batch, output_length, mesh, kv_cache_dtype, prefill_chunk: settings of the layouts,
         see Deployment.
     """
@@ -219,7 +227,7 @@ class SearchSpace:
     dtype: str
     batch: int
     output_length: int
-    razor: RazorConfig | None
+    compression: CompressionSettings | None
     mesh: tuple[int, int, int] | None = None
     kv_cache_dtype: str | None = None
     prefill_chunk: int | None = None
@@ -270,16 +278,16 @@ class SearchSpace:
     def layouts(self, kv_cache_dtype: str) -> Iterable[Deployment]:
         """Yields all layouts with a cache of this dtype."""
         for mesh in [self.mesh] if self.mesh else self.meshes():
-            compression = self.razor and estimate_without_scores(self.razor, self.config, mesh[2])
+            compression = self.compression and self.compression.estimate(self.config, mesh[2])
             for chunk in self.chunks(mesh[1]):
                 yield Deployment(
-                    mesh,
-                    self.dtype,
-                    kv_cache_dtype,
-                    chunk,
-                    self.batch,
-                    self.output_length,
-                    compression,
+                    mesh=abstract_mesh(mesh),
+                    dtype=self.dtype,
+                    kv_cache_dtype=kv_cache_dtype,
+                    prefill_chunk=chunk,
+                    compression=compression,
+                    batch=self.batch,
+                    output_length=self.output_length,
                 )
 
     def meshes(self) -> list[tuple[int, int, int]]:
@@ -330,18 +338,9 @@ class SearchSpace:
             )
         elif others and not fitting:
             yield f"no other mesh of {self.target.devices} devices holds {length:,} tokens"
-        if self.razor:
-            parts = best.compression.parts(length)
-            sizes = sorted({spec.slots for p in parts for _, spec in p.windows})
-            yield (
-                f"{best.compression.num_full_heads(length)} KV heads of "
-                f"{self.config.num_layers * self.config.num_kv_heads} keep everything"
-                + ("" if self.razor.heads else ", spread evenly as far as is known")
-                + ("; the others keep " if sizes else "")
-                + " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
-                + (" tokens" if sizes else "")
-            )
-        if best.mesh[1] > 1:
+        if best.compression:
+            yield best.compression.summary(self.config, length)
+        if best.sizes["context"] > 1:
             yield "each chunk gathers the weights once, so that fewer, larger chunks send less"
 
 

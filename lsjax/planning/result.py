@@ -104,8 +104,7 @@ def _as_flags(deployment: Deployment) -> dict[str, Any]:
         "mesh": deployment.mesh_text,
         "dtype": deployment.dtype,
         "kv_cache_dtype": deployment.kv_cache_dtype,
-        "kv_compression": deployment.compression
-        and dataclasses.asdict(deployment.compression.razor),
+        "kv_compression": deployment.compression and deployment.compression.settings,
         "prefill_chunk": deployment.prefill_chunk,
         "max_batch_size": deployment.batch,
         "max_output_length": deployment.output_length,

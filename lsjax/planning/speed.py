@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.config import ModelConfig
-from lsjax.inference.request import round_up
+from lsjax.inference.engine_config import round_up
 from lsjax.planning.arithmetic import cache_bytes, weight_bytes
 from lsjax.planning.deployment import Deployment
 from lsjax.planning.targets import Target
@@ -54,8 +54,8 @@ def expected_speed(
     rates = measured_rates(target.devices) if target.platform == "cpu" else target.rates
     if rates is None:
         return None
-    _, context, model = deployment.mesh
-    devices = deployment.sizes["data"] * context * model
+    data, context, model = deployment.sizes.values()
+    devices = data * context * model
     itemsize = jnp.dtype(deployment.dtype).itemsize
     layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype)
     whole_layers = config.num_layers * layer * context  # bytes per shard of the model axis

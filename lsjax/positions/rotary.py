@@ -73,6 +73,16 @@ def cos_sin(tables: RotaryTables, positions: jax.Array) -> tuple[jax.Array, jax.
     return cos_high * cos_low - sin_high * sin_low, sin_high * cos_low + cos_high * sin_low
 
 
+def rotation_back(tables: RotaryTables, distance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin that rotate back by [batch, length] positions, shaped as of `cos_sin`.
+
+    They have no attention factor, which rotated vectors have already.
+    """
+    cos, sin = cos_sin(tables, distance)
+    factor = tables.low[:, :1, 0, :]  # the cosine at position 0
+    return cos / factor, -sin / factor
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
     """Rotates the first 2 * cos.shape[-1] channels of each head.
 

@@ -2,21 +2,11 @@
 
 import dataclasses
 import os
-import time
-from collections.abc import Callable
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-
-_disk_hits = 0
-
-
-def _count_disk_hits(event: str, **_: Any) -> None:
-    global _disk_hits
-    _disk_hits += event == "/jax/compilation_cache/cache_hits"
-
-
-jax.monitoring.register_event_listener(_count_disk_hits)
 
 
 @dataclasses.dataclass
@@ -25,7 +15,7 @@ class CompileClock:
 
     Attributes:
       seconds: time spent tracing and compiling, or reading from the persistent cache.
-      compilations: number of programs compiled, without those read from the persistent cache.
+      compilations: number of Programs compiled, without those read from the persistent cache.
     """
 
     seconds: float = 0.0
@@ -33,67 +23,72 @@ class CompileClock:
 
 
 CLOCK = CompileClock()
-
-
-class Owner(Protocol):
-    """An object that programs are compiled for, and that keeps them.
-
-    Attributes:
-      platform: cpu, gpu (or cuda) or tpu.
-      compiled: compiled programs, which live as long as the owner does.
-    """
-
-    platform: str
-    compiled: dict[Any, Callable]
+_DURATIONS = "/jax/core/compile/"
+_programs: dict[str, "Program"] = {}  # by the name of their function, as JAX reports it
+_read_from_disk = threading.local()
 
 
 class Program:
-    """A function of (owner, params, ...) that is compiled once per owner and argument shapes.
+    """A function of (model, ...), compiled once for each model and shapes of its arguments.
 
-    The owner and keyword arguments are static. Params have the same shapes in all calls with an
-    owner, so the lookup of compiled programs ignores them. `donate_argnums` counts arguments
-    without the owner.
+    The model is static, and so are the arguments named in `static_argnames`. The compiler's options
+    depend on the platform that the model says it runs on.
     """
 
     def __init__(
         self,
         function: Callable,
-        out_shardings: Callable[[Any], Any] | None = None,
-        donate_argnums: int | tuple[int, ...] = (),
+        donate_argnames: Sequence[str] = (),
+        static_argnames: Sequence[str] = (),
     ):
-        self._function, self._out_shardings = function, out_shardings
-        self._donate_argnums = donate_argnums
+        self._function = function
+        self._names = {"donate_argnames": donate_argnames, "static_argnames": static_argnames}
+        self._jitted: dict[str, Any] = {}
+        _programs[f"jit({function.__name__})"] = self
 
-    def lower(self, owner: Owner, *args: Any, **static: Any) -> jax.stages.Lowered:
-        """Lowers the program, so that it can be compiled; the result is not kept.
+    def __call__(self, model: Any, *args: Any, **static: Any) -> Any:
+        return self._on(model.platform)(model, *args, **static)
 
-        Arguments may be shapes with shardings, on devices that need not be present.
-        """
+    def lower(self, model: Any, *args: Any, **static: Any) -> jax.stages.Lowered:
+        """Lowers the program, to be compiled for devices that need not be present."""
+        return self._on(model.platform).lower(model, *args, **static)
 
-        def function(*args: Any) -> Any:
-            return self._function(owner, *args, **static)
+    def forget(self) -> None:
+        """Releases what has been compiled."""
+        for jitted in self._jitted.values():
+            jitted.clear_cache()
 
-        function.__name__ = self._function.__name__  # the name of the program in profiles
-        options = {}
-        if self._out_shardings is not None:
-            options["out_shardings"] = self._out_shardings(owner)
-        return jax.jit(
-            function,
-            donate_argnums=self._donate_argnums,
-            compiler_options=compiler_options(owner.platform),
-            **options,
-        ).lower(*args)
+    def _on(self, platform: str) -> Any:
+        if platform not in self._jitted:
+            options = compiler_options(platform)
+            self._jitted[platform] = jax.jit(
+                self._function, static_argnums=0, compiler_options=options, **self._names
+            )
+        return self._jitted[platform]
 
-    def __call__(self, owner: Owner, *args: Any, **static: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args[1:])
-        shapes = tuple((x.shape, x.dtype) for x in leaves)
-        key = self, tuple(static.items()), structure, shapes
-        if key not in owner.compiled:
-            start, hits = time.perf_counter(), _disk_hits
-            owner.compiled[key] = self.lower(owner, *args, **static).compile()
-            CLOCK.seconds += time.perf_counter() - start
-            CLOCK.compilations += _disk_hits == hits
-        return owner.compiled[key](*args)
+
+def forget_compiled_programs() -> None:
+    """Releases all compiled Programs: each takes many of the process's memory mappings."""
+    for program in _programs.values():
+        program.forget()
+
+
+def _on_event(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _read_from_disk.last = True
+
+
+def _on_duration(event: str, seconds: float, *, fun_name: str = "", **_: Any) -> None:
+    if not event.startswith(_DURATIONS):
+        return
+    CLOCK.seconds += seconds
+    if event == _DURATIONS + "backend_compile_duration":
+        CLOCK.compilations += fun_name in _programs and not getattr(_read_from_disk, "last", False)
+        _read_from_disk.last = False
+
+
+jax.monitoring.register_event_listener(_on_event)
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
 def compiler_options(platform: str) -> dict[str, Any]:

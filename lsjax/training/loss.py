@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import Zigzag
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
-from lsjax.positions.alibi import layer_slopes
-from lsjax.positions.rotary import RotaryTables, cos_sin
+from lsjax.positions.rotary import RotaryTables
 from lsjax.training.batch import Batch
 from lsjax.training.cross_entropy import cross_entropy
 from lsjax.training.embedding import embed
@@ -75,8 +74,8 @@ class Loss:
         self, params: dict, hidden: jax.Array, batch: Batch, tables: RotaryTables
     ) -> jax.Array:
         c, length = self._config, hidden.shape[1]
-        block = Block(c, self._mesh, None)
-        places = layer_slopes(c)[0] if c.alibi else cos_sin(tables, batch.positions)
+        block = Block(c, self._mesh, LayerKind())
+        inputs = self._decoder.position_inputs(tables, batch.positions)[0]
         order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
         at = self._placed(jnp.broadcast_to(order, batch.begin.shape))
         lie = self._lie["layers_0"]
@@ -90,7 +89,7 @@ class Loss:
             weights = jax.tree.map(_whole, lie, weights)
             begin = jnp.maximum(batch.begin, at + 1 - window)
             x, _ = block.apply(
-                {"params": weights}, x, batch.positions, places, None, None, False, begin,
+                {"params": weights}, x, batch.positions, inputs, None, None, False, begin,
                 method="attend",
             )  # fmt: skip
             x = self._placed(x)

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.cache import Zigzag
 from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, put_on_mesh, sharding
 from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters, unflatten

@@ -11,10 +11,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers.deployments import deployment as deployment_of
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 import lsjax
-from lsjax.planning import Deployment, find_target
+from lsjax.planning import find_target
 from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import TooLargeError, compile_for
 from lsjax.planning.result import fits
@@ -43,7 +44,7 @@ LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
 )
 def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length, chunk, kv, batch):
     target, config = find_target(target), with_layers(path, 4)
-    deployment = Deployment(mesh, "bfloat16", kv, chunk, batch, 1024)
+    deployment = deployment_of(mesh, "bfloat16", kv, chunk, batch, 1024)
     guessed = needs_of(config, target.platform, deployment, length)
     for name, compiled in compile_for(config, target, deployment, length).items():
         assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name

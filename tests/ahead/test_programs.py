@@ -7,10 +7,11 @@ are those of the whole model, or larger.
 import dataclasses
 
 import pytest
+from helpers.deployments import deployment as deployment_of
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
-from lsjax.compression import RazorConfig, estimate_without_scores
-from lsjax.planning import Deployment, find_target
+from lsjax.compression import RazorConfig
+from lsjax.planning import find_target
 from lsjax.planning.arithmetic import cache_bytes, hidden_bytes
 from lsjax.planning.compiled import compile_for
 
@@ -30,9 +31,9 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
     path, target, devices, length, batch
 ):
     config = with_layers(path, 1)
-    deployment = Deployment((1, devices, 1), "bfloat16", "int8", 512, batch, 256)
+    deployment = deployment_of((1, devices, 1), "bfloat16", "int8", 512, batch, 256)
     needs = compile_for(config, find_target(target), deployment, length)
-    cache = deployment.cache_spec(length).nbytes(config) / devices
+    cache = deployment.cache_spec_for(length).nbytes(config) / devices
     assert needs["decode"].temporaries < 0.1 * cache
     # The cache that comes out lies where the one that went in lay.
     assert needs["decode"].cache >= cache and needs["prefill"].cache >= cache
@@ -40,7 +41,7 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
 
 def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
     config = with_layers(CONFIGS / "Llama-3.1-70B-Instruct.json", 1)
-    deployment = Deployment((1, 1, 8), "bfloat16", "int8", 512, 1, 256)
+    deployment = deployment_of((1, 1, 8), "bfloat16", "int8", 512, 1, 256)
     needs = compile_for(config, find_target("h100-80gb:8"), deployment, 2**17)
     assert needs["decode"].temporaries < 16 * 2**20  # the table is 2 GiB
 
@@ -49,10 +50,10 @@ def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
 @pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 8, 1)), ("h100-80gb:8", (1, 1, 1))])
 def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
     config = with_layers(GLM, 1)
-    compression = estimate_without_scores(RazorConfig(), config, mesh[2])
-    deployment = Deployment(mesh, "bfloat16", "int8", 512, 1, 256, compression)
+    compression = RazorConfig().estimate(config, mesh[2])
+    deployment = deployment_of(mesh, "bfloat16", "int8", 512, 1, 256, compression)
     needs = compile_for(config, find_target(target), deployment, 2**20)
-    whole = dataclasses.replace(deployment, compression=None).cache_spec(2**20).nbytes(config)
+    whole = dataclasses.replace(deployment, compression=None).cache_spec_for(2**20).nbytes(config)
     cache = needs["decode"].cache
     platform = find_target(target).platform
     assert cache == pytest.approx(cache_bytes(config, platform, deployment, 2**20), rel=0.01)
@@ -62,7 +63,7 @@ def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
     layer = whole / (mesh[1] * mesh[2])
     assert needs["prefill"].temporaries < 1.2 * (layer + hidden_bytes(config, deployment, 2**20))
     # One that compresses as it goes holds a window's copy at most.
-    streaming = estimate_without_scores(RazorConfig(streaming=True), config, mesh[2])
+    streaming = RazorConfig(streaming=True).estimate(config, mesh[2])
     deployment = dataclasses.replace(deployment, compression=streaming)
     prefill = compile_for(config, find_target(target), deployment, 2**20)["prefill"]
     assert prefill.cache == pytest.approx(cache, rel=0.01)

@@ -6,9 +6,10 @@ import re
 import pytest
 from helpers.published import GLM
 
-from lsjax.cache import CacheSpec
+from lsjax.config import LayerKind
 from lsjax.families import read_config
 from lsjax.inference.engine import Engine
+from lsjax.inference.engine_config import EngineConfig
 from lsjax.planning import find_target, target_mesh
 
 STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]")
@@ -16,11 +17,10 @@ STEP = re.compile(r"%(\S+) = .* (collective-permute-(?:start|done))\((%\S+?)[,)]
 
 @pytest.mark.as_users_compile
 def test_the_next_block_travels_while_the_current_one_is_attended_to():
-    config = dataclasses.replace(read_config(GLM), num_layers=1, windows=(None,))
+    config = dataclasses.replace(read_config(GLM), layers=(LayerKind(),))
     mesh = target_mesh(find_target("v5e:2x4"), {"context": 8})
-    engine = Engine(config, mesh, "bfloat16", "int8", 4096)
-    spec = CacheSpec(1, 2**20, "int8", "bfloat16", engine.zigzag)
-    prefill, _ = engine.compile_ahead(spec, 2**20)
+    settings = EngineConfig(mesh=mesh, dtype="bfloat16", kv_cache_dtype="int8", prefill_chunk=4096)
+    prefill, _ = Engine(config, settings).compile_ahead(settings.cache_spec(1, 2**20, 0))
     started, overlapped = {}, []
     # Instructions of a computation stand in the order in which they run.
     for line in prefill.as_text().splitlines():

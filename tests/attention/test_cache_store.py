@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 from helpers.oracle import dequantised
 
-from lsjax.cache import (
-    CACHE_DTYPES,
-    CacheSpec,
-    Zigzag,
-    empty_cache,
-    empty_kv_array,
-    write,
-    write_tokens,
-)
+from lsjax.attention.kv_array import empty_kv_array, write, write_tokens
+from lsjax.cache import CACHE_DTYPES, CacheSpec, empty_cache
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.families import parse_config
 
 QWEN2 = pathlib.Path(__file__).parents[1] / "golden" / "models" / "qwen2" / "config.json"

@@ -15,10 +15,10 @@ from helpers.oracle import attention, dequantised
 from helpers.plain_attention import causal_attention
 
 from lsjax.attention.blockwise import KeyRange, attend
-from lsjax.attention.cached import write_and_attend
-from lsjax.cache import FloatTail, KVArray, LayerCache, Zigzag, empty_kv_array, round_up_to_blocks
-from lsjax.cache.hadamard import hadamard_matrix
-from lsjax.cache.partition_specs import layer_cache_spec
+from lsjax.attention.hadamard import hadamard_matrix
+from lsjax.attention.kv_array import KVArray, empty_kv_array
+from lsjax.cache import FloatBlock, FloatTail, FullCache, RollingCache, update_and_attend
+from lsjax.distributed.sequence_layout import Zigzag, round_up_to_blocks
 from lsjax.distributed.sharding import make_mesh, sharding
 
 HEAD_DIM = 32
@@ -45,13 +45,13 @@ class Case(NamedTuple):
 
 def empty(case, batch, kv_heads):
     store = empty_kv_array((batch, kv_heads, case.capacity, HEAD_DIM), case.cache)
-    float_tail = None
+    kind = FullCache if case.window is None or case.capacity >= case.length else RollingCache
+    cache = kind(store, store, zigzag(case))
     if quantised(case):
         zeros = jnp.zeros((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype)
-        float_tail = FloatTail(zeros, zeros)
-    cache = LayerCache(store, store, float_tail, zigzag(case))
+        cache = FloatTail(cache, FloatBlock(zeros, zeros))
     mesh = make_mesh(MESHES[case.mesh])
-    specs = jax.tree.map(lambda s: sharding(mesh, s), layer_cache_spec(cache))
+    specs = jax.tree.map(lambda s: sharding(mesh, s), cache.partition_specs())
     return jax.device_put(cache, specs)
 
 
@@ -81,7 +81,7 @@ def queries_keys_values(case, batch=2, kv_heads=2):
 def stepper(case):
     mesh = make_mesh(MESHES[case.mesh])
     return jax.jit(
-        functools.partial(write_and_attend, mesh, window=case.window, decode=case.chunk == 1)
+        functools.partial(update_and_attend, mesh, window=case.window, decode=case.chunk == 1)
     )
 
 
@@ -97,7 +97,7 @@ def in_chunks(case, q, k, v):
     for start in range(0, case.length, case.chunk):
         y, cache = step_of(case, step, cache, q, k, v, start, np.full(q.shape[0], case.length))
         outputs.append(y)
-        assert cache.k.capacity == case.capacity
+        assert arrays(cache).k.capacity == case.capacity
     return np.concatenate(outputs, axis=1).astype(np.float64), cache
 
 
@@ -113,11 +113,15 @@ def step_of(case, step, cache, q, k, v, start, lengths):
     return np.asarray(y)[:, np.argsort(order)][:, : end - start], cache
 
 
+def arrays(cache):
+    """The cache of all blocks."""
+    return cache.inner if isinstance(cache, FloatTail) else cache
+
+
 def in_order(case, cache):
-    """With slots in the order of positions, device after device no longer."""
+    """Keys and values with slots in the order of positions, device after device no longer."""
     where = np.argsort(zigzag(case).permutation(case.capacity))
-    stores = (jax.tree.map(lambda x: np.asarray(x)[:, :, where], s) for s in (cache.k, cache.v))
-    return cache.replace(**dict(zip(("k", "v"), stores, strict=True)))
+    return jax.tree.map(lambda x: np.asarray(x)[:, :, where], arrays(cache))
 
 
 # Each format of the cache meets chunks, single tokens, a window, a mesh and a narrow dtype.
@@ -224,16 +228,15 @@ def test_the_cache_holds_the_same_bits_however_the_text_is_cut(cache):
     for change in ({"chunk": 10}, {"chunk": 1}, {"chunk": 32, "mesh": "181"}):
         case = base._replace(**change)
         again, cut = in_chunks(case, *inputs)
-        cut = in_order(case, cut)
+        tails, cut = (whole, cut), in_order(case, cut)
         np.testing.assert_allclose(again, outputs, atol=1e-5)
-        stores = (whole.k, whole.v), (cut.k, cut.v)
-        for a, b in zip(*map(jax.tree.leaves, stores), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (in_order(base, whole), cut)), strict=True):
             a, b = a[:, :, :50], b[:, :, :50]
             different = np.mean(np.asarray(a) != np.asarray(b))
             # The Hadamard transform is a product: its last bits may depend on size and break a tie.
             assert different <= (1e-3 if quantised(base) else 0)
         if quantised(base):  # only the filled part of the float tail counts
-            for a, b in zip(*map(jax.tree.leaves, (whole.float_tail, cut.float_tail)), strict=True):
+            for a, b in zip(*(jax.tree.leaves(x.tail) for x in tails), strict=True):
                 a, b = (x[:, :, : 50 % BLOCK] for x in (a, b))
                 np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -342,7 +345,9 @@ def test_a_row_that_has_ended_keeps_its_window_while_longer_ones_go_on():
         step, cache = stepper(roomy), empty(roomy, 2, 2)
         for start in range(0, 96, 16):
             _, cache = step_of(roomy, step, cache, q, k, v, start, lengths)
-        decode = jax.jit(functools.partial(write_and_attend, make_mesh(""), window=20, decode=True))
+        decode = jax.jit(
+            functools.partial(update_and_attend, make_mesh(""), window=20, decode=True)
+        )
         new = [x[:, :3] for x in (q, k, v)]  # three drafted tokens; the second row wraps around
         positions = np.array([[30, 31, 32], [95, 96, 97]])
         y, _ = decode(*new, positions, lengths + 3, cache)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 
 from lsjax.attention.blockwise import Blocks
 from lsjax.attention.differentiable import RingSizes, self_attention
-from lsjax.cache import Zigzag
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import make_mesh
 from lsjax.positions.alibi import alibi_slopes
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from helpers.oracle import dequantised
 
-from lsjax.cache import empty_kv_array
-from lsjax.cache.hadamard import hadamard_matrix, hadamard_transform
+from lsjax.attention.hadamard import hadamard_matrix, hadamard_transform
+from lsjax.attention.kv_array import empty_kv_array
 
 turn = jax.jit(hadamard_transform)
 

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsjax.cache import CAPACITY_MULTIPLE, Zigzag, round_up_to_blocks, zigzag_of
+from lsjax.distributed.sequence_layout import (
+    CAPACITY_MULTIPLE,
+    Zigzag,
+    round_up_to_blocks,
+    zigzag_of,
+)
 
 
 @st.composite

@@ -176,7 +176,7 @@ def test_scores_of_another_model_or_damaged_ones_are_refused(full, tmp_path):
 
 
 def test_what_does_not_combine_says_why(small, tmp_path):
-    with pytest.raises(UserError, match="prompt lookup does not go with kv_compression"):
+    with pytest.raises(UserError, match="prompt lookup does not go with this kv_compression"):
         small.generate("a", 4, prompt_lookup_num_tokens=3)
     with pytest.raises(UserError, match="teacher_forced_nll"):
         small.logits([1, 2, 3])

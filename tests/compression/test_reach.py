@@ -9,7 +9,7 @@ from helpers.caches import cache_bytes
 from helpers.intermediates import queries_and_keys
 
 import lsjax
-from lsjax.compression import HEAD_FILE, RazorConfig, estimate_without_scores, write_bounds
+from lsjax.compression import HEAD_FILE, RazorConfig, write_bounds
 from lsjax.compression.alibi_span import alibi_spans, score_bounds
 from lsjax.compression.scores import read_bounds
 from lsjax.errors import UserError
@@ -115,9 +115,7 @@ def test_heads_keep_what_they_reach_and_no_more(whole):
 def test_heads_on_the_same_place_of_different_devices_keep_as_much():
     lm = twin()
     for shards in (1, 2, 4):
-        found = estimate_without_scores(
-            RazorConfig(heads=f"{ALIBI}/{HEAD_FILE}"), lm.config, shards
-        )
+        found = RazorConfig(heads=f"{ALIBI}/{HEAD_FILE}").estimate(lm.config, shards)
         alibi_span = alibi_spans(lm.config, read_bounds(f"{ALIBI}/{HEAD_FILE}", lm.config), 1e-4)
         for order, places, needed in zip(found.order, found.alibi_span, alibi_span, strict=True):
             assert sorted(order) == [0, 1, 2, 3]
@@ -154,4 +152,4 @@ def test_bounds_of_another_model_are_refused(whole, tmp_path):
 
 def test_a_plan_needs_the_file():
     with pytest.raises(UserError, match="name the file"):
-        estimate_without_scores(RazorConfig(), twin("none").config, 1)
+        RazorConfig().estimate(twin("none").config, 1)

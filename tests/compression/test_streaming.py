@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import lsjax
-from lsjax.attention import compressed
-from lsjax.cache import HeadGroups, WindowSpec, compress, zigzag_of
-from lsjax.cache.kv_cache import LayerCache, empty_kv_array
+from lsjax.attention.kv_array import empty_kv_array
+from lsjax.cache import FullCache, HeadSplit, WindowSpec, compress, update_and_attend
 from lsjax.cli import report
+from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh
 from lsjax.errors import UserError
 from lsjax.inference.options import resolve_options
@@ -59,16 +59,14 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     shape = 2, total, KV_HEADS, HEAD_DIM
     q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
     each = KV_HEADS // shards
-    parts = HeadGroups(1, ((each - 1, SPEC),)) if each > 1 else HeadGroups(0, ((1, SPEC),))
+    parts = HeadSplit(1, ((each - 1, SPEC),)) if each > 1 else HeadSplit(0, ((1, SPEC),))
     capacity = -(-total // (256 * context)) * 256 * context
     store = empty_kv_array((2, KV_HEADS, capacity, HEAD_DIM), "float32")
-    whole = LayerCache(store, store, None, zigzag)
+    whole = FullCache(store, store, zigzag)
     with jax.set_mesh(mesh):
-        small = jax.jit(lambda c: compress(c, jnp.zeros(2, int), parts, shards, zigzag))(whole)
+        small = jax.jit(lambda c: compress(c, jnp.zeros(2, int), parts, shards))(whole)
     step = jax.jit(
-        lambda q, k, v, at, c: compressed.write_and_attend(
-            mesh, q, k, v, at, jnp.asarray(lengths), c, False
-        )
+        lambda q, k, v, at, c: update_and_attend(mesh, q, k, v, at, jnp.asarray(lengths), c, False)
     )
     found = np.zeros(shape)
     for start in range(0, total, chunk):
@@ -89,9 +87,9 @@ def test_chunks_see_the_window_before_them_and_leave_what_compressing_leaves(mes
     position = np.array([zigzag.position(d, s) for d, s in zip(device, slot, strict=True)])
     padded = (np.pad(x, ((0, 0), (0, capacity - total), (0, 0), (0, 0))) for x in (k, v))
     laid = (store.quantize(jnp.asarray(x[:, position].swapaxes(1, 2))) for x in padded)
-    whole = LayerCache(*laid, None, zigzag)
-    wanted = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(whole, lengths)
-    (window,), (expected,) = small.windows, wanted.windows
+    whole = FullCache(*laid, zigzag)
+    wanted = jax.jit(lambda c, n: compress(c, n, parts, shards))(whole, lengths)
+    window, expected = small.groups[-1], wanted.groups[-1]
     kept = np.arange(min(SPEC.slots, lengths.min()))
     for a, b in ((window.k.data, expected.k.data), (window.v.data, expected.v.data)):
         np.testing.assert_array_equal(a[:, :, kept], b[:, :, kept])

@@ -8,13 +8,22 @@ from helpers import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsjax.attention import compressed
-from lsjax.attention.cached import write_and_attend
+from lsjax.attention.hadamard import hadamard_transform
+from lsjax.attention.kv_array import empty_kv_array
 from lsjax.attention.partial import Partial, merge
-from lsjax.attention.streaming import attend_to_compensation_token
-from lsjax.cache import CompensationToken, HeadGroups, WindowSpec, Zigzag, compress, zigzag_of
-from lsjax.cache.hadamard import hadamard_transform
-from lsjax.cache.kv_cache import BLOCK, FloatTail, LayerCache, empty_kv_array
+from lsjax.cache import (
+    BLOCK,
+    CompensationToken,
+    FloatBlock,
+    FloatTail,
+    FullCache,
+    HeadSplit,
+    WindowSpec,
+    compress,
+    update_and_attend,
+)
+from lsjax.cache.window import attend_to_compensation_token
+from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
@@ -54,7 +63,7 @@ def filled(k, v, dtype, capacity, context, lengths):
         x = np.pad(x, ((0, 0), (0, capacity - length), (0, 0), (0, 0)))
         return store.quantize(jnp.asarray(x[:, position].swapaxes(1, 2), jnp.float32))
 
-    float_tail = None
+    cache = FullCache(k=laid(k), v=laid(v), zigzag=zigzag)
     if store.scale is not None:
         k = np.asarray(hadamard_transform(jnp.asarray(k)))
         blocks = np.zeros((2, batch, KV_HEADS, BLOCK, HEAD_DIM), np.float32)
@@ -62,8 +71,8 @@ def filled(k, v, dtype, capacity, context, lengths):
             first = end // BLOCK * BLOCK
             for block, x in zip(blocks, (k, v), strict=True):
                 block[row, :, : end - first] = x[row, first:end].swapaxes(0, 1)
-        float_tail = FloatTail(*map(jnp.asarray, blocks))
-    return LayerCache(k=laid(k), v=laid(v), float_tail=float_tail, zigzag=zigzag), zigzag
+        cache = FloatTail(cache.replace(k=laid(k)), FloatBlock(*map(jnp.asarray, blocks)))
+    return cache
 
 
 def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0, last=LAST):
@@ -77,17 +86,11 @@ def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0, last=LAST):
     k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
     q = rng.standard_normal((*shape[:2], HEADS, HEAD_DIM)).astype(np.float32)
     spec = WindowSpec(SINKS, last)
-    cache, zigzag = filled(
-        k[:, : max(lengths)], v[:, : max(lengths)], dtype, capacity, context, lengths
-    )
+    cache = filled(k[:, : max(lengths)], v[:, : max(lengths)], dtype, capacity, context, lengths)
     with jax.set_mesh(mesh):
-        parts = HeadGroups(kept, ((KV_HEADS // shards - kept, spec),))
-        small = jax.jit(lambda c, n: compress(c, n, parts, shards, zigzag))(
-            cache, jnp.asarray(lengths)
-        )
-    step = jax.jit(
-        lambda q, k, v, at, c: compressed.write_and_attend(mesh, q, k, v, at, None, c, True)
-    )
+        parts = HeadSplit(kept, ((KV_HEADS // shards - kept, spec),))
+        small = jax.jit(lambda c, n: compress(c, n, parts, shards))(cache, jnp.asarray(lengths))
+    step = jax.jit(lambda q, k, v, at, c: update_and_attend(mesh, q, k, v, at, None, c, True))
     found, wanted = [], []
     per_shard = KV_HEADS // shards
     whole = [h for h in range(KV_HEADS) if h % per_shard < kept]
@@ -148,7 +151,7 @@ def test_in_every_format(mesh, dtype, error):
 def test_a_window_rolls_for_more_than_its_own_length():
     found, wanted, small = outputs((1, 1, 1), "float32", (70, 60), 60, 0, last=40)
     np.testing.assert_allclose(found[-3:], wanted[-3:], atol=3e-6)
-    assert small.windows[0].compensation_token.count.tolist() == [70 + 20 - SINKS, 60 + 20 - SINKS]
+    assert small.groups[0].compensation_token.count.tolist() == [70 + 20 - SINKS, 60 + 20 - SINKS]
 
 
 numbers = st.floats(-3, 3, width=32)
@@ -179,14 +182,14 @@ def test_heads_that_keep_everything_are_those_of_the_whole_cache():
     rng = np.random.default_rng(0)
     mesh = make_mesh("")
     k, v = (rng.standard_normal((1, 400, KV_HEADS, HEAD_DIM)).astype(np.float32) for _ in "kv")
-    cache, zigzag = filled(k, v, "float32", 512, 1, [400])
-    parts = HeadGroups(KV_HEADS, ())
-    small = jax.jit(lambda c, n: compress(c, n, parts, 1, zigzag))(cache, jnp.array([400]))
+    cache = filled(k, v, "float32", 512, 1, [400])
+    parts = HeadSplit(KV_HEADS, ())
+    small = jax.jit(lambda c, n: compress(c, n, parts, 1))(cache, jnp.array([400]))
     q = jnp.asarray(rng.standard_normal((1, 1, HEADS, HEAD_DIM)), jnp.float32)
     new = jnp.asarray(k[:, :1]), jnp.asarray(v[:, :1])
     at = jnp.array([[400]])
-    one, _ = jax.jit(lambda c: compressed.write_and_attend(mesh, q, *new, at, None, c, True))(small)
-    other, _ = jax.jit(lambda c: write_and_attend(mesh, q, *new, at, None, c, True, None))(cache)
+    one, _ = jax.jit(lambda c: update_and_attend(mesh, q, *new, at, None, c, True))(small)
+    other, _ = jax.jit(lambda c: update_and_attend(mesh, q, *new, at, None, c, True))(cache)
     np.testing.assert_array_equal(one, other)
 
 
@@ -195,16 +198,16 @@ def test_a_third_of_the_bytes_are_left_at_131072_tokens(dtype):
     """28 layers of 4 KV heads, of which 15% keep everything; the arrays' own sizes."""
     length, layers, chosen = 131_072, 28, 17
     capacity = length + 256
-    spec, zigzag = WindowSpec(4, max(4000, -(-length // 5))), Zigzag(1, 0)
+    spec = WindowSpec(4, max(4000, -(-length // 5)))
     kept = [1] * chosen + [0] * (layers - chosen)
     shape = 1, KV_HEADS, capacity, 128
     empty = lambda: empty_kv_array(shape, dtype)  # noqa: E731
-    full = jax.eval_shape(lambda: LayerCache(empty(), empty(), None))
+    full = jax.eval_shape(lambda: FullCache(empty(), empty()))
     rows = jax.ShapeDtypeStruct((1,), "int32")
 
     def kept_by(heads):
-        parts = HeadGroups(heads, ((KV_HEADS - heads, spec),))
-        return jax.eval_shape(lambda c, n: compress(c, n, parts, 1, zigzag), full, rows)
+        parts = HeadSplit(heads, ((KV_HEADS - heads, spec),))
+        return jax.eval_shape(lambda c, n: compress(c, n, parts, 1), full, rows)
 
     small = [kept_by(heads) for heads in kept]
 

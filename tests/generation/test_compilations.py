@@ -7,7 +7,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lsjax import Sampling
 from lsjax.inference.request import chunks
-from lsjax.inference.sharded_model import forget_compiled_programs
+from lsjax.runtime.compilation import forget_compiled_programs
 
 LENGTH = 1000
 

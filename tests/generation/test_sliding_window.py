@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 import lsjax
-from lsjax.distributed.sharding import make_mesh
+from lsjax.config import LayerKind
 from lsjax.families import parse_config
-from lsjax.inference.request import cache_spec
 
 PROMPTS = [list(range(1, 61)) * 6, list(range(40, 90)), list(range(7, 27)) * 17]
 
@@ -35,7 +34,7 @@ def test_three_of_four_windowed_layers_take_less_than_three_tenths():
     raw |= {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4096}
     config = parse_config(raw | {"max_window_layers": 1})
     assert config.windows == (None, 4096, 4096, 4096)
-    whole = dataclasses.replace(config, windows=(None,) * 4)
+    whole = dataclasses.replace(config, layers=(LayerKind(),) * 4)
     plans = [
         lsjax.plan(c, "h100-80gb:1", max_input_length=131072, allow_untrained_length=True,
                    kv_cache_dtype="bfloat16", prefill_chunk=4096)
@@ -43,6 +42,5 @@ def test_three_of_four_windowed_layers_take_less_than_three_tenths():
     ]  # fmt: skip
     planned = [plan.programs["decode"].cache for plan in plans]
     assert planned[0] < 0.3 * planned[1]
-    mesh = make_mesh("")
-    spec = cache_spec(mesh, 1, 131072, 256, 4096, "bfloat16", "bfloat16")
+    spec = plans[0].deployment.cache_spec_for(131072)
     assert spec.nbytes(config) < 0.3 * spec.nbytes(whole)

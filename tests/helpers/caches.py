@@ -9,7 +9,5 @@ def cache_bytes(lm, length):
     """Bytes of the arrays that hold a prompt of up to so many tokens, and a few more."""
     options = {"max_input_length": length, "allow_untrained_length": True}
     (request,) = batches(lm.options, [(1, 2, 3)], 4, **options)
-    spec = request.cache_spec(lm.engine.mesh, lm.engine.cache_dtype, lm.engine.dtype)
-    return sum(
-        x.nbytes for x in jax.tree.leaves(lm.engine.new_cache(spec, request.prompt_capacity))
-    )
+    spec = request.cache_spec(lm.options)
+    return sum(x.nbytes for x in jax.tree.leaves(lm.engine.new_cache(spec)))

@@ -8,10 +8,11 @@ import pathlib
 import jax
 from golden.models.parameters import golden_parameters
 
-from lsjax.cache import round_up_to_blocks
+from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import make_mesh, parse_mesh, put_on_mesh
 from lsjax.families import parse_config
-from lsjax.inference.options import SEGMENT, Options
+from lsjax.inference.engine_config import SEGMENT
+from lsjax.inference.options import Options
 from lsjax.language_model import LanguageModel
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.scaling import override_rope_scaling
@@ -56,8 +57,7 @@ def build(
 def changed_config(name, layers, **changes):
     config = parse_config(json.loads(CONFIGS[name].read_text()))
     config = dataclasses.replace(config, **changes)
-    windows = config.windows[-layers:]
-    return dataclasses.replace(config, num_layers=len(windows), windows=windows)
+    return dataclasses.replace(config, layers=config.layers[-layers:])
 
 
 @functools.lru_cache(maxsize=32)

@@ -14,4 +14,4 @@ GLM = CONFIGS / "glm-4-9b-chat-1m.json"
 def with_layers(path: pathlib.Path, count: int) -> ModelConfig:
     """The model with its first layers alone."""
     config = read_config(path)
-    return dataclasses.replace(config, num_layers=count, windows=config.windows[:count])
+    return dataclasses.replace(config, layers=config.layers[:count])

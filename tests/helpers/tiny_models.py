@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from lsjax.config import LayerKind
 from lsjax.distributed.sharding import make_mesh
 from lsjax.families import parse_config
 from lsjax.nn.parameters import random_parameters
@@ -21,7 +22,7 @@ def tiny(kind):
     sizes = _SIZES | (_HEADS if kind == "rotary" else {"num_attention_heads": 4})
     config = parse_config(HF_CONFIGS[kind] | sizes)
     if kind == "rotary":
-        return dataclasses.replace(config, windows=(None, 11))
+        return dataclasses.replace(config, layers=(LayerKind(), LayerKind(11)))
     return dataclasses.replace(config, normalized_head=True)
 
 

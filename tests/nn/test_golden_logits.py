@@ -11,7 +11,8 @@ import pytest
 from golden.models.cases import CASES
 from golden.models.parameters import golden_parameters
 
-from lsjax.cache import CacheSpec, empty_cache, zigzag_of
+from lsjax.cache import CacheSpec, empty_cache
+from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.families import parse_config
 from lsjax.nn.decoder import Decoder

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lsjax.distributed.sharding import make_mesh, parse_mesh
+from lsjax.config import LayerKind
+from lsjax.distributed.sharding import abstract_mesh, make_mesh, parse_mesh
 from lsjax.families import read_config
 from lsjax.inference.engine import Engine
 from lsjax.nn.parameters import random_parameters
@@ -39,19 +40,24 @@ def let_go() -> None:
 
 
 def main(path: str, layers: str, length: str, kv: str, chunk: str) -> None:
-    config = dataclasses.replace(
-        read_config(path), num_layers=int(layers), windows=(None,) * int(layers)
-    )
-    deployment = Deployment((1, 1, 1), "float32", kv, int(chunk), 1, 64)
+    config = dataclasses.replace(read_config(path), layers=(LayerKind(),) * int(layers))
     mesh = make_mesh(parse_mesh(""))
-    engine = Engine(config, mesh, "float32", kv, int(chunk))
+    deployment = Deployment(
+        mesh=abstract_mesh((1, 1, 1)),
+        dtype="float32",
+        kv_cache_dtype=kv,
+        prefill_chunk=int(chunk),
+        batch=1,
+        output_length=64,
+    )
+    engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
     params = jax.block_until_ready(random_parameters(config, mesh, "float32"))
     tokens = np.zeros((1, int(chunk)), np.int32)
     lengths = np.array([int(chunk)])
     tables = engine.tables([int(length)])
 
     def run() -> None:
-        cache = engine.new_cache(deployment.cache_spec(int(length)), int(length))
+        cache = engine.new_cache(deployment.cache_spec_for(int(length)))
         cache, last = engine.prefill(params, tables, cache, tokens, 0, lengths, None)
         state = engine.first(params, cache, last, lengths, lengths + 99)
         del cache

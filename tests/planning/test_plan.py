@@ -2,20 +2,20 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import pytest
+from helpers.deployments import deployment as deployment_of
 from helpers.processes import finish, start
 from helpers.programs import ROOT, run
 
 import lsjax
 from lsjax import UserError
+from lsjax.config import LayerKind
 from lsjax.families import read_config
 from lsjax.planning import find_target
 from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import compile_for
-from lsjax.planning.deployment import Deployment
 from lsjax.planning.result import fits
 
 CONFIGS = ROOT / "tests" / "golden" / "configs"
@@ -38,7 +38,7 @@ def test_what_is_known_to_fit(config, target, length, options):
     plan = lsjax.plan(config, target, max_input_length=length, **options)
     assert plan.fits and plan.max_length == length and plan.limited_by == "positions"
     devices = plan.target.devices
-    assert math.prod(plan.deployment.mesh) == devices and plan.deployment.kv_cache_dtype == "int8"
+    assert plan.deployment.mesh.size == devices and plan.deployment.kv_cache_dtype == "int8"
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     small = {"induction": 0.5, "echo": 0.0, "window": 256, "window_share": 0.1}
     lm = lsjax.load(kv_compression=small, **settings)
     (answer,) = lm.generate([[1, 2, 3]], 4, max_input_length=16_000, allow_untrained_length=True)
-    deployment = Deployment(tuple(lm.options.mesh.shape.values()), "float32", "int8", 512, 1, 4,
-                    lm.options.compression)  # fmt: skip
+    sizes = tuple(lm.options.mesh.shape.values())
+    deployment = deployment_of(sizes, "float32", "int8", 512, 1, 4, lm.options.compression)
     found = cache_bytes(lm.config, "cpu", deployment, 16_000)
     # Every device of the context axis holds its own float tails and compensation tokens.
     assert answer.stats.cache_bytes <= found * lm.options.mesh.size
@@ -100,9 +100,9 @@ def test_a_compressed_cache_takes_a_third():
 @pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8", "int4"])
 def test_a_cache_is_planned_to_the_byte(kv):
     config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")
-    deployment = Deployment((1, 1, 1), "float32", kv, 512, 1, 64)
+    deployment = deployment_of((1, 1, 1), "float32", kv, 512, 1, 64)
     found = cache_bytes(config, "cpu", deployment, 16_000)
-    assert found == deployment.cache_spec(16_000).nbytes(config)
+    assert found == deployment.cache_spec_for(16_000).nbytes(config)
 
 
 def test_int4_is_recommended_only_where_int8_does_not_fit():
@@ -117,7 +117,7 @@ def test_int4_is_recommended_only_where_int8_does_not_fit():
 
 def test_what_was_asked_for_is_planned_and_the_better_one_named():
     plan = lsjax.plan(LLAMA, "h100-80gb:8", mesh="context=8", kv_cache_dtype="bfloat16")
-    assert plan.deployment.mesh == (1, 8, 1) and plan.deployment.kv_cache_dtype == "bfloat16"
+    assert plan.deployment.mesh_text == "context=8" and plan.deployment.kv_cache_dtype == "bfloat16"
     assert plan.recommended.kv_cache_dtype == "int8" and plan.reasons
 
 
@@ -195,8 +195,8 @@ def test_run_pa_makes_room_for_what_the_model_serves():
 
 def test_arithmetic_is_near_what_the_compiler_says():
     config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")
-    config = dataclasses.replace(config, num_layers=1, windows=(None,))
-    deployment, length = Deployment((1, 1, 1), "float32", "int8", 512, 1, 64), 262_144
+    config = dataclasses.replace(config, layers=(LayerKind(),))
+    deployment, length = deployment_of((1, 1, 1), "float32", "int8", 512, 1, 64), 262_144
     compiled = compile_for(config, find_target("cpu:1"), deployment, length)
     arithmetic = needs_of(config, "cpu", deployment, length)
     assert compiled.keys() == arithmetic.keys()

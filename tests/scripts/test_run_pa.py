@@ -88,7 +88,7 @@ def test_a_compressed_cache_reads_the_pass_key():
     arguments = ["--input_texts", DOCUMENT, "--rope_scaling", "auto", "--max_output_length", 8]
     done = run_pa(*arguments, "--kv_compression", small)
     assert done.returncode == 0, done.stderr
-    assert " 65415\n" in done.stdout and "2 KV heads keep everything" in done.stdout
+    assert " 65415\n" in done.stdout and "2 KV heads of 4 keep everything" in done.stdout
 
 
 def test_several_texts_and_flags_after_them(tmp_path):

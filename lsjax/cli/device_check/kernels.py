@@ -16,8 +16,8 @@ import numpy as np
 
 from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.dispatch import attend
+from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial
-from lsjax.cache import KVArray, empty_kv_array
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import Sizes
 

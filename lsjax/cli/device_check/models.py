@@ -11,11 +11,11 @@ import numpy as np
 
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import Sizes
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.distributed.sharding import make_mesh
 from lsjax.families import read_config
 from lsjax.inference.engine import Engine
-from lsjax.inference.request import cache_spec, round_up
+from lsjax.inference.engine_config import EngineConfig, round_up
 from lsjax.nn.parameters import random_parameters
 from lsjax.runtime.compilation import CLOCK, enable_persistent_cache
 from lsjax.runtime.memory import peak_memory_bytes
@@ -55,7 +55,7 @@ def model_05b(sizes: Sizes, record: Recorder) -> None:
 def glm_1m(sizes: Sizes, record: Recorder) -> None:
     """Times GLM-4-9B at the end of 1,048,576 tokens, with four layers and then with all."""
     config = read_config(ROOT / "examples" / "glm-4-9b-chat-1m.json")
-    few = dataclasses.replace(config, num_layers=4, windows=config.windows[:4])
+    few = dataclasses.replace(config, layers=config.layers[:4])
     sizes = dataclasses.replace(sizes, prompt=_MILLION, output=32)
     for model in (few, config):
         _time_model(model, "glm-4-9b-chat-1m", sizes, record, first_chunk=_MILLION - sizes.chunk)
@@ -65,7 +65,7 @@ def _whole_prompt(name: str, sizes: Sizes, record: Recorder) -> None:
     config = read_config(ROOT / "examples" / name)
     if jax.default_backend() == "cpu":
         narrow = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512}
-        config = dataclasses.replace(config, num_layers=1, windows=(None,), **narrow)
+        config = dataclasses.replace(config, layers=(LayerKind(),), **narrow)
     _time_model(config, name.removesuffix(".json"), sizes, record)
 
 
@@ -79,12 +79,13 @@ def _time_model(
     enable_persistent_cache()
     mesh, prompt, chunk = make_mesh(""), round_up(sizes.prompt, sizes.chunk), sizes.chunk
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    engine = Engine(config, mesh, dtype, "int8", chunk)
+    settings = EngineConfig(mesh=mesh, dtype=dtype, kv_cache_dtype="int8", prefill_chunk=chunk)
+    engine = Engine(config, settings)
     start = time.perf_counter()
     params = jax.block_until_ready(random_parameters(config, mesh, dtype))
     made = time.perf_counter() - start
-    spec = cache_spec(mesh, 1, prompt, sizes.output + engine.segment, chunk, "int8", dtype)
-    cache, tables = engine.new_cache(spec, prompt), engine.tables([spec.capacity])
+    spec = settings.cache_spec(1, prompt, sizes.output + settings.segment)
+    cache, tables = engine.new_cache(spec), engine.tables([spec.capacity])
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt)).astype(np.int32)
     lengths, last = np.array([prompt], np.int32), None
 
@@ -113,11 +114,11 @@ def _time_model(
     )
     state = engine.first(params, cache, last, lengths, lengths + spec.capacity)
     del cache
-    state, (tokens, _) = engine.decode(params, tables, state)
+    state, (tokens, *_) = engine.decode(params, tables, state)
     np.asarray(tokens)
     start, decoded = time.perf_counter(), 0
     while decoded < sizes.output:
-        state, (tokens, _) = engine.decode(params, tables, state)
+        state, (tokens, *_) = engine.decode(params, tables, state)
         decoded += np.asarray(tokens).size
     record(
         what="decode of a model",

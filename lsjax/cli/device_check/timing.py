@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsjax.cache import KVArray
+from lsjax.attention.kv_array import KVArray
 
 # Length of a round of calls that are timed together. Waiting for a device takes tens of
 # microseconds, which must not count.

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lsjax.cache.layout import from_storage, narrow_dtype, to_storage, with_tpu_layout
+from lsjax.attention.storage import from_storage, narrow_dtype, to_storage, with_tpu_layout
 
 # int4: channels that share a scale. 4-bit values need a scale for fewer channels than int8 ones.
 _GROUP = 32

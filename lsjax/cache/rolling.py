@@ -1,0 +1,78 @@
+"""A cache of the last tokens, for layers whose queries see a sliding window."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lsjax.attention.kv_array import KVArray
+from lsjax.attention.partial import Partial, merge
+from lsjax.cache.protocol import Step
+from lsjax.cache.slots import attend_to_slots, merge_devices, quantize_both, write_slots
+from lsjax.distributed.sequence_layout import ONE_DEVICE, Zigzag
+from lsjax.distributed.sharding import CACHE_SPEC
+
+
+@flax.struct.dataclass
+class RollingCache:
+    """Keys and values of the last positions: position p is kept at p modulo the capacity.
+
+    Slots hold the positions of the present lap so far, and the rest of the lap before. The capacity
+    is at least the window and a prefill chunk, which never wraps around the end.
+
+    Attributes:
+      k, v: [batch, kv_heads, capacity, head_dim].
+      zigzag: layout of a lap's positions along the mesh's context axis.
+    """
+
+    k: KVArray
+    v: KVArray
+    zigzag: Zigzag = flax.struct.field(pytree_node=False, default=ONE_DEVICE)
+
+    @property
+    def block(self) -> None:
+        return None
+
+    def partition_specs(self) -> "RollingCache":
+        return jax.tree.map(lambda _: CACHE_SPEC, self)
+
+    def update_and_attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
+    ) -> tuple[Partial, "RollingCache"]:
+        capacity = self.k.capacity * self.zigzag.devices
+        lap = step.positions // capacity * capacity  # each token's lap, by its first position
+        cache = self._written(k, v, step, lap, capacity)
+        # Around the ring: slots in use on each device, in this lap and in the one before.
+        device, start = jax.lax.axis_index("context"), lap[0, 0]
+        first = step.positions[0, 0] - start
+        count = self.zigzag.num_local_slots_before(device, first) + k.shape[2]
+        before = jnp.where(start > 0, self.k.capacity, 0)
+
+        def attend(lap, end, count):
+            begin = step.begin - lap
+            offset = lap[:1, 0] if step.around_ring(self.zigzag) else lap[:, :1]
+            return attend_to_slots(
+                q, cache.k, cache.v, step, self.zigzag, begin, end - lap, count, offset
+            )
+
+        partial = merge(
+            attend(lap, step.end, count),
+            attend(lap - capacity, jnp.minimum(step.end, lap), before),
+        )
+        return merge_devices(partial, step, self.zigzag), cache
+
+    def _written(
+        self, k: jax.Array, v: jax.Array, step: Step, lap: jax.Array, capacity: int
+    ) -> "RollingCache":
+        # Padding behind a row's end would overwrite what its window still holds.
+        valid = None if step.lengths is None else step.positions < step.lengths[:, None]
+        first = step.positions[:, 0] - lap[:, 0]
+
+        def put(store: KVArray, new: KVArray) -> KVArray:
+            store = write_slots(store, new, first, step, self.zigzag, valid)
+            if not step.decode or k.shape[2] == 1:
+                return store
+            # Drafts past the lap's end.
+            return write_slots(store, new, first - capacity, step, self.zigzag)
+
+        new_k, new_v = quantize_both(self.k, k, v)
+        return self.replace(k=put(self.k, new_k), v=put(self.v, new_v))

@@ -1,0 +1,130 @@
+"""The KV cache of a whole model: what decides its size, and how it is created."""
+
+import collections
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lsjax.attention.blockwise import MAX_DECODE_QUERIES
+from lsjax.attention.kv_array import empty_kv_array
+from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
+from lsjax.cache.full import FullCache
+from lsjax.cache.protocol import KVCache, LayerCache
+from lsjax.cache.rolling import RollingCache
+from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, ONE_DEVICE, Zigzag
+from lsjax.distributed.sharding import sharding
+
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
+_QUANTIZED = ("int8", "int4")
+
+
+class CachePolicy(Protocol):
+    """What layers keep, if not all that their queries see."""
+
+    def empty_cache(self, config: ModelConfig, spec: "CacheSpec", platform: str) -> KVCache:
+        """Creates the cache of each layer, filled with zeros."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """Everything that decides a cache's size.
+
+    Attributes:
+      batch: number of rows.
+      capacity: number of tokens that a row can hold.
+      dtype: format of the cache, one of CACHE_DTYPES.
+      compute_dtype: dtype of incoming keys and values, and of the FloatTail.
+      zigzag: layout of positions along the mesh's context axis.
+      block: positions per block of a quantized cache; queries attend to their own block in floats.
+      chunk: tokens of a prefill chunk, which a rolling cache has room for beside its window; 0 if
+        no cache is to roll.
+      prompt_capacity: longest prompt that a row can hold, in tokens.
+      policy: what layers keep; None if they keep all that their queries see.
+    """
+
+    batch: int
+    capacity: int
+    dtype: str
+    compute_dtype: str
+    zigzag: Zigzag = ONE_DEVICE
+    block: int = BLOCK
+    chunk: int = 0
+    prompt_capacity: int = 0
+    policy: CachePolicy | None = None
+
+    def rolling_capacity(self, window: int) -> int:
+        """Returns the capacity of a rolling cache: a window and a prefill chunk.
+
+        A prefill chunk never wraps around the end of a rolling cache, whose capacity is a multiple
+        of the chunk.
+        """
+        multiple = math.lcm(self.chunk or 1, CAPACITY_MULTIPLE * self.zigzag.devices)
+        needed = window + max(self.chunk, MAX_DECODE_QUERIES)
+        return -(-needed // multiple) * multiple
+
+    def nbytes(self, config: ModelConfig, mesh: Mesh | None = None, platform: str = "cpu") -> int:
+        """Returns the bytes of the whole cache.
+
+        They are the bytes per device if a mesh is given; else replicated arrays count once.
+        """
+        cache = jax.eval_shape(lambda: empty_cache(config, self, platform))
+        arrays = map(jax.tree.leaves, (cache, cache_specs(cache)))
+        total = 0
+        counts = collections.Counter(
+            (x.shape, x.dtype, spec) for x, spec in zip(*arrays, strict=True)
+        )
+        for (shape, dtype, spec), count in counts.items():
+            here = shape if mesh is None else sharding(mesh, spec).shard_shape(shape)
+            total += count * math.prod(here) * dtype.itemsize
+        return total
+
+
+def empty_layer(
+    config: ModelConfig, spec: CacheSpec, platform: str = "cpu", window: int | None = None
+) -> LayerCache:
+    """Creates a cache of all that a layer's queries see, filled with zeros.
+
+    Args:
+      config: model configuration.
+      spec: spec of the cache; its policy is not asked.
+      platform: cpu, gpu (or cuda) or tpu.
+      window: sliding window of the layer in tokens, or None.
+    """
+    capacity, kind = spec.capacity, FullCache
+    if window is not None and spec.chunk and spec.rolling_capacity(window) < capacity:
+        capacity, kind = spec.rolling_capacity(window), RollingCache
+    rows = (spec.batch, config.num_kv_heads)
+    store = empty_kv_array((*rows, capacity, config.head_dim), spec.dtype, platform)
+    cache = kind(store, store, spec.zigzag)
+    if spec.dtype not in _QUANTIZED:
+        return cache
+    zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
+    return FloatTail(cache, FloatBlock(zeros, zeros))
+
+
+def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:
+    """Creates a cache of zeros. Call it under jit with the cache's shardings as out_shardings."""
+    if spec.policy is not None:
+        return spec.policy.empty_cache(config, spec, platform)
+    layers = {window: empty_layer(config, spec, platform, window) for window in config.windows}
+    return tuple(layers[window] for window in config.windows)
+
+
+def cache_shapes(config: ModelConfig, mesh: Mesh, spec: CacheSpec, platform: str) -> KVCache:
+    """Returns shapes, dtypes and shardings of a cache, in its structure."""
+    cache = jax.eval_shape(lambda: empty_cache(config, spec, platform))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, where)),
+        cache,
+        cache_specs(cache),
+    )
+
+
+def cache_specs(cache: KVCache) -> KVCache:
+    """Returns the partition specs of a cache."""
+    return tuple(layer.partition_specs() for layer in cache)

@@ -1,0 +1,86 @@
+"""What every way of keeping less of the KV cache has in common."""
+
+import dataclasses
+from typing import Any, Protocol
+
+from lsjax.cache import CacheSpec, KVCache
+from lsjax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """What the layers of a model keep of their KV cache, resolved for the model and its mesh.
+
+    Attributes:
+      by_layer: whether prompts are prefilled layer by layer, each layer's cache being compressed as
+        soon as the layer is done; see inference.layerwise_prefill.
+      scores_prompts: whether a prompt's own tokens see what is kept, so that their scores show
+        what it costs.
+      keeps_drafts: whether a draft that is refused leaves what is kept as it was.
+      reorders_heads: whether the model's heads are in another order than the checkpoint's.
+    """
+
+    by_layer = False
+    scores_prompts = False
+    keeps_drafts = False
+    reorders_heads = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that it follows from, as `kv_compression` takes them."""
+        raise NotImplementedError
+
+    def empty_cache(self, config: ModelConfig, spec: CacheSpec, platform: str) -> KVCache:
+        """Creates the cache of each layer, filled with zeros; see CachePolicy."""
+        raise NotImplementedError
+
+    def query_heads(self, config: ModelConfig) -> tuple[tuple[int, ...], ...] | None:
+        """Returns each layer's query heads in their new order; None if the order is as it was."""
+        return None
+
+    def reorder_heads(self, params: dict, config: ModelConfig) -> dict:
+        """Returns the parameters with their heads in the new order."""
+        return params
+
+    def served_length(self, config: ModelConfig) -> int:
+        """Returns the longest sequence, in tokens, that the model serves with this cache."""
+        return config.served_length
+
+    def span(self, length: int) -> int:
+        """Returns how far apart positions get in a text of `length` tokens, at most."""
+        return length
+
+    def summary(self, config: ModelConfig, prompt_capacity: int) -> str:
+        """Says in a few words what is kept of prompts of up to `prompt_capacity` tokens."""
+        raise NotImplementedError
+
+    def warning(self, config: ModelConfig) -> str | None:
+        """Says what it costs, if users should know."""
+        return None
+
+
+class CompressionSettings(Protocol):
+    """Settings of one kind of compression, as given in `kv_compression`."""
+
+    def check(self) -> None:
+        """Refuses settings out of range with a UserError."""
+
+    def resolve(self, folder: str, config: ModelConfig, shards: int) -> Compression:
+        """Returns the compression of the model in `folder`.
+
+        Args:
+          folder: model folder.
+          config: model configuration.
+          shards: number of devices on the model axis.
+
+        Raises:
+          UserError: the model does not support it, or a file that it needs is missing.
+        """
+
+    def estimate(self, config: ModelConfig, shards: int) -> Compression:
+        """Returns a compression of the same size without a folder; errors are as in `resolve`."""
+
+
+def check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Returns whether a setting has a type; true and false are not numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -1,0 +1,70 @@
+"""How a model runs on its devices: the settings that an engine, a plan and the flags share."""
+
+import dataclasses
+
+from jax.sharding import AbstractMesh, Mesh
+
+from lsjax.cache import BLOCK, CacheSpec
+from lsjax.compression import Compression
+from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, Zigzag, zigzag_of
+
+SEGMENT = 16  # decode steps between two checks for end-of-sequence
+# A long cache's capacity per device of the context axis is a multiple of this, so that attention
+# can read it in large blocks.
+_LARGE_CAPACITY_MULTIPLE = 16 * CAPACITY_MULTIPLE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine.
+
+    Attributes:
+      mesh: device mesh; one without devices serves planning.
+      dtype: dtype of weights and activations.
+      kv_cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
+      prefill_chunk: prompt tokens per prefill step; a whole number of zigzag blocks, see Zigzag.
+      compression: what layers keep of their KV cache; None for all that their queries see.
+      segment: decode steps between two checks for end-of-sequence.
+      cache_block: block size of a quantized cache, see CacheSpec.
+    """
+
+    mesh: Mesh | AbstractMesh
+    dtype: str
+    kv_cache_dtype: str
+    prefill_chunk: int
+    compression: Compression | None = None
+    segment: int = SEGMENT
+    cache_block: int = BLOCK
+
+    @property
+    def zigzag(self) -> Zigzag:
+        """Layout of positions along the context axis."""
+        return zigzag_of(self.prefill_chunk, self.mesh.shape["context"])
+
+    def cache_spec(self, batch: int, prompt_capacity: int, output: int) -> CacheSpec:
+        """Returns the spec of a cache for `batch` prompts and their answers.
+
+        There is room for the last chunk's padding and for whole segments.
+        """
+        needed = max(
+            round_up(prompt_capacity, self.prefill_chunk),
+            prompt_capacity + round_up(output, self.segment),
+        )
+        granule = (
+            _LARGE_CAPACITY_MULTIPLE if needed > 8 * _LARGE_CAPACITY_MULTIPLE else CAPACITY_MULTIPLE
+        )
+        return CacheSpec(
+            batch=batch,
+            capacity=round_up(needed, granule * self.mesh.shape["context"]),
+            dtype=self.kv_cache_dtype,
+            compute_dtype=self.dtype,
+            zigzag=self.zigzag,
+            block=self.cache_block,
+            chunk=self.prefill_chunk,
+            prompt_capacity=prompt_capacity,
+            policy=self.compression,
+        )
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step

@@ -130,8 +130,8 @@ FAULTS = (
     Fault(
         "ALiBi slopes in the wrong order of layers' heads",
         "lsjax/nn/decoder.py",
-        "return layer_slopes(c, self.heads)",
-        "return [slopes[::-1] for slopes in layer_slopes(c, self.heads)]",
+        "slopes in layer_slopes(c, self.heads)]",
+        "slopes in [x[::-1] for x in layer_slopes(c, self.heads)]]",
         "tests/nn/test_baichuan_logits.py",
     ),
     Fault(

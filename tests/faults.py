@@ -95,8 +95,8 @@ FAULTS = (
     Fault(
         "a ring step too few",
         "lsjax/attention/ring.py",
-        "jax.lax.fori_loop(0, devices - 1, ring_step, (partial, block))",
-        "jax.lax.fori_loop(0, devices - 2, ring_step, (partial, block))",
+        "jax.lax.fori_loop(0, devices - 1, ring_step, (state, block))",
+        "jax.lax.fori_loop(0, devices - 2, ring_step, (state, block))",
         "tests/attention/test_cached_attention.py -k mesh",
     ),
     Fault(

@@ -77,31 +77,27 @@ def gradients(
     if zigzag.devices == 1:
         d_q, (d_k, d_v) = attend_block(d_q, queries, k, v, key_range, slopes, blocks)
         return d_q, d_k, d_v
-    device, length = jax.lax.axis_index("context"), k.shape[2]
 
     def slot_block_fn(i: jax.Array, state):
         d_q, whole = state
         first = i * size
 
-        def ring_step(hop: jax.Array, state):
-            d_q, block, added = state
-            incoming = ring.ring_shift(block, zigzag.devices)
+        def visit(state, block, owner: jax.Array):
+            d_q, added = state
             added = ring.ring_shift(added, zigzag.devices)
-            local_range = local_key_range(
-                zigzag, (device - hop) % zigzag.devices, first, size, key_range
-            )
+            local_range = local_key_range(zigzag, owner, first, size, key_range)
             d_q, block_gradients = attend_block(d_q, queries, *block, local_range, slopes, blocks)
-            return d_q, incoming, jax.tree.map(jnp.add, added, block_gradients)
+            return d_q, jax.tree.map(jnp.add, added, block_gradients)
 
         block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
         added = tuple(jnp.zeros(x.shape, jnp.float32) for x in block)
-        d_q, _, added = jax.lax.fori_loop(0, zigzag.devices, ring_step, (d_q, block, added))
+        d_q, added = ring.scan(visit, (d_q, added), block, zigzag.devices)
         added = ring.ring_shift(added, zigzag.devices)  # and home
         put = jax.lax.dynamic_update_slice_in_dim
         return d_q, tuple(put(x, a, first, axis=2) for x, a in zip(whole, added, strict=True))
 
     whole = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    d_q, (d_k, d_v) = jax.lax.fori_loop(0, length // size, slot_block_fn, (d_q, whole))
+    d_q, (d_k, d_v) = jax.lax.fori_loop(0, k.shape[2] // size, slot_block_fn, (d_q, whole))
     return d_q, d_k, d_v
 
 

@@ -129,13 +129,15 @@ def _attention(
 def _forward(zigzag, platform, sizes, q, k, v, key_range, slopes) -> Partial:
     if zigzag.devices == 1:
         return attend(platform, q, KVArray(k, None), KVArray(v, None), key_range, slopes)
-    device, length = jax.lax.axis_index("context"), k.shape[2]
+    length = k.shape[2]
     size = ring.block_size(length, sizes.slots)
     queries = even_block_size(q.shape[3], sizes.queries)
 
     def attend_block(
-        partial: Partial, block: tuple[KVArray, KVArray], key_range: KeyRange
+        partial: Partial, block: tuple[KVArray, KVArray], owner: jax.Array, first: jax.Array
     ) -> Partial:
+        local_range = local_key_range(zigzag, owner, first, size, key_range)
+
         # Queries are processed in blocks: a second Partial of all queries would be half as large
         # as everything else that a layer needs.
         def visit_block(partial: Partial, start: jax.Array, key_range: KeyRange) -> Partial:
@@ -148,19 +150,12 @@ def _forward(zigzag, platform, sizes, q, k, v, key_range, slopes) -> Partial:
             new = attend(platform, take(q), *block, key_range, slopes)
             return jax.tree.map(put, partial, merge(jax.tree.map(take, partial), new))
 
-        return loop_over_query_blocks(visit_block, partial, key_range, size, queries)
+        return loop_over_query_blocks(visit_block, partial, local_range, size, queries)
 
     def of_all_devices(i: jax.Array, partial: Partial) -> Partial:
-        def ring_step(hop: jax.Array, state):
-            partial, block = state
-            incoming = ring.ring_shift(block, zigzag.devices)
-            local_range = local_key_range(
-                zigzag, (device - hop) % zigzag.devices, i * size, size, key_range
-            )
-            return attend_block(partial, block, local_range), incoming
-
         block = tuple(KVArray(x, None).block(None, i * size, size) for x in (k, v))
-        return jax.lax.fori_loop(0, zigzag.devices, ring_step, (partial, block))[0]
+        visit = functools.partial(attend_block, first=i * size)
+        return ring.scan(visit, partial, block, zigzag.devices)
 
     nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
     return jax.lax.fori_loop(0, length // size, of_all_devices, nothing)

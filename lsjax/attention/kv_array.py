@@ -20,7 +20,7 @@ _HALF_BYTE_SIZES = tuple(1 + i / 64 for i in range(-10, 6, 2))
 class KVArray:
     """Keys or values of one layer, or a block of them; the dtype of `data` determines the format.
 
-    bfloat16 arrays may be stored as their bits in uint16; see layout.narrow_dtype.
+    bfloat16 arrays may be stored as their bits in uint16; see storage.narrow_dtype.
 
     Attributes:
       data: [batch, kv_heads, capacity, head_dim] float or int8; for int4

@@ -4,6 +4,7 @@ The next block of keys and values is in flight while the current one is attended
 on their device. Source: Ring Attention (arXiv 2310.01889).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,8 +55,7 @@ def attend(
     Returns:
       Partial with values shaped as q.
     """
-    devices = zigzag.devices
-    device = jax.lax.axis_index("context")
+    devices, device = zigzag.devices, jax.lax.axis_index("context")
     size = block_size(k.capacity)
 
     def attend_block(
@@ -69,15 +69,9 @@ def attend(
         return merge(partial, attend_to(*block, seen_from, slot(end), at))
 
     def slot_block_fn(i: jax.Array, partial: Partial) -> Partial:
-        def ring_step(hop: jax.Array, state):
-            partial, block = state
-            incoming = ring_shift(block, devices)
-            owner = (device - hop) % devices
-            return attend_block(partial, block, owner, first + i * size), incoming
-
         block = k.block(None, i * size, size), v.block(None, i * size, size)
-        partial, block = jax.lax.fori_loop(0, devices - 1, ring_step, (partial, block))
-        return attend_block(partial, block, (device + 1) % devices, first + i * size)
+        visit = functools.partial(attend_block, start=first + i * size)
+        return scan(visit, partial, block, devices)
 
     nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
     # Without the barrier XLA allocates zeros for the rings of all layers at program start.
@@ -87,6 +81,27 @@ def attend(
         earliest = jax.lax.pmin(jnp.min(zigzag.num_local_slots_before(device, begin)), "context")
         begin_block = jnp.maximum(earliest - first - zigzag.block_length // devices, 0) // size
     return jax.lax.fori_loop(begin_block, -(-count // size), slot_block_fn, nothing)
+
+
+def scan(visit: Callable[[Any, Any, jax.Array], Any], state: Any, block: Any, devices: int) -> Any:
+    """Passes every device's block around the ring, once past every device.
+
+    Args:
+      visit: (state, block, index of the device that the block is from) -> state. It runs while the
+        next block is on its way.
+      state: this device's state before the first block, which is its own.
+      block: this device's block.
+      devices: number of devices on the context axis.
+    """
+    device = jax.lax.axis_index("context")
+
+    def ring_step(hop: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        state, block = carry
+        incoming = ring_shift(block, devices)
+        return visit(state, block, (device - hop) % devices), incoming
+
+    state, block = jax.lax.fori_loop(0, devices - 1, ring_step, (state, block))
+    return visit(state, block, (device + 1) % devices)
 
 
 def ring_shift(block: Any, devices: int) -> Any:

@@ -40,8 +40,9 @@ def define_model_flags() -> None:
     flags.DEFINE_string(
         "kv_compression",
         "none",
-        "KV cache compression: none; razor, where only retrieval heads keep all tokens; or its "
-        "settings as JSON, such as '{\"window\": 2000}'.",
+        "KV cache compression: none; razor, where only retrieval heads keep all tokens; "
+        "streaming_llm, which keeps the first and the last tokens; or settings as JSON, such as "
+        '\'{"kind": "razor", "window": 2000}\'.',
     )
     define_mesh_flags()
 

@@ -63,7 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "kv_compression",
         "none",
-        "KV cache compression: none, razor, or RazorAttention settings as JSON.",
+        "KV cache compression: none, razor, streaming_llm, or settings as JSON.",
     )
     flags.DEFINE_integer(
         "prefill_chunk",

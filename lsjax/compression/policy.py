@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, Protocol
 
-from lsjax.cache import CacheSpec, KVCache
+import jax
+
+from lsjax.cache import CacheSpec, HeadSplit, KVCache, LayerCache
 from lsjax.config import ModelConfig
 
 
@@ -32,6 +34,17 @@ class Compression:
 
     def empty_cache(self, config: ModelConfig, spec: CacheSpec, platform: str) -> KVCache:
         """Creates the cache of each layer, filled with zeros; see CachePolicy."""
+        raise NotImplementedError
+
+    def split(self, layer: int, prompt_capacity: int) -> HeadSplit:
+        """Returns a layer's head groups, for prompts of up to `prompt_capacity` tokens.
+
+        Asked only if `by_layer`, as `compress`.
+        """
+        raise NotImplementedError
+
+    def compress(self, cache: LayerCache, lengths: jax.Array, split: HeadSplit) -> LayerCache:
+        """Compresses the full cache of a layer with `lengths` [batch] tokens in each row."""
         raise NotImplementedError
 
     def query_heads(self, config: ModelConfig) -> tuple[tuple[int, ...], ...] | None:

@@ -167,11 +167,9 @@ class RazorAttention(Compression):
         return tuple(layers[split] for split in splits)
 
     def compress(self, cache: LayerCache, lengths: jax.Array, split: HeadSplit) -> HeadGroups:
-        """Compresses the full cache of a layer with `lengths` [batch] tokens in each row."""
         return compress(cache, lengths, split, self.shards)
 
     def split(self, layer: int, prompt_capacity: int) -> HeadSplit:
-        """Returns a layer's head groups, for prompts of up to `prompt_capacity` tokens."""
         alibi_span = self.alibi_span[layer]
         whole = sum(tokens >= prompt_capacity for tokens in alibi_span)
         windows, rest = [], alibi_span[whole:]

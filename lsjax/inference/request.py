@@ -184,12 +184,12 @@ def check_lengths(
             )
     total = max(len(p) for p in prompts) + max_output_length
     check_exact_length(options.config, total)
-    if not allow_untrained_length:
-        check_total(options.config, total, total - max_output_length, options.compression)
     if total > MAX_POSITIONS:
         raise UserError(
             f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
         )
+    if not allow_untrained_length:
+        check_total(options.config, total, total - max_output_length, options.compression)
 
 
 def check_exact_length(config: ModelConfig, total: int) -> None:

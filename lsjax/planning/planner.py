@@ -60,7 +60,7 @@ def plan(
       mesh: devices per mesh axis, as in `lsjax.load`; "" for the best found.
       dtype: dtype of weights and activations; auto is float32 on CPU, otherwise bfloat16.
       kv_cache_dtype: dtype of the KV cache; auto for the best found.
-      kv_compression: KV head compression, as in `lsjax.load`; unless it names a file of heads, the
+      kv_compression: KV compression, as in `lsjax.load`; unless razor names a file of heads, the
         heads that keep everything are assumed to be spread evenly over the layers.
       prefill_chunk: prompt tokens per prefill step; None for the best found.
       rope_scaling: RoPE scaling, as in `lsjax.load`.

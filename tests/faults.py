@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "packed documents see each other",
         "lsjax/training/loss.py",
-        "begin = jnp.maximum(batch.begin, at + 1 - window)",
-        "begin = jnp.maximum(0 * batch.begin, at + 1 - window)",
+        "seen_from = jnp.maximum(begin, at + 1 - window)",
+        "seen_from = jnp.maximum(0 * begin, at + 1 - window)",
         "tests/training/test_step.py",
     ),
     Fault(

@@ -6,34 +6,19 @@ import jax.numpy as jnp
 
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
+from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import Step
 from lsjax.cache.slots import attend_to_slots, merge_devices, quantize_both, write_slots
-from lsjax.distributed.sequence_layout import ONE_DEVICE, Zigzag
-from lsjax.distributed.sharding import CACHE_SPEC
 
 
 @flax.struct.dataclass
-class RollingCache:
+class RollingCache(FullCache):
     """Keys and values of the last positions: position p is kept at p modulo the capacity.
 
-    Slots hold the positions of the present lap so far, and the rest of the lap before. The capacity
-    is at least the window and a prefill chunk, which never wraps around the end.
-
-    Attributes:
-      k, v: [batch, kv_heads, capacity, head_dim].
-      zigzag: layout of a lap's positions along the mesh's context axis.
+    Slots hold the positions of the present lap so far, and the rest of the lap before; `zigzag` is
+    the layout of a lap. The capacity is at least the window and a prefill chunk, which never wraps
+    around the end.
     """
-
-    k: KVArray
-    v: KVArray
-    zigzag: Zigzag = flax.struct.field(pytree_node=False, default=ONE_DEVICE)
-
-    @property
-    def block(self) -> None:
-        return None
-
-    def partition_specs(self) -> "RollingCache":
-        return jax.tree.map(lambda _: CACHE_SPEC, self)
 
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step

@@ -17,6 +17,10 @@ from lsjax.nn.linear import Embedding, RMSNorm
 from lsjax.positions.alibi import layer_slopes
 from lsjax.positions.rotary import RotaryTables
 
+# (decoder, x, positions, inputs of each layer, cache, lengths, decode, begin) -> x after the last
+# layer and the cache; see Decoder.__call__ and Block.
+LayerRunner = Callable[..., tuple[jax.Array, KVCache | None]]
+
 
 class Decoder(nn.Module):
     """A decoder-only transformer of any supported family.
@@ -79,19 +83,28 @@ class Decoder(nn.Module):
           tokens written.
         """
         x = self.embed_tokens(tokens)
+        return self.run(x, positions, tables, cache, lengths, decode, begin)
+
+    def run(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        tables: RotaryTables,
+        cache: KVCache | None,
+        lengths: jax.Array | None = None,
+        decode: bool = False,
+        begin: jax.Array | None = None,
+        run_layers: LayerRunner | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs all layers on [batch, length, hidden] embeddings; otherwise as `__call__`.
+
+        Args:
+          run_layers: runs the layers; None to run them one after the other, unrolled.
+        """
         inputs = self.position_inputs(tables, positions)
-        # To initialize parameters or record intermediates, the bound modules themselves must run.
-        recorded = any(map(self.is_mutable_collection, ("params", "intermediates")))
-        entries = []
-        for i, layer in enumerate(self.layers):
-            entry = None if cache is None else cache[i]
-            args = x, positions, inputs[i], entry, lengths, decode, begin
-            if recorded:
-                x, entry = layer(*args)
-            else:
-                x, entry = run_layer(self, i, layer.variables["params"], *args)
-            entries.append(entry)
-        return self.apply_final_norm(x), None if cache is None else tuple(entries)
+        run_layers = run_layers or run_unrolled
+        x, cache = run_layers(self, x, positions, inputs, cache, lengths, decode, begin)
+        return self.apply_final_norm(x), cache
 
     def position_inputs(
         self, tables: RotaryTables, positions: jax.Array | None = None
@@ -115,6 +128,22 @@ class Decoder(nn.Module):
         """Returns [batch, length, vocab] float32 logits of hidden [batch, length, hidden]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return head.logits(hidden)
+
+
+def run_unrolled(decoder, x, positions, inputs, cache, lengths, decode, begin):
+    """Runs the layers of a bound decoder one after the other; see LayerRunner."""
+    # To initialize parameters or record intermediates, the bound modules themselves must run.
+    recorded = any(map(decoder.is_mutable_collection, ("params", "intermediates")))
+    entries = []
+    for i, layer in enumerate(decoder.layers):
+        entry = None if cache is None else cache[i]
+        args = x, positions, inputs[i], entry, lengths, decode, begin
+        if recorded:
+            x, entry = layer(*args)
+        else:
+            x, entry = run_layer(decoder, i, layer.variables["params"], *args)
+        entries.append(entry)
+    return x, None if cache is None else tuple(entries)
 
 
 def run_layer(

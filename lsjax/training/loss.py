@@ -52,33 +52,32 @@ class Loss:
         self._chunks = chunks
         self._decoder = Decoder(config, mesh, self._dtype)
         abstract = abstract_parameters(config, mesh, dtype)
-        self._lie = unflatten({path: x.sharding for path, x in abstract.items()})
+        self._shardings = unflatten({path: x.sharding for path, x in abstract.items()})
 
     def __call__(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
         c = self._config
         narrow = jax.tree.map(lambda x: x.astype(self._dtype), params)
-        table = _whole(self._lie["embed"]["weight"], narrow["embed"]["weight"])
-        hidden = self._layers(
-            narrow, self._placed(embed(self._mesh, table, batch.tokens)), batch, tables
+        table = _whole(self._shardings["embed"]["weight"], narrow["embed"]["weight"])
+        hidden = self._placed(embed(self._mesh, table, batch.tokens))
+        rows = hidden, batch.positions, tables, None, None, False, batch.begin
+        hidden, _ = self._decoder.apply(
+            {"params": narrow}, *rows, run_layers=self._scan, method="run"
         )
-        hidden = self._decoder.apply({"params": narrow}, hidden, method="apply_final_norm")
         head = table
         if not c.tie_embeddings:
             head = params["lm_head"]["weight"]
             if c.normalized_head:
                 head = head / jnp.linalg.norm(head, axis=-1, keepdims=True)
-            head = _whole(self._lie["lm_head"]["weight"], head.astype(self._dtype))
+            head = _whole(self._shardings["lm_head"]["weight"], head.astype(self._dtype))
         return cross_entropy(self._mesh, self._chunks.logits, hidden, head, batch.targets)
 
-    def _layers(
-        self, params: dict, hidden: jax.Array, batch: Batch, tables: RotaryTables
-    ) -> jax.Array:
-        c, length = self._config, hidden.shape[1]
-        block = Block(c, self._mesh, LayerKind())
-        inputs = self._decoder.position_inputs(tables, batch.positions)[0]
+    def _scan(self, decoder, x, positions, inputs, cache, lengths, decode, begin):
+        """Runs the layers in a scan that keeps only their inputs; see LayerRunner."""
+        c, length = self._config, x.shape[1]
+        block = Block(c, self._mesh, LayerKind(), parent=None)
         order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
-        at = self._placed(jnp.broadcast_to(order, batch.begin.shape))
-        lie = self._lie["layers_0"]
+        at = self._placed(jnp.broadcast_to(order, begin.shape))
+        shardings = self._shardings["layers_0"]
 
         def feed_forward(weights: dict, x: jax.Array) -> jax.Array:
             return block.apply({"params": weights}, x, method="feed_forward")
@@ -86,28 +85,27 @@ class Loss:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def layer(x: jax.Array, of_layer: tuple[dict, jax.Array]) -> tuple[jax.Array, None]:
             weights, window = of_layer
-            weights = jax.tree.map(_whole, lie, weights)
-            begin = jnp.maximum(batch.begin, at + 1 - window)
-            x, _ = block.apply(
-                {"params": weights}, x, batch.positions, inputs, None, None, False, begin,
-                method="attend",
-            )  # fmt: skip
+            weights = jax.tree.map(_whole, shardings, weights)
+            seen_from = jnp.maximum(begin, at + 1 - window)
+            row = x, positions, inputs[0], cache, lengths, decode, seen_from
+            x, _ = block.apply({"params": weights}, *row, method="attend")
             x = self._placed(x)
             mlp = {name: w for name, w in weights.items() if "mlp" in name}
             return self._placed(in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)), None
 
+        params = decoder.variables["params"]
         layers = [params[f"layers_{i}"] for i in range(c.num_layers)]
-        stacked = jax.tree.map(lambda lies, *of: _stacked(lies, of), lie, *layers)
+        stacked = jax.tree.map(lambda where, *of: _stacked(where, of), shardings, *layers)
         windows = jnp.asarray([window or length for window in c.windows])
-        return jax.lax.scan(layer, hidden, (stacked, windows))[0]
+        return jax.lax.scan(layer, x, (stacked, windows))[0], None
 
     def _placed(self, x: jax.Array) -> jax.Array:
         """Shards [rows, length, ...] over the data and context axes."""
         return jax.lax.with_sharding_constraint(x, sharding(self._mesh, CHUNK_SPEC))
 
 
-def _stacked(lies: NamedSharding, weights: tuple[jax.Array, ...]) -> jax.Array:
-    where = NamedSharding(lies.mesh, PartitionSpec(None, *lies.spec))
+def _stacked(placed: NamedSharding, weights: tuple[jax.Array, ...]) -> jax.Array:
+    where = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
     return jax.lax.with_sharding_constraint(jnp.stack(weights), where)
 
 

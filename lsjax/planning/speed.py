@@ -62,10 +62,11 @@ def expected_speed(
     chunks = -(-input_length // deployment.prefill_chunk)
     tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch
 
+    compression = deployment.compression
+    span = compression.span(input_length) if compression else input_length
     products = 2 * tokens * whole_layers * model / itemsize
-    attention = (
-        4 * config.num_heads * config.head_dim * deployment.batch * _pairs(config, input_length)
-    )
+    pairs = deployment.batch * _pairs(config, input_length, span)
+    attention = 4 * config.num_heads * config.head_dim * pairs
     computing = (products + attention) / (devices * rates.flops * _OF_FLOPS)
     of_each = tokens / (devices / model) * config.hidden_size * itemsize
     summed = 4 * config.num_layers * of_each * (model - 1) / model
@@ -80,11 +81,14 @@ def expected_speed(
     return Speed(computing + sending, deployment.batch / step)
 
 
-def _pairs(config: ModelConfig, length: int) -> float:
-    """Returns the number of pairs of a query and a key that it attends to, over all layers."""
+def _pairs(config: ModelConfig, length: int, span: int) -> float:
+    """Returns the number of pairs of a query and a key that it attends to, over all layers.
+
+    A query attends to at most `span` keys.
+    """
     seen = 0.0
     for window in config.windows:
-        within = min(length, window or length)
+        within = min(span, window or length)
         seen += length * within - within**2 / 2
     return seen
 

@@ -1,13 +1,17 @@
 """Counts of a model's floating-point operations."""
 
+import math
+
 from lsjax.config import ModelConfig
 
 
-def prefill_cost(config: ModelConfig, start: int, length: int) -> float:
+def prefill_cost(
+    config: ModelConfig, start: int, length: int, most_keys: float = math.inf
+) -> float:
     """Returns the floating-point operations of prefilling `length` tokens at position `start`.
 
     The cost of attention grows with the position, so the second half of a prompt costs more than
-    the first.
+    the first. No query sees more than `most_keys` keys.
     """
     c = config
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
@@ -15,6 +19,6 @@ def prefill_cost(config: ModelConfig, start: int, length: int) -> float:
     channels = c.num_heads * c.head_dim
     keys = 0.0
     for window in c.windows:
-        seen = start + length / 2
+        seen = min(start + length / 2, most_keys)
         keys += seen if window is None else min(seen, window)
     return length * (2.0 * weights + 4.0 * channels * keys)

@@ -1,5 +1,7 @@
 """Progress bars whose time estimates account for the cost of the work."""
 
+import functools
+import math
 import sys
 from typing import Any
 
@@ -13,19 +15,20 @@ from lsjax.runtime.primary import is_primary
 class PrefillBar:
     """A bar over the cost of a prefill, labeled with tokens.
 
-    Call it with the number of tokens of each chunk.
+    Call it with the number of tokens of each chunk. No query sees more than `most_keys` keys.
     """
 
-    def __init__(self, config: ModelConfig, tokens: int):
-        self._config, self._tokens, self._done = config, tokens, 0
+    def __init__(self, config: ModelConfig, tokens: int, most_keys: float = math.inf):
+        self._cost = functools.partial(prefill_cost, config, most_keys=most_keys)
+        self._tokens, self._done = tokens, 0
         self._bar = _bar(
             f"prefill 0/{tokens:,} tokens",
-            prefill_cost(config, 0, tokens),
+            self._cost(0, tokens),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )
 
     def __call__(self, tokens: int) -> None:
-        cost = prefill_cost(self._config, self._done, tokens)
+        cost = self._cost(self._done, tokens)
         self._done += tokens
         label = f"prefill {self._done:,}/{self._tokens:,} tokens"
         self._bar.set_description_str(label, refresh=False)

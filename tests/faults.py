@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "packed documents see each other",
         "lsjax/training/loss.py",
-        "seen_from = jnp.maximum(begin, at + 1 - window)",
-        "seen_from = jnp.maximum(0 * begin, at + 1 - window)",
+        "begin = jnp.maximum(inputs.begin, at + 1 - window)",
+        "begin = jnp.maximum(0 * inputs.begin, at + 1 - window)",
         "tests/training/test_step.py",
     ),
     Fault(
@@ -130,8 +130,8 @@ FAULTS = (
     Fault(
         "ALiBi slopes in the wrong order of layers' heads",
         "lsjax/nn/decoder.py",
-        "slopes in layer_slopes(c, self.heads)]",
-        "slopes in [x[::-1] for x in layer_slopes(c, self.heads)]]",
+        "for slopes in layer_slopes(c, self.heads)]",
+        "for slopes in [x[::-1] for x in layer_slopes(c, self.heads)]]",
         "tests/nn/test_baichuan_logits.py",
     ),
     Fault(

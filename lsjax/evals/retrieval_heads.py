@@ -86,10 +86,8 @@ def find_heads(
         positions = jnp.arange(capacity)[None]
         block = Block(config, mesh, config.layers[0])
         cache = empty_layer(config, spec, platform)
-        (inputs, *_) = engine.decoder.position_inputs(tables, positions)
-        (x, _), seen = block.apply(
-            {"params": layer}, x, positions, inputs, cache, None, False, mutable=["intermediates"]
-        )
+        inputs = engine.decoder.layer_inputs(tables, positions)[0]
+        (x, _), seen = block.apply({"params": layer}, x, inputs, cache, mutable=["intermediates"])
         (q,), (k,) = (seen["intermediates"]["attn"][name] for name in ("queries", "keys"))
         return x, scores_of(q, k)
 

@@ -44,7 +44,7 @@ def prefill_by_layer(
     Returns:
       The compressed cache, and [batch, hidden] hidden states of the prompts' last tokens.
     """
-    hidden, inputs = list(hidden), model.decoder.position_inputs(tables)
+    hidden, inputs = list(hidden), model.decoder.layer_inputs(tables)
     starts = [np.int32(i * x.shape[1]) for i, x in enumerate(hidden)]
     whole, entries = dataclasses.replace(spec, policy=None), []
     for i in range(model.config.num_layers):
@@ -75,7 +75,7 @@ def lower_layer(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     hidden = abstract((spec.batch, chunk, model.config.hidden_size), model.dtype, model.chunks)
-    inputs = model.decoder.position_inputs(tables)[0]
+    inputs = model.decoder.layer_inputs(tables)[0]
     if inputs.slopes is not None:
         slopes = abstract(inputs.slopes.shape, jnp.float32, model.replicated)
         inputs = inputs.replace(slopes=slopes)
@@ -93,8 +93,8 @@ def _empty(model: ShardedModel, spec: CacheSpec) -> LayerCache:
 
 def _run_layer(model, layer, inputs, cache, hidden, start, lengths):
     positions = model.as_chunk(model.zigzag.chunk_positions(start, *hidden.shape[:2]))
-    tokens = hidden, positions, inputs.at(positions)
-    hidden, cache = run_layer(model.decoder, 0, layer, *tokens, cache, lengths)
+    inputs = inputs.at(positions, lengths=lengths)
+    hidden, cache = run_layer(model.decoder, 0, layer, hidden, inputs, cache)
     return model.as_chunk(hidden), model.as_layer(cache)
 
 

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions or ALiBi and an explicit KV cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,25 +19,32 @@ SelfAttention = Callable[..., jax.Array]
 
 
 @flax.struct.dataclass
-class PositionInputs:
-    """What a layer is given of positions.
+class LayerInputs:
+    """What a layer is told of its tokens, beside their activations.
 
     Attributes:
+      positions: [batch, length]; see update_and_attend.
+      lengths: [batch] total number of tokens in each row; later ones are padding. Or None.
+      begin: [batch, length] first token that each token sees, without a cache; see self_attention,
+        also for the order of the tokens.
       tables: rotary tables of the batch; None with ALiBi.
+      angles: cos and sin at the positions, each [batch, length, rotary_dim / 2]; None with ALiBi.
       slopes: [heads] ALiBi slopes in the order of the heads, or None.
-      angles: cos and sin at the tokens' positions, each [batch, length, rotary_dim / 2]; None with
-        ALiBi, and before the positions are known.
+      decode: whether these are the few tokens of a decode step, not a prefill chunk.
     """
 
+    positions: jax.Array | None = None
+    lengths: jax.Array | None = None
+    begin: jax.Array | None = None
     tables: RotaryTables | None = None
-    slopes: jax.Array | None = None
     angles: tuple[jax.Array, jax.Array] | None = None
+    slopes: jax.Array | None = None
+    decode: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def at(self, positions: jax.Array) -> "PositionInputs":
-        """Returns the inputs with the angles at [batch, length] positions."""
-        if self.tables is None:
-            return self
-        return self.replace(angles=cos_sin(self.tables, positions))
+    def at(self, positions: jax.Array, **changes: Any) -> "LayerInputs":
+        """Returns the inputs at other positions, with their angles and with other changes."""
+        angles = None if self.tables is None else cos_sin(self.tables, positions)
+        return self.replace(positions=positions, angles=angles, **changes)
 
 
 class Attention(nn.Module):
@@ -58,29 +66,12 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        inputs: PositionInputs,
+        inputs: LayerInputs,
         cache: LayerCache | None,
-        lengths: jax.Array | None,
-        decode: bool,
-        begin: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Maps [batch, length, hidden] to the same shape, and writes the tokens to the cache.
 
         Without a cache the tokens are whole rows, and gradients flow.
-
-        Args:
-          x: [batch, length, hidden] activations.
-          positions: [batch, length]; see update_and_attend.
-          inputs: rotary angles or ALiBi slopes.
-          cache: this layer's cache, or None.
-          lengths: [batch] total number of tokens in each row, or None.
-          decode: whether these are the few tokens of a decode step.
-          begin: first token that each token sees, without a cache; see self_attention, also for
-            the order of the tokens.
-
-        Returns:
-          [batch, length, hidden] output, and the cache with the tokens written.
         """
         c = self.config
 
@@ -101,12 +92,14 @@ class Attention(nn.Module):
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
         if cache is None:
-            y = self.self_attention(self.mesh, q, k, v, begin, self.window, inputs.slopes)
+            slopes, begin = inputs.slopes, inputs.begin
+            y = self.self_attention(self.mesh, q, k, v, begin, self.window, slopes)
         else:
-            tokens = q, k, v, positions, lengths
-            rotation = inputs.tables, c.rope_interleaved
+            positions = {"window": self.window, "slopes": inputs.slopes, "tables": inputs.tables}
             y, cache = update_and_attend(
-                self.mesh, *tokens, cache, decode, self.window, inputs.slopes, *rotation
+                *(self.mesh, q, k, v, inputs.positions, inputs.lengths, cache, inputs.decode),
+                **positions,
+                rope_interleaved=c.rope_interleaved,
             )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         return Linear(c.hidden_size, ("embed", "heads"), c.out_bias, name="o")(y), cache

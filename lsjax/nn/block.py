@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
 from lsjax.config import LayerKind, ModelConfig
-from lsjax.nn.attention import Attention, PositionInputs, SelfAttention
+from lsjax.nn.attention import Attention, LayerInputs, SelfAttention
 from lsjax.nn.linear import Linear, RMSNorm
 
 
@@ -50,22 +50,14 @@ class Block(nn.Module):
             self.post_mlp_norm = RMSNorm(c.norm_eps)
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        inputs: PositionInputs,
-        cache: LayerCache | None,
-        lengths: jax.Array | None,
-        decode: bool,
-        begin: jax.Array | None = None,
+        self, x: jax.Array, inputs: LayerInputs, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        x, cache = self.attend(x, positions, inputs, cache, lengths, decode, begin)
+        x, cache = self.attend(x, inputs, cache)
         return self.feed_forward(x), cache
 
-    def attend(self, x, positions, inputs, cache, lengths, decode, begin=None):
+    def attend(self, x, inputs, cache):
         """Runs the attention half, which mixes tokens; arguments and results as in `__call__`."""
-        y = self.attn_norm(x)
-        y, cache = self.attn(y, positions, inputs, cache, lengths, decode, begin)
+        y, cache = self.attn(self.attn_norm(x), inputs, cache)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:

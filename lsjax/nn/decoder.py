@@ -11,14 +11,13 @@ from jax.sharding import Mesh
 from lsjax.attention.differentiable import self_attention
 from lsjax.cache import KVCache, LayerCache
 from lsjax.config import ModelConfig
-from lsjax.nn.attention import PositionInputs, SelfAttention
+from lsjax.nn.attention import LayerInputs, SelfAttention
 from lsjax.nn.block import Block
 from lsjax.nn.linear import Embedding, RMSNorm
 from lsjax.positions.alibi import layer_slopes
 from lsjax.positions.rotary import RotaryTables
 
-# (decoder, x, positions, inputs of each layer, cache, lengths, decode, begin) -> x after the last
-# layer and the cache; see Decoder.__call__ and Block.
+# (decoder, x, inputs of each layer, cache) -> x after the last layer and the cache
 LayerRunner = Callable[..., tuple[jax.Array, KVCache | None]]
 
 
@@ -82,39 +81,43 @@ class Decoder(nn.Module):
           [batch, length, hidden] hidden states after the final norm, and the cache with the new
           tokens written.
         """
-        x = self.embed_tokens(tokens)
-        return self.run(x, positions, tables, cache, lengths, decode, begin)
+        inputs = LayerInputs(lengths=lengths, begin=begin, decode=decode)
+        layers = self.layer_inputs(tables, positions, inputs)
+        return self.run(self.embed_tokens(tokens), layers, cache)
 
     def run(
         self,
         x: jax.Array,
-        positions: jax.Array,
-        tables: RotaryTables,
+        inputs: Sequence[LayerInputs],
         cache: KVCache | None,
-        lengths: jax.Array | None = None,
-        decode: bool = False,
-        begin: jax.Array | None = None,
         run_layers: LayerRunner | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs all layers on [batch, length, hidden] embeddings; otherwise as `__call__`.
+        """Runs all layers on [batch, length, hidden] embeddings; results as of `__call__`.
 
         Args:
+          x: embeddings.
+          inputs: inputs of each layer.
+          cache: see `__call__`.
           run_layers: runs the layers; None to run them one after the other, unrolled.
         """
-        inputs = self.position_inputs(tables, positions)
-        run_layers = run_layers or run_unrolled
-        x, cache = run_layers(self, x, positions, inputs, cache, lengths, decode, begin)
+        x, cache = (run_layers or run_unrolled)(self, x, inputs, cache)
         return self.apply_final_norm(x), cache
 
-    def position_inputs(
-        self, tables: RotaryTables, positions: jax.Array | None = None
-    ) -> Sequence[PositionInputs]:
-        """Returns what each layer is given of positions, with their angles if they are known."""
+    def layer_inputs(
+        self,
+        tables: RotaryTables,
+        positions: jax.Array | None = None,
+        inputs: LayerInputs = LayerInputs(),  # noqa: B008 (frozen)
+    ) -> Sequence[LayerInputs]:
+        """Returns the inputs of each layer, with their angles if positions are known."""
         c = self.config
-        if c.alibi:
-            return [PositionInputs(slopes=slopes) for slopes in layer_slopes(c, self.heads)]
-        inputs = PositionInputs(tables)
-        return [inputs if positions is None else inputs.at(positions)] * c.num_layers
+        if not c.alibi:
+            inputs = inputs.replace(tables=tables)
+        if positions is not None:
+            inputs = inputs.at(positions)
+        if not c.alibi:
+            return [inputs] * c.num_layers
+        return [inputs.replace(slopes=slopes) for slopes in layer_slopes(c, self.heads)]
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embeds [batch, length] token ids as [batch, length, hidden], the first layer's input."""
@@ -130,14 +133,13 @@ class Decoder(nn.Module):
         return head.logits(hidden)
 
 
-def run_unrolled(decoder, x, positions, inputs, cache, lengths, decode, begin):
+def run_unrolled(decoder, x, inputs, cache):
     """Runs the layers of a bound decoder one after the other; see LayerRunner."""
     # To initialize parameters or record intermediates, the bound modules themselves must run.
     recorded = any(map(decoder.is_mutable_collection, ("params", "intermediates")))
     entries = []
     for i, layer in enumerate(decoder.layers):
-        entry = None if cache is None else cache[i]
-        args = x, positions, inputs[i], entry, lengths, decode, begin
+        args = x, inputs[i], None if cache is None else cache[i]
         if recorded:
             x, entry = layer(*args)
         else:
@@ -151,27 +153,23 @@ def run_layer(
     i: int,
     weights: dict,
     x: jax.Array,
-    positions: jax.Array,
-    inputs: PositionInputs,
+    inputs: LayerInputs,
     cache: LayerCache | None,
-    lengths: jax.Array | None = None,
-    decode: bool = False,
-    begin: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """Runs layer i of a decoder, whose module need not be bound, with its weights.
 
-    See Attention for the other arguments and the results. In prefill the weights are gathered over
-    the context axis first. Layers that are alike are traced and lowered once.
+    In prefill the weights are gathered over the context axis first. Layers that are alike are
+    traced and lowered once.
     """
-    if decoder.all_gather_weights and cache is not None and not decode:
+    if decoder.all_gather_weights and cache is not None and not inputs.decode:
         # Wait for the layer's input: XLA would otherwise hold gathered weights of many layers.
         x, weights = jax.lax.optimization_barrier((x, weights))
         weights = decoder.all_gather_weights(f"layers_{i}", weights)
     kind = decoder.config.layers[i]
     block = Block(decoder.config, decoder.mesh, kind, decoder.self_attention, parent=None)
-    return _run_block(block, decode, weights, x, positions, inputs, cache, lengths, begin)
+    return _run_block(block, weights, x, inputs, cache)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(block, decode, weights, x, positions, inputs, cache, lengths, begin):
-    return block.apply({"params": weights}, x, positions, inputs, cache, lengths, decode, begin)
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(block, weights, x, inputs, cache):
+    return block.apply({"params": weights}, x, inputs, cache)

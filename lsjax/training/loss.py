@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lsjax.config import LayerKind, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
+from lsjax.nn.attention import LayerInputs
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import abstract_parameters, unflatten
@@ -59,9 +60,10 @@ class Loss:
         narrow = jax.tree.map(lambda x: x.astype(self._dtype), params)
         table = _whole(self._shardings["embed"]["weight"], narrow["embed"]["weight"])
         hidden = self._placed(embed(self._mesh, table, batch.tokens))
-        rows = hidden, batch.positions, tables, None, None, False, batch.begin
+        inputs = LayerInputs(begin=batch.begin)
+        layers = self._decoder.layer_inputs(tables, batch.positions, inputs)
         hidden, _ = self._decoder.apply(
-            {"params": narrow}, *rows, run_layers=self._scan, method="run"
+            {"params": narrow}, hidden, layers, None, self._scan, method="run"
         )
         head = table
         if not c.tie_embeddings:
@@ -71,12 +73,13 @@ class Loss:
             head = _whole(self._shardings["lm_head"]["weight"], head.astype(self._dtype))
         return cross_entropy(self._mesh, self._chunks.logits, hidden, head, batch.targets)
 
-    def _scan(self, decoder, x, positions, inputs, cache, lengths, decode, begin):
+    def _scan(self, decoder, x, inputs, cache):
         """Runs the layers in a scan that keeps only their inputs; see LayerRunner."""
         c, length = self._config, x.shape[1]
         block = Block(c, self._mesh, LayerKind(), parent=None)
         order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
-        at = self._placed(jnp.broadcast_to(order, begin.shape))
+        inputs = inputs[0]
+        at = self._placed(jnp.broadcast_to(order, inputs.begin.shape))
         shardings = self._shardings["layers_0"]
 
         def feed_forward(weights: dict, x: jax.Array) -> jax.Array:
@@ -86,8 +89,8 @@ class Loss:
         def layer(x: jax.Array, of_layer: tuple[dict, jax.Array]) -> tuple[jax.Array, None]:
             weights, window = of_layer
             weights = jax.tree.map(_whole, shardings, weights)
-            seen_from = jnp.maximum(begin, at + 1 - window)
-            row = x, positions, inputs[0], cache, lengths, decode, seen_from
+            begin = jnp.maximum(inputs.begin, at + 1 - window)
+            row = x, inputs.replace(begin=begin), cache
             x, _ = block.apply({"params": weights}, *row, method="attend")
             x = self._placed(x)
             mlp = {name: w for name, w in weights.items() if "mlp" in name}

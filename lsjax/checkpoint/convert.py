@@ -11,7 +11,7 @@ import numpy as np
 
 from lsjax.checkpoint.atomic_directory import atomic_directory
 from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unused
-from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Abstract, write_weights
+from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Abstract, Part, write_weights
 from lsjax.checkpoint.model_folder import read_model_config
 from lsjax.checkpoint.orbax_checkpoint import (
     OrbaxCheckpoint,
@@ -94,8 +94,8 @@ def convert_orbax_to_hf(
     with atomic_directory(out, needed) as folder:
         warn_unused(orbax_folder, checkpoint.unread)
 
-        def arrays(paths: list[str]) -> Iterator[np.ndarray]:
-            return _arrays(checkpoint, paths, abstract, progress)
+        def arrays(parts: list[Part]) -> Iterator[np.ndarray]:
+            return _arrays(checkpoint, parts, abstract, progress)
 
         write_weights(folder, config, abstract, arrays, max_shard_bytes)
         copy_sidecar_files(orbax_folder, folder)
@@ -111,10 +111,17 @@ def _as_stored(abstract: Abstract, checkpoint: HFCheckpoint | OrbaxCheckpoint) -
 
 
 def _arrays(
-    checkpoint: OrbaxCheckpoint, paths: list[str], abstract: Abstract, progress: Progress | None
+    checkpoint: OrbaxCheckpoint, parts: list[Part], abstract: Abstract, progress: Progress | None
 ) -> Iterator[np.ndarray]:
-    """Yields the parameters in the order of `paths`, with one group in memory at a time."""
-    for group in in_groups(checkpoint.stored[path] for path in paths):
-        yield from map(np.asarray, checkpoint.load(group, abstract).values())
-        if progress is not None:
-            progress(total_bytes(group))
+    """Yields parts of parameters in order, holding a group and the parameters still in use."""
+    last_use = {path: i for i, (path, _) in enumerate(parts)}
+    groups = in_groups(checkpoint.stored[path] for path in last_use)
+    held: dict[str, np.ndarray] = {}
+    for i, (path, index) in enumerate(parts):
+        if path not in held:
+            group = next(groups)
+            held |= {p: np.asarray(x) for p, x in checkpoint.load(group, abstract).items()}
+            if progress is not None:
+                progress(total_bytes(group))
+        whole = held.pop(path) if last_use[path] == i else held[path]
+        yield whole if index is None else whole[index]

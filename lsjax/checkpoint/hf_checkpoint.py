@@ -1,13 +1,14 @@
 """Reads the parameters of a Hugging Face folder."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 
 from lsjax.checkpoint.hf_folder import stored_tensors
-from lsjax.checkpoint.shards import read_rows
-from lsjax.checkpoint.tensor_info import TensorInfo
+from lsjax.checkpoint.shards import read_parts
+from lsjax.checkpoint.tensor_info import StoredParameter, TensorInfo
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import Tensor, family_of
@@ -16,40 +17,28 @@ from lsjax.runtime.notes import note
 
 @dataclasses.dataclass(frozen=True)
 class HFCheckpoint:
-    """The tensors in a Hugging Face folder that the model reads.
+    """The parameters in a Hugging Face folder that the model reads.
 
     Attributes:
-      tensors: tensor name -> the parameters that it holds.
-      stored: tensor name -> its location, shape and dtype.
+      stored: parameter path -> where it is stored; in the order of the files.
       unread: names of the tensors that the model does not read.
     """
 
-    tensors: dict[str, Tensor]
-    stored: dict[str, TensorInfo]
+    stored: dict[str, StoredParameter]
     unread: tuple[str, ...]
 
     def dtypes(self) -> dict[str, jax.numpy.dtype]:
         """Returns the stored dtype of each parameter, by path."""
-        return {
-            path: stored.numpy_dtype
-            for name, stored in self.stored.items()
-            for path in self.tensors[name].params
-        }
+        return {path: stored.numpy_dtype for path, stored in self.stored.items()}
 
     def load(
-        self, group: Sequence[TensorInfo], abstract: dict[str, jax.ShapeDtypeStruct]
+        self, group: Sequence[StoredParameter], abstract: dict[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """Loads the parameters that a group of tensors from one file holds.
+        """Loads a group of parameters, by path, in the dtypes and shardings of `abstract`.
 
-        Returns them by path, in the dtypes and shardings of `abstract`. Each process reads only
-        the bytes of its own shards.
+        Each process reads only the bytes of its own shards.
         """
-        params: dict[str, jax.Array] = {}
-        for item in group:
-            first = 0
-            for path in self.tensors[item.name].params:
-                params[path] = read_rows(item, first, abstract[path])
-                first += abstract[path].shape[0]
+        params = {item.name: read_parts(item.parts, abstract[item.name]) for item in group}
         return jax.block_until_ready(params)
 
 
@@ -74,9 +63,20 @@ def open_hf(
                 "checkpoint again, or use the config.json that belongs to it."
             )
         found[name].check(abstract_tensor(tensor, abstract).shape)
+    parts: dict[str, dict[int, TensorInfo]] = {}
+    for name, stored in found.items():
+        offset, tensor = stored.offset, tensors.get(name)
+        for path in tensor.params if tensor else ():
+            shape = part_shape(tensor, abstract[path])
+            nbytes = math.prod(shape) * stored.numpy_dtype.itemsize
+            part = dataclasses.replace(stored, shape=shape, nbytes=nbytes, offset=offset)
+            parts.setdefault(path, {})[tensor.index or 0] = part
+            offset += nbytes
     return HFCheckpoint(
-        tensors,
-        {name: stored for name, stored in found.items() if name in tensors},
+        {
+            path: StoredParameter(path, tuple(of[i] for i in range(len(of))))
+            for path, of in parts.items()
+        },
         tuple(name for name in found if name not in tensors),
     )
 
@@ -107,6 +107,11 @@ def abstract_tensor(
     tensor: Tensor, abstract: dict[str, jax.ShapeDtypeStruct]
 ) -> jax.ShapeDtypeStruct:
     """Returns the shape and dtype of a tensor, from those of the parameters that it holds."""
-    parts = [abstract[path] for path in tensor.params]
-    rows = sum(part.shape[0] for part in parts)
-    return jax.ShapeDtypeStruct((rows, *parts[0].shape[1:]), parts[0].dtype)
+    shapes = [part_shape(tensor, abstract[path]) for path in tensor.params]
+    rows = sum(shape[0] for shape in shapes)
+    return jax.ShapeDtypeStruct((rows, *shapes[0][1:]), abstract[tensor.params[0]].dtype)
+
+
+def part_shape(tensor: Tensor, param: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Returns the shape of what a tensor holds of one of its parameters."""
+    return param.shape if tensor.index is None else param.shape[1:]

@@ -16,13 +16,14 @@ from lsjax.families import family_of
 MAX_SHARD_BYTES = 5 * 10**9
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
+Part = tuple[str, int | None]  # path of a parameter, and the index along its first axis or None
 
 
 def write_weights(
     folder: str,
     config: ModelConfig,
     abstract: Abstract,
-    arrays: Callable[[list[str]], Iterable[np.ndarray]],
+    arrays: Callable[[list[Part]], Iterable[np.ndarray]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes the safetensors files, and an index if there are several.
@@ -31,28 +32,29 @@ def write_weights(
       folder: existing folder to write into.
       config: model config.
       abstract: shapes and dtypes of the parameters, by path.
-      arrays: returns the parameters at the given paths, in that order and with those dtypes.
+      arrays: returns the given parts of parameters, in that order and with those dtypes.
       max_shard_bytes: limit on the tensor bytes in one file; a larger tensor gets its own file.
     """
     shards = _shards(config, abstract, max_shard_bytes)
     for file, shard in shards.items():
-        write_safetensors(os.path.join(folder, file), shard, arrays(_paths(config, shard)))
+        write_safetensors(os.path.join(folder, file), shard, arrays(_parts(config, shard)))
     if len(shards) > 1:
         _write_index(os.path.join(folder, INDEX), shards)
 
 
-def written_paths(
+def written_parts(
     config: ModelConfig, abstract: Abstract, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[str]:
-    """Returns the parameter paths that write_weights asks for, in the same order."""
+) -> list[Part]:
+    """Returns the parts that write_weights asks for, in the same order."""
     shards = _shards(config, abstract, max_shard_bytes).values()
-    return [path for shard in shards for path in _paths(config, shard)]
+    return [part for shard in shards for part in _parts(config, shard)]
 
 
-def _paths(config: ModelConfig, shard: Abstract) -> list[str]:
-    """Returns the parameter paths of a file's tensors, in the order of the file."""
+def _parts(config: ModelConfig, shard: Abstract) -> list[Part]:
+    """Returns the parts of parameters that a file's tensors hold, in the order of the file."""
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
-    return [path for name in aligned(shard) for path in tensors[name].params]
+    names = aligned(shard)
+    return [(path, tensors[name].index) for name in names for path in tensors[name].params]
 
 
 def _shards(config: ModelConfig, abstract: Abstract, max_shard_bytes: int) -> dict[str, Abstract]:

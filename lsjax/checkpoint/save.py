@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lsjax.checkpoint.atomic_directory import atomic_directory
-from lsjax.checkpoint.hf_writer import write_weights, written_paths
+from lsjax.checkpoint.hf_writer import Part, write_weights, written_parts
 from lsjax.checkpoint.orbax_checkpoint import save_all
 from lsjax.checkpoint.sidecar_files import copy_sidecar_files, sidecar_bytes
 from lsjax.distributed.multihost import broadcast_from_primary, to_host
@@ -67,16 +67,17 @@ def export_parameters(
     dtype = jax.numpy.dtype(config.dtype)
     abstract = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat.items()}
 
-    def arrays(paths: list[str]) -> Iterator[np.ndarray]:
-        for path in paths:
-            yield to_host(jax.numpy.asarray(flat[path], dtype))
+    def arrays(parts: list[Part]) -> Iterator[np.ndarray]:
+        for path, index in parts:
+            part = flat[path] if index is None else flat[path][index]
+            yield to_host(jax.numpy.asarray(part, dtype))
 
     nbytes = dtype.itemsize * sum(leaf.size for leaf in abstract.values())
     nbytes += sidecar_bytes(os.fspath(like)) if like else 0
     with contextlib.ExitStack() as stack:
         folder = broadcast_from_primary(lambda: stack.enter_context(atomic_directory(out, nbytes)))
         if not is_primary():
-            for _ in arrays(written_paths(config, abstract)):  # gathering needs every process
+            for _ in arrays(written_parts(config, abstract)):  # gathering needs every process
                 continue
         else:
             write_weights(folder, config, abstract, arrays)

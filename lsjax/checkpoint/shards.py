@@ -5,6 +5,7 @@ Orbax and safetensors read more: whole tensors, or a whole matrix row for a part
 
 import io
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -15,44 +16,45 @@ from lsjax.errors import UserError
 Ranges = tuple[tuple[int, int], ...]
 
 
-def read_rows(stored: TensorInfo, first: int, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Reads consecutive rows of a tensor onto the devices.
+def read_parts(stored: Sequence[TensorInfo], wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """Reads a parameter onto the devices.
 
     Args:
-      stored: tensor in the file.
-      first: index of the first row to read.
-      wanted: shape, dtype and sharding of the result.
+      stored: where it is, or where its parts along the first axis are.
+      wanted: shape, dtype and sharding of the parameter.
 
     Raises:
-      UserError: the file ends too early.
+      UserError: a file ends too early.
     """
     parts: dict[Ranges, np.ndarray] = {}
-    with open(stored.path, "rb", buffering=0) as file:
+    is_stack = len(stored[0].shape) < len(wanted.shape)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            sizes = zip(index, wanted.shape, strict=True)
-            ranges = tuple(where.indices(size)[:2] for where, size in sizes)
-            if ranges not in parts:  # several devices may hold the same part
-                found = _read(file, stored, first, wanted.shape, ranges)
-                parts[ranges] = found.astype(wanted.dtype, copy=False)
-            return parts[ranges]
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        sizes = zip(index, wanted.shape, strict=True)
+        ranges = tuple(where.indices(size)[:2] for where, size in sizes)
+        if ranges not in parts:  # several devices may hold the same part
+            if is_stack:
+                found = np.stack([_read(x, ranges[1:]) for x in stored[slice(*ranges[0])]])
+            else:
+                found = _read(stored[0], ranges)
+            parts[ranges] = found.astype(wanted.dtype, copy=False)
+        return parts[ranges]
 
-        return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
 
 
-def _read(
-    file: io.RawIOBase, stored: TensorInfo, first: int, shape: tuple[int, ...], ranges: Ranges
-) -> np.ndarray:
+def _read(stored: TensorInfo, ranges: Ranges) -> np.ndarray:
     out = np.empty([end - begin for begin, end in ranges], stored.numpy_dtype)
     itemsize = out.dtype.itemsize
-    row_bytes = math.prod(shape[1:]) * itemsize
-    at = stored.offset + (first + ranges[0][0]) * row_bytes
-    if out.shape[1:] == shape[1:]:
-        _fill(file, stored, at, out)
-    else:
-        at += ranges[1][0] * itemsize
-        for i, row in enumerate(out):
-            _fill(file, stored, at + i * row_bytes, row)
+    row_bytes = math.prod(stored.shape[1:]) * itemsize
+    at = stored.offset + ranges[0][0] * row_bytes
+    with open(stored.path, "rb", buffering=0) as file:
+        if out.shape[1:] == stored.shape[1:]:
+            _fill(file, stored, at, out)
+        else:
+            at += ranges[1][0] * itemsize
+            for i, row in enumerate(out):
+                _fill(file, stored, at + i * row_bytes, row)
     return out
 
 

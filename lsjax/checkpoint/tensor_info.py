@@ -55,13 +55,41 @@ class TensorInfo:
         return jnp.dtype(self.dtype)
 
 
-def total_bytes(stored: Iterable[TensorInfo]) -> int:
+@dataclasses.dataclass(frozen=True)
+class StoredParameter:
+    """Where a parameter is stored.
+
+    Attributes:
+      name: path of the parameter.
+      parts: its parts along the first axis if it stacks tensors; else a single one, all of it.
+    """
+
+    name: str
+    parts: tuple[TensorInfo, ...]
+
+    @property
+    def path(self) -> str:
+        return self.parts[0].path
+
+    @property
+    def nbytes(self) -> int:
+        return total_bytes(self.parts)
+
+    @property
+    def numpy_dtype(self) -> jnp.dtype:
+        return self.parts[0].numpy_dtype
+
+
+Stored = TensorInfo | StoredParameter
+
+
+def total_bytes(stored: Iterable[Stored]) -> int:
     return sum(item.nbytes for item in stored)
 
 
-def in_groups(stored: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
+def in_groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
     """Yields groups of adjacent arrays with one `path`: up to GROUP_BYTES, or one larger array."""
-    group: list[TensorInfo] = []
+    group: list[Stored] = []
     size = 0
     for item in stored:
         if group and (item.path != group[0].path or size + item.nbytes > GROUP_BYTES):

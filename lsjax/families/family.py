@@ -12,11 +12,17 @@ class Tensor:
     """A checkpoint tensor: its name and the paths of the parameters that it holds.
 
     Parameters have the layout of checkpoints, [out, in]. A fused tensor holds several parameters,
-    concatenated along its first axis.
+    concatenated along its first axis. Several tensors may be stacked to one parameter.
+
+    Attributes:
+      name: name of the tensor.
+      params: paths of its parameters, in the order in which it holds them.
+      index: index along the first axis of its parameters, which stack tensors; None if they do not.
     """
 
     name: str
     params: tuple[str, ...]
+    index: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

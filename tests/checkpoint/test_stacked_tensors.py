@@ -21,11 +21,10 @@ SINGLE = "model.layers.0.mlp.{}.down"
 def folder(tmp_path, monkeypatch):
     """A folder that stores one layer's MLP row by row, with the rows of two matrices fused."""
     tensors = make_tensors(NAME)
-    rows = [
-        tensors.pop(f"model.layers.0.mlp.{name}_proj.weight") for name in ("gate", "up", "down")
-    ]
-    gate, up, down = rows
-    tensors |= {FUSED.format(i): np.concatenate(pair) for i, pair in enumerate(zip(gate, up))}
+    stored = "model.layers.0.mlp.{}_proj.weight"
+    rows = gate, up, down = [tensors.pop(stored.format(x)) for x in ("gate", "up", "down")]
+    fused = np.concatenate([gate, up], axis=1)
+    tensors |= {FUSED.format(i): row for i, row in enumerate(fused)}
     tensors |= {SINGLE.format(i): row for i, row in enumerate(down)}
     family = family_of(read_config(write_folder(tmp_path / "plain", NAME, make_tensors(NAME))))
 

@@ -243,8 +243,8 @@ FAULTS = (
     Fault(
         "scales left out of a plan's cache",
         "lsjax/cache/spec.py",
-        "            total += count * math.prod(here) * dtype.itemsize",
-        "            total += count * math.prod(here) * dtype.itemsize * (len(shape) > 3)",
+        "                total += math.prod(here) * x.dtype.itemsize",
+        "                total += math.prod(here) * x.dtype.itemsize * (x.ndim > 3)",
         "tests/attention/test_cache_store.py",
     ),
     Fault(

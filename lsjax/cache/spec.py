@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from typing import Protocol
 
@@ -67,21 +68,27 @@ class CacheSpec:
         needed = window + max(self.chunk, MAX_DECODE_QUERIES)
         return -(-needed // multiple) * multiple
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (few, and planning asks for the same again)
     def nbytes(self, config: ModelConfig, mesh: Mesh | None = None, platform: str = "cpu") -> int:
         """Returns the bytes of the whole cache.
 
         They are the bytes per device if a mesh is given; else replicated arrays count once.
         """
+        counts = [1] * config.num_layers
+        if self.policy is None:  # layers of one kind have caches of one size
+            kinds = collections.Counter(config.layers)
+            config, counts = dataclasses.replace(config, layers=tuple(kinds)), kinds.values()
         cache = jax.eval_shape(lambda: empty_cache(config, self, platform))
-        arrays = map(jax.tree.leaves, (cache, cache_specs(cache)))
-        total = 0
-        counts = collections.Counter(
-            (x.shape, x.dtype, spec) for x, spec in zip(*arrays, strict=True)
-        )
-        for (shape, dtype, spec), count in counts.items():
-            here = shape if mesh is None else sharding(mesh, spec).shard_shape(shape)
-            total += count * math.prod(here) * dtype.itemsize
-        return total
+
+        def layer_bytes(layer: LayerCache) -> int:
+            arrays, specs = map(jax.tree.leaves, (layer, layer.partition_specs()))
+            total = 0
+            for x, spec in zip(arrays, specs, strict=True):
+                here = x.shape if mesh is None else sharding(mesh, spec).shard_shape(x.shape)
+                total += math.prod(here) * x.dtype.itemsize
+            return total
+
+        return sum(n * layer_bytes(x) for n, x in zip(counts, cache, strict=True))
 
 
 def empty_layer(
@@ -111,8 +118,9 @@ def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
     """Creates a cache of zeros. Call it under jit with the cache's shardings as out_shardings."""
     if spec.policy is not None:
         return spec.policy.empty_cache(config, spec, platform)
-    layers = {window: empty_layer(config, spec, platform, window) for window in config.windows}
-    return tuple(layers[window] for window in config.windows)
+    windows = config.windows
+    layers = {window: empty_layer(config, spec, platform, window) for window in set(windows)}
+    return tuple(layers[window] for window in windows)
 
 
 def cache_shapes(config: ModelConfig, mesh: Mesh, spec: CacheSpec, platform: str) -> KVCache:

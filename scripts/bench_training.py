@@ -81,7 +81,7 @@ def main(_) -> None:
     if FLAGS.against_plain and devices > 1:
         raise UserError("--against_plain goes with one device; leave --mesh out.")
     make_cpu_devices(devices)
-    print("step          seconds   tokens/s  temporaries a device")
+    print("step          seconds   tokens/s  temporaries per device")
     ours, temporaries = _ours(config, sizes)
     if not FLAGS.against_plain:
         (seconds,) = _medians(ours)
@@ -215,7 +215,7 @@ def _ahead(config: ModelConfig, sizes: dict[str, int]) -> None:
     total = state + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     print(
         f"{config.architecture} of {config.num_layers} layers, {sizes['data']} x "
-        f"{FLAGS.seq_length:,} tokens on {target.name}, a device: state and batch "
+        f"{FLAGS.seq_length:,} tokens on {target.name}, per device: state and batch "
         f"{human_bytes(state)}, temporaries {human_bytes(temporaries)}, together "
         f"{human_bytes(total)} of {human_bytes(target.memory)}: "
         f"{'fits' if total <= target.memory else 'DOES NOT FIT'}"

@@ -131,14 +131,14 @@ def _print(p: Plan) -> None:
             f"expected   prefill {p.speed.prefill_seconds:,.3g} s, decode "
             f"{p.speed.decode_tokens_per_second:,.3g} tokens/s, {ASSUMED}; not measured"
         )
-    print(f"\na device, {'compiled' if p.compiled else 'by arithmetic'}")
+    print(f"\nper device, {'compiled' if p.compiled else 'by arithmetic'}")
     print("program       weights       cache  temporaries       total        free          of")
     for name, n in p.programs.items():
         free = p.target.memory - n.total
         parts = [human_bytes(b) for b in (n.weights, n.cache, n.temporaries, n.total)]
         parts.append(human_bytes(free) if free >= 0 else f"-{human_bytes(-free)}")
         print(f"{name:9}" + "".join(f"{x:>12}" for x in (*parts, human_bytes(p.target.memory))))
-    print("\n   tokens       cache     prefill      decode   (a device, by arithmetic)")
+    print("\n   tokens       cache     prefill      decode   (per device, by arithmetic)")
     for length, needs in p.table.items():
         prefill, decode = needs["prefill"], needs["decode"]
         parts = (decode.cache, prefill.total, decode.total)

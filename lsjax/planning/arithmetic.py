@@ -1,6 +1,6 @@
 """Bytes per device by arithmetic: exact for weights and cache, approximate for temporaries.
 
-The formula for temporaries was fitted to compiled programs; tests/ahead compares the two.
+Temporaries are one reserve for all platforms; tests/ahead compares it with compiled programs.
 """
 
 import dataclasses
@@ -16,34 +16,11 @@ from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
 
-
-@dataclasses.dataclass(frozen=True)
-class _Temporaries:
-    """Temporaries of prefill on a platform.
-
-    Pairs hold a value without a model axis and one with it.
-
-    Attributes:
-      mlp: number of vectors of the MLP's size (split over the model axis) per token of a chunk.
-      hidden: number of vectors of the hidden size per token of a chunk.
-      gathered: share of a layer's weights (of one shard of the model axis) that is gathered at
-        once if a context axis splits them.
-      layer_bytes: further bytes per layer, mostly code.
-      elsewhere: bytes that lie in another kind of memory; at most half of the temporaries.
-    """
-
-    mlp: float
-    hidden: tuple[float, float]
-    gathered: tuple[float, float]
-    layer_bytes: int = 0
-    elsewhere: int = 0
-
-
-_TEMPORARIES = {
-    "cpu": _Temporaries(mlp=3, hidden=(2, 2), gathered=(1, 1)),
-    "gpu": _Temporaries(mlp=2, hidden=(3, 5), gathered=(0.9, 0.9)),
-    "tpu": _Temporaries(2, (0.5, 7), (0.4, 2.5), layer_bytes=2 * 2**20, elsewhere=100 * 2**20),
-}
+# What a prefill program holds beside weights and cache: this many vectors per token of a chunk, of
+# the MLP's size (split over the model axis) and of the hidden size; and this share of a layer's
+# weights, which a context axis splits and prefill gathers. On a CPU, XLA gathers all layers whole.
+_MLP_VECTORS, _HIDDEN_VECTORS, _GATHERED = 2, 5, 0.2
+_TPU_CODE_BYTES = 2 * 2**20  # of a layer's code, which lies in the memory of the data
 
 
 def needs_of(
@@ -60,7 +37,7 @@ def needs_of(
     layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype)
     weights = config.num_layers * layer + rest
     cache = cache_bytes(config, platform, deployment, input_length)
-    decode = _TEMPORARIES[platform].layer_bytes * config.num_layers
+    decode = _code_bytes(config, platform)
     prefill = _prefill_temporaries(config, platform, deployment, layer)
     if deployment.compression and deployment.compression.by_layer:
         spec = dataclasses.replace(deployment.cache_spec_for(input_length), policy=None)
@@ -108,17 +85,15 @@ def _prefill_temporaries(
     config: ModelConfig, platform: str, deployment: Deployment, layer: int
 ) -> int:
     data, context, model = deployment.sizes.values()
-    takes, split = _TEMPORARIES[platform], int(model > 1)
     tokens = deployment.batch // data * deployment.prefill_chunk // context
-    channels = takes.mlp * config.intermediate_size / model
-    channels += takes.hidden[split] * config.hidden_size
+    channels = _MLP_VECTORS * config.intermediate_size / model
+    channels += _HIDDEN_VECTORS * config.hidden_size
     total = tokens * channels * jnp.dtype(deployment.dtype).itemsize
     if context > 1:
-        # On a CPU, XLA gathers the weights of all layers at once.
-        layers = config.num_layers if platform == "cpu" else 1
-        total += takes.gathered[split] * layer * context * layers
-    total -= min(takes.elsewhere, total / 2)
-    if context > 1 and platform == "tpu":  # the ring's buffers for a chunk
-        total += 6 * tokens * config.hidden_size * jnp.dtype(deployment.dtype).itemsize
-    total += takes.layer_bytes * config.num_layers
-    return int(total)
+        layers = config.num_layers if platform == "cpu" else _GATHERED
+        total += layer * context * layers
+    return int(total) + _code_bytes(config, platform)
+
+
+def _code_bytes(config: ModelConfig, platform: str) -> int:
+    return _TPU_CODE_BYTES * config.num_layers if platform == "tpu" else 0

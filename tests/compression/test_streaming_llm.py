@@ -107,14 +107,18 @@ def test_perplexity_stays_flat_past_the_trained_length():
 
 
 slow = pytest.mark.slow("what each query sees is quick, on one device and on eight")
-CHANGES = [
-    {"prefill_chunk": 64, "lookup": 5},
-    pytest.param({"prefill_chunk": 100}, marks=slow),
-    pytest.param({"prefill_chunk": 96, "mesh": "data=2,context=2,model=2"}, marks=slow),
-]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefill_chunk": 64, "lookup": 5},
+        {"prefill_chunk": 100},
+        {"prefill_chunk": 96, "mesh": "data=2,context=2,model=2"},
+    ],
+    ids=str,
+)
 def test_tokens_depend_on_nothing_but_the_text(changes):
     def tokens(prefill_chunk=512, mesh="", lookup=0):
         lm = lsjax.load(

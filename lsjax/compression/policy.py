@@ -94,6 +94,6 @@ class CompressionSettings(Protocol):
         """Returns a compression of the same size without a folder; errors are as in `resolve`."""
 
 
-def check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> bool:
+def has_type(value: Any, kind: type | tuple[type, ...]) -> bool:
     """Returns whether a setting has a type; true and false are not numbers."""
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, kind) and not isinstance(value, bool)

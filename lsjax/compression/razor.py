@@ -20,7 +20,7 @@ from lsjax.cache import (
     empty_layer,
 )
 from lsjax.compression.alibi_span import alibi_spans
-from lsjax.compression.policy import Compression, check_type
+from lsjax.compression.policy import Compression, has_type
 from lsjax.compression.reorder_heads import query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import ModelConfig
@@ -64,14 +64,14 @@ class RazorConfig:
         """Refuses settings out of range with a UserError."""
         for name in ("induction", "echo", "window_share"):
             share = getattr(self, name)
-            if not check_type(name, share, (int, float)) or not 0 <= share <= 1:
+            if not has_type(share, (int, float)) or not 0 <= share <= 1:
                 raise UserError(f"kv_compression: {name} is a share from 0 to 1, not {share!r}.")
         epsilon = self.epsilon
-        if not check_type("epsilon", epsilon, (int, float)) or not 0 < epsilon < 1:
+        if not has_type(epsilon, (int, float)) or not 0 < epsilon < 1:
             raise UserError(f"kv_compression: epsilon is between 0 and 1, not {epsilon!r}.")
         for name, least in (("sinks", 0), ("window", 1)):
             count = getattr(self, name)
-            if not check_type(name, count, int) or count < least:
+            if not has_type(count, int) or count < least:
                 raise UserError(
                     f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
                 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache import CacheSpec, KVCache, LayerCache, Step, empty_layer
-from lsjax.compression.policy import Compression, check_type
+from lsjax.compression.policy import Compression, has_type
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import FLOAT_TAIL_SPEC
@@ -116,7 +116,7 @@ class StreamingLLM(Compression):
             count = getattr(self, name)
             if name == "window" and count is None:
                 continue
-            if not check_type(name, count, int) or count < least:
+            if not has_type(count, int) or count < least:
                 raise UserError(
                     f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
                 )

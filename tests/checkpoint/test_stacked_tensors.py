@@ -39,7 +39,10 @@ def folder(tmp_path, monkeypatch):
     return write_folder(tmp_path / "hf", NAME, tensors, files=3), rows
 
 
-@pytest.mark.parametrize("mesh_text", ["", "context=2,model=2"])
+slow = pytest.mark.slow("shards of four devices are quick")
+
+
+@pytest.mark.parametrize("mesh_text", ["context=2,model=2", pytest.param("", marks=slow)])
 def test_rows_are_stacked_from_files_and_shards(folder, mesh_text):
     path, rows = folder
     seen = []

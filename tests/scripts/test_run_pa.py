@@ -26,6 +26,7 @@ def as_users_have_it(*arguments, **environment):
     return finish(start(path_of("run_pa.py"), *arguments, **plain))
 
 
+@pytest.mark.slow("make demo is this very command; its lines are tested quickly in process")
 def test_the_pass_key_in_four_times_the_trained_length(tmp_path):
     def answer():
         return as_users_have_it(

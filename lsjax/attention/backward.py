@@ -82,7 +82,7 @@ def gradients(
         d_q, whole = state
         first = i * size
 
-        def visit(state, block, owner: jax.Array):
+        def block_fn(state, block, owner: jax.Array):
             d_q, added = state
             added = ring.ring_shift(added, zigzag.devices)
             local_range = local_key_range(zigzag, owner, first, size, key_range)
@@ -91,7 +91,7 @@ def gradients(
 
         block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
         added = tuple(jnp.zeros(x.shape, jnp.float32) for x in block)
-        d_q, added = ring.scan(visit, (d_q, added), block, zigzag.devices)
+        d_q, added = ring.scan(block_fn, (d_q, added), block, zigzag.devices)
         added = ring.ring_shift(added, zigzag.devices)  # and home
         put = jax.lax.dynamic_update_slice_in_dim
         return d_q, tuple(put(x, a, first, axis=2) for x, a in zip(whole, added, strict=True))

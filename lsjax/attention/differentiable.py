@@ -154,8 +154,8 @@ def _forward(zigzag, platform, sizes, q, k, v, key_range, slopes) -> Partial:
 
     def of_all_devices(i: jax.Array, partial: Partial) -> Partial:
         block = tuple(KVArray(x, None).block(None, i * size, size) for x in (k, v))
-        visit = functools.partial(attend_block, first=i * size)
-        return ring.scan(visit, partial, block, zigzag.devices)
+        block_fn = functools.partial(attend_block, first=i * size)
+        return ring.scan(block_fn, partial, block, zigzag.devices)
 
     nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
     return jax.lax.fori_loop(0, length // size, of_all_devices, nothing)

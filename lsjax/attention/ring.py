@@ -70,8 +70,8 @@ def attend(
 
     def slot_block_fn(i: jax.Array, partial: Partial) -> Partial:
         block = k.block(None, i * size, size), v.block(None, i * size, size)
-        visit = functools.partial(attend_block, start=first + i * size)
-        return scan(visit, partial, block, devices)
+        block_fn = functools.partial(attend_block, start=first + i * size)
+        return scan(block_fn, partial, block, devices)
 
     nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
     # Without the barrier XLA allocates zeros for the rings of all layers at program start.
@@ -83,11 +83,13 @@ def attend(
     return jax.lax.fori_loop(begin_block, -(-count // size), slot_block_fn, nothing)
 
 
-def scan(visit: Callable[[Any, Any, jax.Array], Any], state: Any, block: Any, devices: int) -> Any:
+def scan(
+    block_fn: Callable[[Any, Any, jax.Array], Any], state: Any, block: Any, devices: int
+) -> Any:
     """Passes every device's block around the ring, once past every device.
 
     Args:
-      visit: (state, block, index of the device that the block is from) -> state. It runs while the
+      block_fn: (state, block, index of the device that the block is from) -> state. It runs while the
         next block is on its way.
       state: this device's state before the first block, which is its own.
       block: this device's block.
@@ -98,10 +100,10 @@ def scan(visit: Callable[[Any, Any, jax.Array], Any], state: Any, block: Any, de
     def ring_step(hop: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         state, block = carry
         incoming = ring_shift(block, devices)
-        return visit(state, block, (device - hop) % devices), incoming
+        return block_fn(state, block, (device - hop) % devices), incoming
 
     state, block = jax.lax.fori_loop(0, devices - 1, ring_step, (state, block))
-    return visit(state, block, (device + 1) % devices)
+    return block_fn(state, block, (device + 1) % devices)
 
 
 def ring_shift(block: Any, devices: int) -> Any:

@@ -76,8 +76,8 @@ class FloatTail:
         block_begin = step.positions // self.block * self.block
         far, inner = self.inner.update_and_attend(q, k, v, step.replace(end=block_begin))
         begin = block_begin if step.begin is None else jnp.maximum(step.begin, block_begin)
-        near = self._around_ring if step.around_ring(self.zigzag) else self._on_each_device
-        partial, tail = near(q, k, v, step, begin)
+        attend_tail = self._around_ring if step.around_ring(self.zigzag) else self._on_each_device
+        partial, tail = attend_tail(q, k, v, step, begin)
         return merge(far, partial), FloatTail(inner, tail)
 
     def _on_each_device(self, q, k, v, step, begin):

@@ -46,8 +46,10 @@ class HeadGroups:
         for group, size in zip(self.groups, self.sizes, strict=True):
             heads = slice(first, first + size)
             slopes = None if step.slopes is None else step.slopes[heads]
-            own = step.replace(slopes=slopes)
-            partial, group = group.update_and_attend(q[:, heads], k[:, heads], v[:, heads], own)
+            local_step = step.replace(slopes=slopes)
+            partial, group = group.update_and_attend(
+                q[:, heads], k[:, heads], v[:, heads], local_step
+            )
             partials.append(partial)
             groups.append(group)
             first += size

@@ -35,39 +35,41 @@ class SinkCache:
 
     Attributes:
       k, v: [batch, kv_heads, sinks, head_dim] floats; every device has all of them.
-      recent: cache of the last tokens.
+      last_tokens: cache of the last tokens.
       window: number of last tokens that a query sees, itself included.
     """
 
     k: jax.Array
     v: jax.Array
-    recent: LayerCache
+    last_tokens: LayerCache
     window: int = flax.struct.field(pytree_node=False)
 
     @property
     def zigzag(self) -> Zigzag:
-        return self.recent.zigzag
+        return self.last_tokens.zigzag
 
     @property
     def block(self) -> int | None:
-        return self.recent.block
+        return self.last_tokens.block
 
     def partition_specs(self) -> "SinkCache":
-        recent = self.recent.partition_specs()
-        return self.replace(k=FLOAT_TAIL_SPEC, v=FLOAT_TAIL_SPEC, recent=recent)
+        last_tokens = self.last_tokens.partition_specs()
+        return self.replace(k=FLOAT_TAIL_SPEC, v=FLOAT_TAIL_SPEC, last_tokens=last_tokens)
 
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
     ) -> tuple[Partial, "SinkCache"]:
         sinks = self.k.shape[2]
         begin = jnp.maximum(step.positions + 1 - self.window, sinks)
-        partial, recent = self.recent.update_and_attend(q, k, v, step.replace(begin=begin))
+        partial, last_tokens = self.last_tokens.update_and_attend(
+            q, k, v, step.replace(begin=begin)
+        )
         if not sinks:
-            return partial, self.replace(recent=recent)
+            return partial, self.replace(last_tokens=last_tokens)
         cache = self.replace(
             k=self._with_sinks(self.k, k, step),
             v=self._with_sinks(self.v, v, step),
-            recent=recent,
+            last_tokens=last_tokens,
         )
         # Where the query stands in the cache, and how far that is before its place in the text.
         at = jnp.minimum(step.positions, sinks + self.window - 1)
@@ -149,10 +151,10 @@ class StreamingLLM(Compression):
         return {"kind": "streaming_llm", **dataclasses.asdict(self)}
 
     def empty_cache(self, config: ModelConfig, spec: CacheSpec, platform: str) -> KVCache:
-        recent = empty_layer(config, spec, platform, self.window)
+        last_tokens = empty_layer(config, spec, platform, self.window)
         shape = spec.batch, config.num_kv_heads, self.sinks, config.head_dim
         zeros = jnp.zeros(shape, spec.compute_dtype)
-        return (SinkCache(zeros, zeros, recent, self.window),) * config.num_layers
+        return (SinkCache(zeros, zeros, last_tokens, self.window),) * config.num_layers
 
     def served_length(self, config: ModelConfig) -> int:
         return MAX_POSITIONS

@@ -74,7 +74,9 @@ def lower_layer(
     def abstract(shape: tuple[int, ...], dtype, where) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    hidden = abstract((spec.batch, chunk, model.config.hidden_size), model.dtype, model.chunks)
+    hidden = abstract(
+        (spec.batch, chunk, model.config.hidden_size), model.dtype, model.chunk_sharding
+    )
     inputs = model.decoder.layer_inputs(tables)[0]
     if inputs.slopes is not None:
         slopes = abstract(inputs.slopes.shape, jnp.float32, model.replicated)

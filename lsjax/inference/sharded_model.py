@@ -57,7 +57,7 @@ class ShardedModel:
         return sharding(self.mesh, PartitionSpec())
 
     @property
-    def chunks(self) -> NamedSharding:
+    def chunk_sharding(self) -> NamedSharding:
         """Sharding of an array whose first axes are the batch and a prefill chunk."""
         return sharding(self.mesh, CHUNK_SPEC)
 
@@ -67,7 +67,7 @@ class ShardedModel:
 
     def as_chunk(self, x: jax.Array) -> jax.Array:
         """Shards [batch, length, ...] over the data and context axes, within a program."""
-        return jax.lax.with_sharding_constraint(x, self.chunks)
+        return jax.lax.with_sharding_constraint(x, self.chunk_sharding)
 
     def as_layer(self, cache: LayerCache) -> LayerCache:
         """Shards a layer's cache as it says, within a compiled program."""

@@ -113,13 +113,13 @@ def _stacked(placed: NamedSharding, weights: tuple[jax.Array, ...]) -> jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _whole(lies: NamedSharding, weight: jax.Array) -> jax.Array:
-    """Gathers a weight along the context axis; its gradient is sharded as `lies` says."""
-    where = NamedSharding(lies.mesh, drop_axis(lies.spec, "context"))
+def _whole(placed: NamedSharding, weight: jax.Array) -> jax.Array:
+    """Gathers a weight along the context axis; its gradient is sharded as `placed` says."""
+    where = NamedSharding(placed.mesh, drop_axis(placed.spec, "context"))
     return jax.lax.with_sharding_constraint(weight, where)
 
 
 _whole.defvjp(
-    lambda lies, weight: (_whole(lies, weight), None),
-    lambda lies, _, d_weight: (jax.lax.with_sharding_constraint(d_weight, lies),),
+    lambda placed, weight: (_whole(placed, weight), None),
+    lambda placed, _, d_weight: (jax.lax.with_sharding_constraint(d_weight, placed),),
 )

@@ -89,8 +89,8 @@ def scan(
     """Passes every device's block around the ring, once past every device.
 
     Args:
-      block_fn: (state, block, index of the device that the block is from) -> state. It runs while the
-        next block is on its way.
+      block_fn: (state, block, index of the device that the block is from) -> state. It runs while
+        the next block is on its way.
       state: this device's state before the first block, which is its own.
       block: this device's block.
       devices: number of devices on the context axis.

@@ -120,14 +120,11 @@ def test_many_pass_keys_are_read():
 
 
 @pytest.mark.slow("what each layer computes on a mesh is tested quickly against float64")
-@pytest.mark.parametrize(
-    "kv, mesh", [("float32", "context=8"), ("int8", "data=2,context=2,model=2")]
-)
-def test_tokens_do_not_depend_on_the_mesh(kv, mesh):
-    options = {"prefill_chunk": 256, "kv_cache_dtype": kv}
+def test_tokens_do_not_depend_on_the_mesh():
+    options = {"prefill_chunk": 256, "kv_cache_dtype": "int8"}
     expected = passkeys(2, 1300, SMALL, **options)
     assert expected[0] == 2
-    assert passkeys(2, 1300, SMALL, **options, mesh=mesh) == expected
+    assert passkeys(2, 1300, SMALL, **options, mesh="data=2,context=2,model=2") == expected
 
 
 @pytest.mark.slow("what heads of any reach keep is quick in test_reach")

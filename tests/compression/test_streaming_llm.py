@@ -113,8 +113,7 @@ slow = pytest.mark.slow("what each query sees is quick, on one device and on eig
 @pytest.mark.parametrize(
     "changes",
     [
-        {"prefill_chunk": 64, "lookup": 5},
-        {"prefill_chunk": 100},
+        {"prefill_chunk": 100, "lookup": 5},
         {"prefill_chunk": 96, "mesh": "data=2,context=2,model=2"},
     ],
     ids=str,

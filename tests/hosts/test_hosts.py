@@ -112,8 +112,7 @@ def test_without_process_0_nobody_waits_for_ever():
 
 
 @pytest.mark.slow("that dead processes are noticed is JAX's; what is ours is one number")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_dies_the_other_ends_with_an_error(victim):
+def test_when_one_dies_the_other_ends_with_an_error():
     flags = (
         "--mesh=context=8",
         f"--input_texts={SHORT}",
@@ -126,9 +125,9 @@ def test_when_one_dies_the_other_ends_with_an_error(victim):
     while not said.endswith("654"):  # the answer, 65415, has begun
         assert both[0].poll() is None, both[0].stderr.read()
         said += both[0].stdout.read(1)
-    both[victim].send_signal(signal.SIGKILL)
+    both[0].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    assert finish(both[1 - victim], 90).returncode not in (0, None)
+    assert finish(both[1], 90).returncode not in (0, None)
     assert time.monotonic() - began < 90
 
 

@@ -15,7 +15,6 @@ from lsjax.cache.spec import (
     CachePolicy,
     CacheSpec,
     cache_shapes,
-    cache_specs,
     empty_cache,
     empty_layer,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "WindowCache",
     "WindowSpec",
     "cache_shapes",
-    "cache_specs",
     "compress",
     "empty_cache",
     "empty_layer",

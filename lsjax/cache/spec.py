@@ -115,7 +115,7 @@ def empty_layer(
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:
-    """Creates a cache of zeros. Call it under jit with the cache's shardings as out_shardings."""
+    """Creates a cache of zeros. Call it under jit, and shard it as its partition specs say."""
     if spec.policy is not None:
         return spec.policy.empty_cache(config, spec, platform)
     windows = config.windows
@@ -129,10 +129,5 @@ def cache_shapes(config: ModelConfig, mesh: Mesh, spec: CacheSpec, platform: str
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, where)),
         cache,
-        cache_specs(cache),
+        tuple(layer.partition_specs() for layer in cache),
     )
-
-
-def cache_specs(cache: KVCache) -> KVCache:
-    """Returns the partition specs of a cache."""
-    return tuple(layer.partition_specs() for layer in cache)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lsjax.compression import served_length
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request
@@ -27,7 +28,7 @@ def effective_config(options: Options, requests: Sequence[Request]) -> dict[str,
         "rope_factor": scaling.factor,
         "rope_attention_factor": attention_factor,
         "trained_length": config.trained_length,
-        "served_length": compression.served_length(config) if compression else config.served_length,
+        "served_length": served_length(config, compression),
         "request_length": request_length,
         "dtype": options.dtype,
         "kv_cache_dtype": options.kv_cache_dtype,

@@ -244,9 +244,8 @@ def _load(options: Options) -> LanguageModel:
 def _answer(model: LanguageModel, request: Request):
     """Answers a batch and prints it: a single row as it is generated, several rows at the end."""
     longest = max(len(p) for p in request.prompts)
-    compression = model.options.compression
-    most_keys = compression.span(longest) if compression else longest
-    run = model.start(request, PrefillBar(model.config, longest, most_keys))
+    bar = PrefillBar(model.config, longest, model.options.span(longest))
+    run = model.start(request, bar)
     single = len(request.numbers) == 1
     text = TextStream(model.tokenizer, request.stop)
     for new in run:

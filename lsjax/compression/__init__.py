@@ -1,7 +1,7 @@
 """KV compression: policies that keep less of the cache than queries could see."""
 
 from lsjax.compression.parse import parse_compression
-from lsjax.compression.policy import Compression, CompressionSettings
+from lsjax.compression.policy import Compression, CompressionSettings, served_length
 from lsjax.compression.razor import RazorAttention, RazorConfig, choose
 from lsjax.compression.scores import (
     HEAD_FILE,
@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "parse_compression",
     "read_scores",
+    "served_length",
     "write_bounds",
     "write_scores",
 ]

@@ -40,7 +40,7 @@ def _of_mapping(given: str | Mapping[str, Any]) -> CompressionSettings:
         raise _unknown(given)
     settings = dict(given)
     kind = settings.pop("kind", "razor")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise _unknown(kind)
     known = {f.name for f in dataclasses.fields(KINDS[kind])}
     if unknown := sorted(set(settings) - known):

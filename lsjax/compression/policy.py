@@ -7,6 +7,7 @@ import jax
 
 from lsjax.cache import CacheSpec, HeadSplit, KVCache, LayerCache
 from lsjax.config import ModelConfig
+from lsjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,28 @@ class CompressionSettings(Protocol):
 
     def estimate(self, config: ModelConfig, shards: int) -> Compression:
         """Returns a compression of the same size without a folder; errors are as in `resolve`."""
+
+
+def served_length(config: ModelConfig, compression: Compression | None) -> int:
+    """Returns the longest sequence, in tokens, that a model serves, compressed or not."""
+    return config.served_length if compression is None else compression.served_length(config)
+
+
+def check_tokens(name: str, count: Any, least: int) -> None:
+    """Refuses a setting that is not a number of tokens from `least` on with a UserError."""
+    if not has_type(count, int) or count < least:
+        raise UserError(
+            f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
+        )
+
+
+def check_no_windows(kind: str, config: ModelConfig) -> None:
+    """Refuses a model with sliding windows with a UserError."""
+    if any(config.windows):
+        raise UserError(
+            f"kv_compression {kind} does not go with sliding windows, whose layers keep no more "
+            "than their window sees; use kv_compression none."
+        )
 
 
 def has_type(value: Any, kind: type | tuple[type, ...]) -> bool:

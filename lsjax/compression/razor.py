@@ -20,7 +20,7 @@ from lsjax.cache import (
     empty_layer,
 )
 from lsjax.compression.alibi_span import alibi_spans
-from lsjax.compression.policy import Compression, has_type
+from lsjax.compression.policy import Compression, check_no_windows, check_tokens, has_type
 from lsjax.compression.reorder_heads import query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import ModelConfig
@@ -69,12 +69,8 @@ class RazorConfig:
         epsilon = self.epsilon
         if not has_type(epsilon, (int, float)) or not 0 < epsilon < 1:
             raise UserError(f"kv_compression: epsilon is between 0 and 1, not {epsilon!r}.")
-        for name, least in (("sinks", 0), ("window", 1)):
-            count = getattr(self, name)
-            if not has_type(count, int) or count < least:
-                raise UserError(
-                    f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
-                )
+        check_tokens("sinks", self.sinks, 0)
+        check_tokens("window", self.window, 1)
         if not isinstance(self.streaming, bool):
             raise UserError(f"kv_compression: streaming is true or false, not {self.streaming!r}.")
         if self.heads is not None and not isinstance(self.heads, str):
@@ -92,7 +88,7 @@ class RazorConfig:
           UserError: the file of head scores is missing, damaged or another model's; or the model
             does not support RazorAttention or one of the settings.
         """
-        check_compresses(config)
+        check_no_windows("razor", config)
         _check_goes_with(self, config)
         path = self.heads or os.path.join(folder, HEAD_FILE)
         if config.alibi:
@@ -111,7 +107,7 @@ class RazorConfig:
         """
         if self.heads:
             return self.resolve("", config, shards)
-        check_compresses(config)
+        check_no_windows("razor", config)
         _check_goes_with(self, config)
         if config.alibi:
             raise UserError(
@@ -208,19 +204,6 @@ class RazorAttention(Compression):
             return WindowSpec(0, int(alibi_span), has_compensation=False)
         r = self.razor
         return WindowSpec(r.sinks, max(r.window, math.ceil(prompt_capacity * r.window_share)))
-
-
-def check_compresses(config: ModelConfig) -> None:
-    """Checks that a model supports RazorAttention.
-
-    Raises:
-      UserError: the model has sliding windows.
-    """
-    if any(config.windows):
-        raise UserError(
-            "kv_compression razor does not go with sliding windows, whose layers keep no more than "
-            "their window sees; use kv_compression none."
-        )
 
 
 def choose(scores: HeadScores, kv_heads: int, induction: float, echo: float) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache import CacheSpec, KVCache, LayerCache, Step, empty_layer
-from lsjax.compression.policy import Compression, has_type
+from lsjax.compression.policy import Compression, check_no_windows, check_tokens
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import FLOAT_TAIL_SPEC
@@ -114,14 +114,9 @@ class StreamingLLM(Compression):
 
     def check(self) -> None:
         """Refuses settings out of range with a UserError."""
-        for name, least in (("sinks", 0), ("window", 1)):
-            count = getattr(self, name)
-            if name == "window" and count is None:
-                continue
-            if not has_type(count, int) or count < least:
-                raise UserError(
-                    f"kv_compression: {name} is a number of tokens from {least}, not {count!r}."
-                )
+        check_tokens("sinks", self.sinks, 0)
+        if self.window is not None:
+            check_tokens("window", self.window, 1)
 
     def resolve(self, folder: str, config: ModelConfig, shards: int) -> "StreamingLLM":
         """Returns the settings with their window.
@@ -129,11 +124,7 @@ class StreamingLLM(Compression):
         Raises:
           UserError: the model has sliding windows, or serves less than sinks and window.
         """
-        if any(config.windows):
-            raise UserError(
-                "kv_compression streaming_llm does not go with sliding windows, whose layers keep "
-                "no more than their window sees; use kv_compression none."
-            )
+        check_no_windows("streaming_llm", config)
         window = self.window or config.trained_length - self.sinks
         if window < 1 or self.sinks + window > config.served_length:
             raise UserError(

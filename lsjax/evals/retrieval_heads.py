@@ -15,7 +15,7 @@ from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray
 from lsjax.cache import empty_layer
-from lsjax.compression.razor import check_compresses
+from lsjax.compression.policy import check_no_windows
 from lsjax.compression.scores import HeadScores
 from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
@@ -56,7 +56,7 @@ def find_heads(
       UserError: the mesh has a context or a data axis, or the model has ALiBi or sliding windows.
     """
     config, mesh = engine.config, engine.settings.mesh
-    check_compresses(config)
+    check_no_windows("razor", config)
     if config.alibi:
         raise UserError(
             "retrieval heads are found in models with RoPE; with ALiBi a head's reach follows from "

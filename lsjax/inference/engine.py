@@ -50,9 +50,7 @@ class Engine:
 
     def tables(self, request_lengths: Sequence[int]) -> RotaryTables:
         """Returns the rotary tables of a batch, replicated on all devices; see rotary_tables."""
-        if self.settings.compression is not None:
-            request_lengths = [self.settings.compression.span(n) for n in request_lengths]
-        tables = rotary_tables(self.config, request_lengths)
+        tables = rotary_tables(self.config, [self.settings.span(n) for n in request_lengths])
         return jax.tree.map(lambda x: put_on_mesh(np.asarray(x), self._model.replicated), tables)
 
     def new_cache(self, spec: CacheSpec) -> KVCache:

@@ -41,6 +41,10 @@ class EngineConfig:
         """Layout of positions along the context axis."""
         return zigzag_of(self.prefill_chunk, self.mesh.shape["context"])
 
+    def span(self, length: int) -> int:
+        """Returns how far apart positions get in a text of `length` tokens, at most."""
+        return length if self.compression is None else self.compression.span(length)
+
     def cache_spec(self, batch: int, prompt_capacity: int, output: int) -> CacheSpec:
         """Returns the spec of a cache for `batch` prompts and their answers.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from lsjax.cache import CacheSpec
-from lsjax.compression import Compression
+from lsjax.compression import Compression, served_length
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
 from lsjax.errors import UserError
@@ -221,7 +221,7 @@ def check_total(
       UserError: `total` is too large; the message gives a rope_scaling that would serve it, and
         the output length that there is room for.
     """
-    if total > (compression.served_length(config) if compression else config.served_length):
+    if total > served_length(config, compression):
         room = config.served_length - prompt
         less = f"ask for at most {room} tokens of output, " if prompt and room > 0 else ""
         raise UserError(

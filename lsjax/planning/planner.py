@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lsjax.cache import CACHE_DTYPES
-from lsjax.compression import Compression, CompressionSettings, parse_compression
+from lsjax.compression import (
+    Compression,
+    CompressionSettings,
+    parse_compression,
+    served_length,
+)
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import abstract_mesh, check_fits_mesh, parse_mesh
@@ -135,8 +140,7 @@ def longest_served(
     Raises:
       UserError: the output leaves no room for a prompt.
     """
-    served = compression.served_length(config) if compression else config.served_length
-    served = MAX_POSITIONS if allow_untrained_length else served
+    served = MAX_POSITIONS if allow_untrained_length else served_length(config, compression)
     served = min(served, MAX_POSITIONS, config.exact_length or MAX_POSITIONS)
     if served <= output_length:
         raise UserError(

@@ -62,10 +62,8 @@ def expected_speed(
     chunks = -(-input_length // deployment.prefill_chunk)
     tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch
 
-    compression = deployment.compression
-    span = compression.span(input_length) if compression else input_length
     products = 2 * tokens * whole_layers * model / itemsize
-    pairs = deployment.batch * _pairs(config, input_length, span)
+    pairs = deployment.batch * _pairs(config, input_length, deployment.span(input_length))
     attention = 4 * config.num_heads * config.head_dim * pairs
     computing = (products + attention) / (devices * rates.flops * _OF_FLOPS)
     of_each = tokens / (devices / model) * config.hidden_size * itemsize

@@ -147,6 +147,7 @@ def test_a_short_text_is_read_as_with_a_whole_cache():
         ({"window": True}, "number of tokens from 1"),
         ({"window": 600}, "make sinks and window smaller"),
         ({"induction": 0.1}, "no setting 'induction'"),
+        ({"kind": ["razor"]}, "is not known"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(given, says):

@@ -33,6 +33,7 @@ def load(
     path: str | os.PathLike[str] | None = None,
     *,
     dtype: str = "auto",
+    weight_dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
@@ -47,6 +48,8 @@ def load(
         that comes with the package.
       dtype: dtype of weights and activations: float32, bfloat16, or auto. auto is float32 on a
         CPU or for a float32 checkpoint, else bfloat16.
+      weight_dtype: int8 for weight matrices in int8 with a scale per output channel, half of
+        bfloat16's memory; auto for `dtype`, or for what a converted folder holds.
       kv_cache_dtype: dtype of the KV cache: float32, bfloat16, int8, int4, or auto (same as dtype).
       mesh: device mesh, such as "context=4,model=2", {"context": 4, "model": 2}, or a Mesh with
         the axes data, context and model; "" for one device.
@@ -64,6 +67,7 @@ def load(
     options = resolve_options(
         shipped_model_path() if path is None else path,
         dtype=dtype,
+        weight_dtype=weight_dtype,
         kv_cache_dtype=kv_cache_dtype,
         mesh=mesh,
         rope_scaling=rope_scaling,
@@ -78,7 +82,7 @@ def load_from_options(
 ) -> "LanguageModel":
     """Loads a model as `load` does, with options that are already resolved."""
     s = options
-    params = load_parameters(s.folder, s.config, s.mesh, s.dtype, progress)
+    params = load_parameters(s.folder, s.config, s.mesh, s.dtype, progress, s.weight_dtype)
     if s.compression:
         params = s.compression.reorder_heads(params, s.config)
     return LanguageModel(s, params)

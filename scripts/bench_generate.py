@@ -1,10 +1,13 @@
-"""Measures prefill and decode speed and peak memory by prompt length, for a model shape.
+"""Measures prefill and decode speed and peak memory by prompt length.
 
     python scripts/bench_generate.py --config examples/qwen2.5-0.5b.json --prompt_lengths 2048,8192
+    python scripts/bench_generate.py --model_path Qwen3-0.6B --weights float32,int8 \
+        --transformers_python /path/to/python --transformers_dtypes float32,bfloat16
 
-The weights are random, written on the spot, and both sides load them from the same files. Each
-measurement runs in its own process, so that its peak memory is its own. With --transformers_python
-lsjax and transformers run in turn, and ratios are printed.
+With --config the weights are random and written on the spot. All sides load the same files. Each
+measurement runs in its own process, so that its peak memory is its own. The sides run in turn, and
+each one's ratio to the first is printed, below what the machine reaches in a float32 product and in
+copying memory.
 """
 
 import json
@@ -17,22 +20,26 @@ from absl import flags
 from lsjax.checkpoint.random_weights import write_random_checkpoint
 from lsjax.cli.program import run_program
 from lsjax.errors import UserError
+from lsjax.planning.speed import measured_rates
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("config", None, "config.json of the model shape to measure.", required=True)
+flags.DEFINE_string("config", None, "config.json of a model shape, to measure random weights.")
+flags.DEFINE_string("model_path", None, "Model folder (Hugging Face) to measure.")
 flags.DEFINE_list("prompt_lengths", ["2048", "8192"], "Prompt lengths in tokens.")
 flags.DEFINE_integer("output_length", 33, "Number of tokens to generate.", lower_bound=2)
-flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Dtype of the weights, in lsjax and transformers."
+flags.DEFINE_list(
+    "weights",
+    ["float32"],
+    "Weights of lsjax to measure in turn: float32, bfloat16, or int8 (with float32 activations).",
 )
 flags.DEFINE_enum(
     "kv_cache_dtype",
     "auto",
     ["auto", "float32", "bfloat16", "int8"],
-    "Dtype of the KV cache in lsjax. auto: same as --dtype.",
+    "Dtype of the KV cache in lsjax. auto: that of the activations.",
 )
 flags.DEFINE_integer(
     "prefill_chunk",
@@ -54,6 +61,7 @@ flags.DEFINE_string(
     None,
     "Python executable that has torch and transformers, to measure transformers as well.",
 )
+flags.DEFINE_list("transformers_dtypes", ["float32"], "Dtypes of transformers to measure in turn.")
 flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
 
 _FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
@@ -65,8 +73,16 @@ from lsjax.inference.generate import Timing, generate
 from lsjax.runtime.memory import peak_memory_bytes
 from lsjax.inference.request import batches
 import numpy as np
-folder, length, output, dtype, cache, chunk, mesh = json.loads(sys.argv[1])
-lm = lsjax.load(folder, dtype=dtype, kv_cache_dtype=cache, mesh=mesh, prefill_chunk=chunk)
+folder, weights, length, output, cache, chunk, mesh = json.loads(sys.argv[1])
+int8 = weights == "int8"
+lm = lsjax.load(
+    folder,
+    dtype="float32" if int8 else weights,
+    weight_dtype="int8" if int8 else "auto",
+    kv_cache_dtype=cache,
+    mesh=mesh,
+    prefill_chunk=chunk,
+)
 prompt = tuple(np.random.default_rng(0).integers(0, lm.config.vocab_size, length).tolist())
 (request,) = batches(
     lm.options, [prompt], output, ignore_eos=True, allow_untrained_length=True
@@ -85,7 +101,7 @@ print(json.dumps({
 _TRANSFORMERS = """
 import json, resource, sys, time
 import torch, transformers
-folder, length, output, dtype = json.loads(sys.argv[1])[:4]
+folder, dtype, length, output = json.loads(sys.argv[1])[:4]
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 ids = torch.randint(0, model.config.vocab_size, (1, length))
 with torch.inference_mode():
@@ -108,43 +124,53 @@ print(json.dumps({
 
 def main(argv: list[str]) -> None:
     del argv
+    if (FLAGS.config is None) == (FLAGS.model_path is None):
+        raise UserError("give either --config, for random weights, or --model_path.")
+    if unknown := set(FLAGS.weights) - {"float32", "bfloat16", "int8"}:
+        raise UserError(f"--weights takes float32, bfloat16 and int8, not {sorted(unknown)}.")
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
-    sides = {"lsjax": (sys.executable, _LSJAX)}
+    sides = {f"lsjax {dtype}": (sys.executable, _LSJAX, dtype) for dtype in FLAGS.weights}
     if FLAGS.transformers_python:
-        sides["transformers"] = (FLAGS.transformers_python, _TRANSFORMERS)
+        for dtype in FLAGS.transformers_dtypes:
+            sides[f"transformers {dtype}"] = (FLAGS.transformers_python, _TRANSFORMERS, dtype)
+    rates = measured_rates(1)
+    print(
+        f"this machine: {rates.flops / 1e9:,.0f} GFLOP/s of float32 products, "
+        f"{rates.bandwidth / 1e9:,.1f} GB/s copied"
+    )
     rows = []
-    print(f"{'side':<14}{'prompt':>8}{'prefill tok/s':>15}{'decode tok/s':>14}{'peak memory':>14}")
+    heads = "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak memory", "ratio"
+    print(f"{'side':<22}{'prompt':>8}" + "".join(f"{head:>14}" for head in heads))
     with tempfile.TemporaryDirectory() as folder:
-        write_random_checkpoint(FLAGS.config, folder)
+        if FLAGS.config:
+            write_random_checkpoint(FLAGS.config, folder)
         for length in map(int, FLAGS.prompt_lengths):
             runs = {side: [] for side in sides}
             for _ in range(FLAGS.repeats):
-                for side, (python, program) in sides.items():
-                    runs[side].append(_measure(python, program, folder, length))
-            medians = {side: _median(figures) for side, figures in runs.items()}
-            for side, figures in medians.items():
+                for side, how in sides.items():
+                    runs[side].append(_measure(*how, FLAGS.model_path or folder, length))
+            medians = [_median(figures) for figures in runs.values()]
+            for side, figures in zip(sides, medians, strict=True):
                 rows.append({"side": side, "prompt_length": length, **figures})
+                prefill, decode, memory = (figures[f] / medians[0][f] for f in _FIGURES)
                 print(
-                    f"{side:<14}{length:>8,}{figures['prefill_tokens_per_second']:>15,.1f}"
-                    f"{figures['decode_tokens_per_second']:>14,.2f}"
-                    f"{human_bytes(figures['peak_memory_bytes']):>14}",
+                    f"{side:<22}{length:>8,}"
+                    f"{figures['prefill_tokens_per_second']:>14,.1f}{prefill:>14.2f}"
+                    f"{figures['decode_tokens_per_second']:>14,.2f}{decode:>14.2f}"
+                    f"{human_bytes(figures['peak_memory_bytes']):>14}{memory:>14.2f}",
                     flush=True,
                 )
-            if len(medians) == 2:
-                ours, theirs = medians["lsjax"], medians["transformers"]
-                prefill, decode, memory = (ours[f] / theirs[f] for f in _FIGURES)
-                print(f"{'ratio':<14}{length:>8,}{prefill:>15.2f}{decode:>14.2f}{memory:>14.2f}")
     if FLAGS.output_json:
         write_atomically(FLAGS.output_json, json.dumps(rows, indent=1) + "\n")
 
 
-def _measure(python: str, program: str, folder: str, length: int) -> dict[str, float]:
+def _measure(python: str, program: str, dtype: str, folder: str, length: int) -> dict[str, float]:
     settings = (
         folder,
+        dtype,
         length,
         FLAGS.output_length,
-        FLAGS.dtype,
         FLAGS.kv_cache_dtype,
         FLAGS.prefill_chunk,
         FLAGS.mesh,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.kv_array import KVArray
-from lsjax.attention.partial import Partial, from_sums
+from lsjax.attention.partial import Partial, from_sums, update_softmax
 from lsjax.runtime.precision import einsum
 
 MAX_DECODE_QUERIES = 16  # tokens of a decode step: the last one, and drafts of prompt lookup
@@ -181,13 +181,9 @@ def _attend_block(
                 visible &= slots >= begin[:, :, None]
             by_query = jnp.where(visible[:, None, None], by_query, -jnp.inf)
         scores = by_query.reshape(scores.shape)
-        new_running_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
-        finite = jnp.where(new_running_max == -jnp.inf, 0.0, new_running_max)
-        weights = jnp.exp(scores - finite[..., None])
-        correction = jnp.exp(running_max - finite)
-        sum_exp = correction * sum_exp + jnp.sum(weights, axis=-1)
+        weights, correction, *softmax = update_softmax(scores, sum_exp, running_max)
         weighed = _weighted_values(weights, v.block(row, start, size), q.dtype)
-        return correction[..., None] * acc + weighed, sum_exp, new_running_max
+        return correction[..., None] * acc + weighed, *softmax
 
     # Range of the blocks with keys that some query sees.
     last = -(-jnp.clip(jnp.max(end), 0, k.capacity) // size)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lsjax.attention.partial import Partial, from_sums, merge_over_axis
+from lsjax.attention.partial import Partial, from_sums, merge_over_axis, update_softmax
 
 # Bytes of keys, and of values, that a program reads at a time: 64 int8 keys with a head_dim of 128.
 # Two such pairs are in flight while a third is processed.
@@ -153,15 +153,11 @@ def _kernel(
         slots = i * block + jnp.arange(block)
         visible = (slots >= begin[:, None]) & (slots < end[:, None])
         scores = jnp.where(visible, scores, -jnp.inf)
-        new_running_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
-        finite = jnp.where(new_running_max == -jnp.inf, 0.0, new_running_max)
-        weights = jnp.exp(scores - finite[:, None])
-        correction = jnp.exp(running_max - finite)
-        sum_exp = correction * sum_exp + jnp.sum(weights, axis=-1)
+        weights, correction, *softmax = update_softmax(scores, sum_exp, running_max)
         if v_scale_ref is not None:
             weights *= v_scale_ref[at].astype(jnp.float32)[None, :]
         acc = correction[:, None] * acc + _dot(weights.astype(q.dtype), read(v_ref, at), precision)
-        return acc, sum_exp, new_running_max
+        return acc, *softmax
 
     zeros = jnp.zeros((rows, columns), jnp.float32)
     state = (zeros, jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32))

@@ -43,6 +43,28 @@ def merge_over_axis(partial: Partial, axis_name: str) -> Partial:
     return _normalize(values, jax.lax.psum(weight, axis_name), running_max)
 
 
+def update_softmax(
+    scores: jax.Array, sum_exp: jax.Array, running_max: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Takes one step of a running softmax, over a block of keys.
+
+    Args:
+      scores: [..., keys] float32, -inf where a key is not visible.
+      sum_exp, running_max: [...] or, for kernels that keep the axis, [..., 1]; see from_sums.
+
+    Returns:
+      The block's weights [..., keys], the factor of what was summed up before, the new sum_exp and
+      the new running_max.
+    """
+    keep = running_max.ndim == scores.ndim
+    new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1, keepdims=keep))
+    finite = _finite(new_max)
+    weights = jnp.exp(scores - (finite if keep else finite[..., None]))
+    correction = jnp.exp(running_max - finite)
+    sum_exp = correction * sum_exp + jnp.sum(weights, axis=-1, keepdims=keep)
+    return weights, correction, sum_exp, new_max
+
+
 def from_sums(acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array) -> Partial:
     """Builds a Partial from the state of a running softmax.
 

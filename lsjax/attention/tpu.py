@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lsjax.attention.partial import Partial
+from lsjax.attention.partial import Partial, update_softmax
 from lsjax.runtime.precision import einsum
 
 _LANES = 128
@@ -217,12 +217,8 @@ def _kernel(
                 scores *= _row(scales[0][...], h)
             if visible is not None:
                 scores = jnp.where(visible, scores, -jnp.inf)
-            new = jnp.maximum(running_max[h], jnp.max(scores, axis=1, keepdims=True))
-            finite = jnp.where(new == -jnp.inf, 0.0, new)
-            weights = jnp.exp(scores - finite)
-            correction = jnp.exp(running_max[h] - finite)
-            running_max[h] = new
-            sum_exp[h] = correction * sum_exp[h] + jnp.sum(weights, axis=1, keepdims=True)
+            weights, correction, *softmax = update_softmax(scores, sum_exp[h], running_max[h])
+            sum_exp[h], running_max[h] = softmax
             if scales:
                 weights *= _row(scales[1][...], h)
             added = einsum(f"rs,{order}->rd", weights.astype(q.dtype), v[h].astype(q.dtype))

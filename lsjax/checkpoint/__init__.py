@@ -3,7 +3,7 @@
 from lsjax.checkpoint.convert import convert_hf_to_orbax, convert_orbax_to_hf
 from lsjax.checkpoint.load import checkpoint_bytes, load_parameters
 from lsjax.checkpoint.model_folder import read_model_config
-from lsjax.checkpoint.orbax_checkpoint import is_orbax
+from lsjax.checkpoint.orbax_checkpoint import holds_int8, is_orbax
 from lsjax.checkpoint.save import export_parameters, save_parameters
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "convert_hf_to_orbax",
     "convert_orbax_to_hf",
     "export_parameters",
+    "holds_int8",
     "is_orbax",
     "load_parameters",
     "read_model_config",

@@ -62,7 +62,7 @@ def open_hf(
                 f"{folder} lacks the tensor {name!r} of {config.architecture}; download the "
                 "checkpoint again, or use the config.json that belongs to it."
             )
-        found[name].check(abstract_tensor(tensor, abstract).shape)
+        found[name].check(abstract_tensor(tensor, abstract))
     parts: dict[str, dict[int, TensorInfo]] = {}
     for name, stored in found.items():
         offset, tensor = stored.offset, tensors.get(name)

@@ -4,15 +4,22 @@ import os
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, ignorable_tensors, open_hf, warn_unused
 from lsjax.checkpoint.model_folder import read_model_config
-from lsjax.checkpoint.orbax_checkpoint import OrbaxCheckpoint, is_orbax, open_orbax
+from lsjax.checkpoint.orbax_checkpoint import (
+    OrbaxCheckpoint,
+    holds_int8,
+    is_orbax,
+    open_orbax,
+)
 from lsjax.checkpoint.tensor_info import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import abstract_mesh
 from lsjax.errors import UserError
+from lsjax.nn.int8_weights import quantize_parameters
 from lsjax.nn.parameters import abstract_parameters, unflatten
 
 
@@ -22,11 +29,13 @@ def load_parameters(
     mesh: Mesh,
     dtype: str,
     progress: Callable[[int], None] | None = None,
+    weight_dtype: str = "auto",
 ) -> dict:
     """Loads a model's parameters onto a mesh.
 
     Host memory is bounded by a few tensors beyond the parameters themselves, and each process reads
-    only the shards of its own devices.
+    only the shards of its own devices. Matrices that are wanted in int8 are quantized as they are
+    read, so a device holds a few of them in floats at a time.
 
     Args:
       folder: Hugging Face folder with safetensors files, or converted folder.
@@ -35,22 +44,36 @@ def load_parameters(
       dtype: dtype of the returned parameters, whatever the stored dtype is.
       progress: called with the number of bytes read since the last call; the calls sum to
         checkpoint_bytes(folder).
+      weight_dtype: int8 to have matrices in int8; auto for `dtype`.
 
     Returns:
       The nested parameter tree, with the shapes, dtypes and shardings of
-      abstract_parameters(config, mesh, dtype).
+      abstract_parameters(config, mesh, dtype, weight_dtype).
 
     Raises:
-      UserError: the folder is invalid; names the file and the tensor. It is raised before any
-        weight is read, except for damage inside the data of a converted folder.
+      UserError: the folder is invalid, names the file and the tensor; or it holds int8 weights and
+        others are wanted. It is raised before any weight is read, except for damage inside the data
+        of a converted folder.
     """
     folder = os.fspath(folder)
-    abstract = abstract_parameters(config, mesh, dtype)
-    checkpoint = _open(folder, config, abstract)
+    wanted = abstract_parameters(config, mesh, dtype, weight_dtype)
+    if holds_int8(folder):
+        if weight_dtype != "int8":
+            raise UserError(
+                f"{folder} holds int8 weights; use weight_dtype int8, or convert it to a Hugging "
+                "Face folder."
+            )
+        read = wanted
+    else:
+        read = abstract_parameters(config, mesh, dtype)
+    checkpoint = _open(folder, config, read)
     _note_unread(folder, config, checkpoint)
+    for path, stored in checkpoint.dtypes().items():
+        if wanted[path].dtype == jnp.int8:  # read as it is stored, then quantized
+            read = read | {path: read[path].update(dtype=stored)}
     params: dict[str, jax.Array] = {}
     for group in in_groups(checkpoint.stored.values()):
-        params |= checkpoint.load(group, abstract)
+        params |= quantize_parameters(checkpoint.load(group, read), wanted)
         if progress is not None:
             progress(total_bytes(group))
     return unflatten(params)
@@ -68,7 +91,8 @@ def checkpoint_bytes(folder: str | os.PathLike[str], config: ModelConfig | None 
     """
     folder = os.fspath(folder)
     config = config or read_model_config(folder)
-    abstract = abstract_parameters(config, abstract_mesh((1, 1, 1)), config.dtype)
+    one, kind = abstract_mesh((1, 1, 1)), "int8" if holds_int8(folder) else "auto"
+    abstract = abstract_parameters(config, one, config.dtype, kind)
     return total_bytes(_open(folder, config, abstract).stored.values())
 
 

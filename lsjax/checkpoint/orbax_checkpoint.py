@@ -12,6 +12,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.errors import UserError
+from lsjax.nn.int8_weights import scale_path
 from lsjax.nn.parameters import flatten, unflatten
 
 PARAMS = "params"
@@ -57,6 +58,11 @@ def is_orbax(folder: str) -> bool:
     return os.path.isdir(os.path.join(folder, PARAMS))
 
 
+def holds_int8(folder: str) -> bool:
+    """Returns whether a model folder is a converted folder whose matrices are in int8."""
+    return is_orbax(folder) and scale_path("embed/weight") in stored_parameters(folder)
+
+
 def stored_parameters(folder: str) -> dict[str, TensorInfo]:
     """Returns the parameters of a converted folder by path, reading only Orbax's metadata.
 
@@ -96,7 +102,7 @@ def open_orbax(folder: str, abstract: dict[str, jax.ShapeDtypeStruct]) -> OrbaxC
                 f"{os.path.join(folder, PARAMS)} lacks the parameter {path!r}; convert the model "
                 "again."
             )
-        found[path].check(wanted.shape)
+        found[path].check(wanted)
     return OrbaxCheckpoint(
         {path: found[path] for path in abstract},
         tuple(path for path in found if path not in abstract),

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+import jax
 import jax.numpy as jnp
 
 from lsjax.config import DTYPES
@@ -33,21 +34,23 @@ class TensorInfo:
     nbytes: int
     offset: int = 0
 
-    def check(self, shape: tuple[int, ...]) -> None:
+    def check(self, wanted: jax.ShapeDtypeStruct) -> None:
         """Refuses an array that the model cannot load.
 
         Raises:
-          UserError: the array's shape is not `shape`, or its dtype is not in lsjax.config.DTYPES.
+          UserError: the array's shape is not that of `wanted`, or its dtype is not in
+            lsjax.config.DTYPES, or not int8 where `wanted` is int8.
         """
-        if self.shape != shape:
+        if self.shape != wanted.shape:
             raise UserError(
                 f"{self.path}: {self.name!r} has the shape {list(self.shape)}, but config.json "
-                f"asks for {list(shape)}; the two files are not of one model."
+                f"asks for {list(wanted.shape)}; the two files are not of one model."
             )
-        if self.dtype not in DTYPES:
+        allowed = ("int8",) if wanted.dtype == jnp.int8 else DTYPES
+        if self.dtype not in allowed:
             raise UserError(
                 f"{self.path}: {self.name!r} holds {self.dtype} values; supported are "
-                f"{', '.join(DTYPES)}, so use a checkpoint that is not quantized."
+                f"{', '.join(allowed)}, so use a checkpoint that is not quantized."
             )
 
     @property

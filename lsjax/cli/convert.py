@@ -15,6 +15,7 @@ from lsjax.checkpoint import (
 )
 from lsjax.cli.program import run_program
 from lsjax.errors import UserError
+from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.runtime.progress import byte_bar
 
 FLAGS = flags.FLAGS
@@ -34,6 +35,13 @@ def define_flags() -> None:
         "Folder to write, in the other format; it must not exist, or be empty.",
         required=True,
     )
+    flags.DEFINE_enum(
+        "weight_dtype",
+        "auto",
+        ["auto", *WEIGHT_DTYPES],
+        "Dtype of the matrices that are written: int8, which Orbax folders can hold and which "
+        "halves bfloat16's size; auto keeps them as they are.",
+    )
     flags.DEFINE_float(
         "max_shard_gb",
         5.0,
@@ -47,10 +55,12 @@ def to_orbax(_: list[str]) -> None:
         raise UserError("--max_shard_gb is for *.safetensors files; Orbax writes none.")
     jax.config.update("jax_platforms", "cpu")
     with byte_bar("converting", checkpoint_bytes(FLAGS.input_dir)) as bar:
-        convert_hf_to_orbax(FLAGS.input_dir, FLAGS.output_dir, bar.update)
+        convert_hf_to_orbax(FLAGS.input_dir, FLAGS.output_dir, bar.update, FLAGS.weight_dtype)
 
 
 def to_hf(_: list[str]) -> None:
+    if FLAGS.weight_dtype != "auto":
+        raise UserError("--weight_dtype is for Orbax folders; a Hugging Face folder holds floats.")
     jax.config.update("jax_platforms", "cpu")
     size = int(FLAGS.max_shard_gb * 1e9)
     with byte_bar("converting", checkpoint_bytes(FLAGS.input_dir)) as bar:

@@ -8,6 +8,7 @@ from lsjax.cache import CACHE_DTYPES
 from lsjax.distributed import multihost
 from lsjax.errors import UserError
 from lsjax.inference.options import COMPUTE_DTYPES
+from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.shipped import shipped_model_path
 
 
@@ -23,6 +24,13 @@ def define_model_flags() -> None:
         "auto",
         ["auto", *COMPUTE_DTYPES],
         "Dtype of weights and activations. auto: float32 on CPU, otherwise the checkpoint's.",
+    )
+    flags.DEFINE_enum(
+        "weight_dtype",
+        "auto",
+        ["auto", *WEIGHT_DTYPES],
+        "Dtype of weight matrices: int8, with a scale per output channel; auto: same as --dtype, "
+        "or what a converted folder holds.",
     )
     flags.DEFINE_enum(
         "kv_cache_dtype",
@@ -108,7 +116,7 @@ def connect() -> None:
 
 def model_options() -> dict[str, Any]:
     """Returns define_model_flags' values as arguments of inference.options.resolve_options."""
-    names = ("dtype", "kv_cache_dtype", "kv_compression", "mesh", "prefill_chunk")
+    names = ("dtype", "weight_dtype", "kv_cache_dtype", "kv_compression", "mesh", "prefill_chunk")
     path = flags.FLAGS.model_path or shipped_model_path()
     return {"path": path} | {n: flags.FLAGS[n].value for n in names}
 

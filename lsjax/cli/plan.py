@@ -18,6 +18,7 @@ from lsjax.cli.flags import define_rope_scaling_flag
 from lsjax.cli.program import make_cpu_devices, run_program
 from lsjax.evals.plots import plot_plan
 from lsjax.inference.options import COMPUTE_DTYPES
+from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.planning import Plan, plan
 from lsjax.planning.speed import ASSUMED
 from lsjax.runtime.memory import human_bytes
@@ -53,6 +54,12 @@ def define_flags() -> None:
         "auto",
         ["auto", *COMPUTE_DTYPES],
         "Dtype of weights and activations. auto: float32 on CPU, otherwise bfloat16.",
+    )
+    flags.DEFINE_enum(
+        "weight_dtype",
+        "auto",
+        ["auto", *WEIGHT_DTYPES],
+        "Dtype of weight matrices: int8, with a scale per output channel; auto: same as --dtype.",
     )
     flags.DEFINE_enum(
         "kv_cache_dtype",
@@ -91,7 +98,7 @@ def main(_) -> None:
     for file in filter(None, (FLAGS.output_json, FLAGS.plot)):
         check_writable(file)
     options = (
-        "max_input_length max_output_length max_batch_size mesh dtype kv_cache_dtype "
+        "max_input_length max_output_length max_batch_size mesh dtype weight_dtype kv_cache_dtype "
         "kv_compression prefill_chunk rope_scaling allow_untrained_length compile"
     )
     found = plan(
@@ -115,8 +122,9 @@ def _print(p: Plan) -> None:
     else:
         print("longest    not even one token fits")
     print(
-        f"settings   --mesh {deployment.mesh_text} --dtype {deployment.dtype} --kv_cache_dtype "
-        f"{deployment.kv_cache_dtype} --prefill_chunk {deployment.prefill_chunk}"
+        f"settings   --mesh {deployment.mesh_text} --dtype {deployment.dtype} "
+        f"{deployment.weight_flag}--kv_cache_dtype {deployment.kv_cache_dtype} --prefill_chunk "
+        f"{deployment.prefill_chunk}"
     )
     if p.recommended != deployment:
         r = p.recommended

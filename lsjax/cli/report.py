@@ -31,6 +31,7 @@ def effective_config(options: Options, requests: Sequence[Request]) -> dict[str,
         "served_length": served_length(config, compression),
         "request_length": request_length,
         "dtype": options.dtype,
+        "weight_dtype": options.weight_dtype,
         "kv_cache_dtype": options.kv_cache_dtype,
         "kv_compression": compression and compression.settings,
         "kept": compression and compression.summary(config, requests[0].prompt_capacity),
@@ -111,6 +112,7 @@ def describe(configuration: dict[str, Any]) -> str:
     c = configuration
     mesh = ",".join(f"{axis}={size}" for axis, size in c["mesh"].items())
     kept = f" ({c['kept']})" if c["kept"] else ""
+    weights = c["dtype"] if c["weight_dtype"] == "auto" else f"int8 at {c['dtype']}"
     return "\n".join(
         (
             f"model      {c['model']} ({c['architecture']})",
@@ -118,7 +120,7 @@ def describe(configuration: dict[str, Any]) -> str:
             f"{c['rope_factor']:g}, attention factor {c['rope_attention_factor']:.6g}",
             f"length     trained for {c['trained_length']:,}, serves {c['served_length']:,}, "
             f"this request {c['request_length']:,} tokens",
-            f"numbers    weights {c['dtype']}, KV cache {c['kv_cache_dtype']} of "
+            f"numbers    weights {weights}, KV cache {c['kv_cache_dtype']} of "
             f"{human_bytes(c['cache_bytes'])}{kept}, "
             f"prefill in chunks of {c['prefill_chunk']:,}",
             f"devices    {c['devices']}, mesh {mesh}",

@@ -11,6 +11,7 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.distributed.multihost import to_host
+from lsjax.nn.int8_weights import float_matrix
 from lsjax.positions.alibi import alibi_slopes
 from lsjax.runtime.precision import einsum
 
@@ -40,7 +41,7 @@ def _largest_squares(layer: dict, head_dim: int) -> jax.Array:
 
     def inner(name: str) -> jax.Array:
         """Returns [heads, head_dim, head_dim] products of a projection's rows, weighted by N."""
-        weight = layer["attn"][name]["weight"].astype(jnp.float32) * norm
+        weight = float_matrix(layer["attn"][name]) * norm
         rows = weight.reshape(-1, head_dim, weight.shape[-1])
         return einsum("hdi,hei->hde", rows, rows)
 

@@ -34,7 +34,7 @@ def reorder_heads(params: dict, config: ModelConfig, kv_heads: HeadOrder) -> dic
                 kind: _taken(x, _channels(config, heads), 0, x.sharding)
                 for kind, x in attention[name].items()
             }
-        weight = attention["o"]["weight"]
+        weight = attention["o"]["weight"]  # each column has one input channel; a scale has none
         weight = _taken(weight, _channels(config, queries), 1, weight.sharding)
         attention["o"] = attention["o"] | {"weight": weight}
         out[f"layers_{i}"] = layer | {"attn": attention}

@@ -108,18 +108,24 @@ def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
       sizes: shape of the mesh, number of devices by axis.
 
     Raises:
-      UserError: a size of the model is not divisible; the message names it.
+      UserError: a size of the model is not divisible; the message names it, and a mesh of as many
+        devices that divides the model.
     """
-    for what, size in (
-        ("KV heads", config.num_kv_heads),
-        ("query heads", config.num_heads),
-        ("MLP channels", config.intermediate_size),
-        ("vocabulary entries", config.vocab_size),
-    ):
+    split = {
+        "KV heads": config.num_kv_heads,
+        "query heads": config.num_heads,
+        "MLP channels": config.intermediate_size,
+        "vocabulary entries": config.vocab_size,
+    }
+    model = math.gcd(sizes["model"], *split.values())
+    for what, size in split.items():
         if size % sizes["model"]:
+            context = sizes.get("context", 1) * (sizes["model"] // model)
+            others = {**sizes, "context": context, "model": model}
+            instead = ",".join(f"{a}={others[a]}" for a in AXES if others.get(a, 1) > 1)
             raise UserError(
-                f"the model's {size} {what} cannot be split over model={sizes['model']}; choose a "
-                f"size of model that divides {size}."
+                f"the model's {size} {what} cannot be split over model={sizes['model']}; use "
+                f"{instead}, which gives the other devices a part of the sequence each."
             )
 
 

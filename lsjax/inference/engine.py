@@ -225,7 +225,7 @@ class Engine:
             return jax.ShapeDtypeStruct((spec.batch, *shape), dtype, sharding=model.rows)
 
         params = unflatten(
-            abstract_parameters(self.config, self.settings.mesh, self.settings.dtype)
+            abstract_parameters(self.config, model.mesh, model.dtype, model.weight_dtype)
         )
         tables = jax.tree.map(
             lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)

@@ -21,6 +21,7 @@ class EngineConfig:
     Attributes:
       mesh: device mesh; one without devices serves planning.
       dtype: dtype of weights and activations.
+      weight_dtype: int8 if the weights' matrices are in int8; auto for `dtype`.
       kv_cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
       prefill_chunk: prompt tokens per prefill step; a whole number of zigzag blocks, see Zigzag.
       compression: what layers keep of their KV cache; None for all that their queries see.
@@ -32,6 +33,7 @@ class EngineConfig:
     dtype: str
     kv_cache_dtype: str
     prefill_chunk: int
+    weight_dtype: str = "auto"
     compression: Compression | None = None
     segment: int = SEGMENT
     cache_block: int = BLOCK

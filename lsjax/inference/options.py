@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lsjax.cache import CACHE_DTYPES
-from lsjax.checkpoint import read_model_config
+from lsjax.checkpoint import holds_int8, read_model_config
 from lsjax.compression import CompressionSettings, parse_compression
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
@@ -17,6 +17,7 @@ from lsjax.errors import UserError
 from lsjax.families.generation_config import NAME, eos_token_ids, read_generation_config, unapplied
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.sampling import Sampling, suggested_sampling
+from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.runtime.html import table
 from lsjax.runtime.notes import note
@@ -54,7 +55,7 @@ class Options(EngineConfig):
                 "served length": f"{c.served_length:,} tokens",
                 "rope scaling": c.rope_scaling.kind,
                 "devices": f"{devices.size} x {devices.flat[0].device_kind} ({axes})",
-                "weights": self.dtype,
+                "weights": self.dtype if self.weight_dtype == "auto" else f"int8 at {self.dtype}",
                 "KV cache": self.kv_cache_dtype,
                 "KV compression": "none"
                 if self.compression is None
@@ -68,6 +69,7 @@ def resolve_options(
     path: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    weight_dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     mesh: str | Mapping[str, int] | Mesh = "",
     rope_scaling: str | Mapping[str, Any] | None = None,
@@ -94,6 +96,10 @@ def resolve_options(
         # On a CPU, bfloat16 matrix-vector products are fifteen times slower than float32 ones.
         dtype = "float32" if on_cpu or config.dtype == "float32" else "bfloat16"
     dtype = one_of("dtype", dtype, COMPUTE_DTYPES)
+    if weight_dtype != "auto":
+        one_of("weight_dtype", weight_dtype, WEIGHT_DTYPES)
+    elif holds_int8(folder):
+        weight_dtype = "int8"
     if kv_cache_dtype == "auto":
         kv_cache_dtype = dtype
     if prefill_chunk is None:
@@ -111,6 +117,7 @@ def resolve_options(
         config=config,
         mesh=mesh,
         dtype=dtype,
+        weight_dtype=weight_dtype,
         kv_cache_dtype=one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES),
         prefill_chunk=prefill_chunk,
         eos_token_ids=_eos_ids(config, published, tokenizer),

@@ -26,7 +26,7 @@ class ShardedModel:
     Attributes:
       config: model configuration, see ModelConfig.traced.
       mesh: device mesh.
-      dtype: dtype of weights and activations.
+      dtype, weight_dtype: dtypes of weights and activations, see EngineConfig.
       zigzag: layout of positions along the context axis.
       compression: what layers keep of their KV cache; None for all that their queries see.
     """
@@ -34,6 +34,7 @@ class ShardedModel:
     config: ModelConfig
     mesh: Mesh
     dtype: str
+    weight_dtype: str
     zigzag: Zigzag
     compression: Compression | None
 
@@ -84,7 +85,14 @@ class ShardedModel:
 
 def sharded_model(config: ModelConfig, engine: EngineConfig) -> ShardedModel:
     """Returns what the programs of an engine depend on."""
-    return ShardedModel(config.traced, engine.mesh, engine.dtype, engine.zigzag, engine.compression)
+    return ShardedModel(
+        config=config.traced,
+        mesh=engine.mesh,
+        dtype=engine.dtype,
+        weight_dtype=engine.weight_dtype,
+        zigzag=engine.zigzag,
+        compression=engine.compression,
+    )
 
 
 def _all_gather_weights(model: ShardedModel) -> Callable[[str, dict], dict]:
@@ -93,7 +101,7 @@ def _all_gather_weights(model: ShardedModel) -> Callable[[str, dict], dict]:
     The tokens of a chunk are split over that axis. Left to itself, XLA would send the activations
     of all tokens back and forth instead, which for a long chunk is far more data than the weights.
     """
-    parameters = abstract_parameters(model.config, model.mesh, model.dtype)
+    parameters = abstract_parameters(model.config, model.mesh, model.dtype, model.weight_dtype)
     whole = unflatten(
         {
             path: sharding(model.mesh, drop_axis(x.sharding.spec, "context"))

@@ -95,10 +95,18 @@ class Attention(nn.Module):
             slopes, begin = inputs.slopes, inputs.begin
             y = self.self_attention(self.mesh, q, k, v, begin, self.window, slopes)
         else:
-            positions = {"window": self.window, "slopes": inputs.slopes, "tables": inputs.tables}
             y, cache = update_and_attend(
-                *(self.mesh, q, k, v, inputs.positions, inputs.lengths, cache, inputs.decode),
-                **positions,
+                self.mesh,
+                q,
+                k,
+                v,
+                inputs.positions,
+                inputs.lengths,
+                cache,
+                inputs.decode,
+                window=self.window,
+                slopes=inputs.slopes,
+                tables=inputs.tables,
                 rope_interleaved=c.rope_interleaved,
             )
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)

@@ -5,35 +5,16 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.distributed.sharding import TOKENS_SPEC, parameter_spec
-from lsjax.runtime.precision import einsum
-
-# Numbers of vectors that a CPU multiplies as columns. A single vector is a special case.
-CPU_COLUMN_BATCH = range(2, 33)
-
-
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiplies x [batch, length, in] by weight [out, in]: [batch, length, out] float32."""
-
-    def rows(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return einsum("bli,oi->blo", x, weight)
-
-    def columns(x: jax.Array, weight: jax.Array) -> jax.Array:
-        # Without the barriers XLA would restore the row order.
-        x = jax.lax.optimization_barrier(x.transpose(2, 0, 1))
-        return jax.lax.optimization_barrier(einsum("oi,ibl->obl", weight, x)).transpose(1, 2, 0)
-
-    if x.shape[0] * x.shape[1] not in CPU_COLUMN_BATCH:
-        return rows(x, weight)
-    # On a CPU, a few vectors cost little more than one if they are columns, and two to three times
-    # as much if they are rows.
-    return jax.lax.platform_dependent(x, weight, cpu=columns, default=rows)
+from lsjax.nn.matmul import matmul
 
 
 class Linear(nn.Module):
     """Computes x @ weight.T + bias, with weight [out, in] as in checkpoints.
+
+    If the weight is int8, its scale is beside it; see int8_weights.
 
     Attributes:
       features: number of output features.
@@ -49,7 +30,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_partitioning(nn.initializers.normal(0.02), self.axes)
         weight = self.param("weight", init, (self.features, x.shape[-1]), x.dtype)
-        y = matmul(x, weight)
+        y = matmul(x, weight, self.get_variable("params", "scale"))
         if self.use_bias:
             zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[:1])
             y = y + self.param("bias", zeros, (self.features,), x.dtype)
@@ -74,6 +55,7 @@ class Embedding(nn.Module):
     def setup(self):
         init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.weight = self.param("weight", init, (self.vocab_size, self.features), self.dtype)
+        self.scale = self.get_variable("params", "scale")  # of an int8 table; else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Looks up [batch, length] token ids, giving [batch, length, features]."""
@@ -81,32 +63,40 @@ class Embedding(nn.Module):
         rows = table[0] if isinstance(table[0], tuple) else (table[0],)
         # Each device looks up its own rows. XLA would all-gather the whole table first.
         found = jax.shard_map(
-            functools.partial(sharded_embedding_lookup, axes=rows),
+            functools.partial(sharded_embedding_lookup, axes=rows, dtype=self.dtype),
             mesh=self.mesh,
-            in_specs=(table, TOKENS_SPEC),
+            in_specs=(table, PartitionSpec(table[0]), TOKENS_SPEC),
             out_specs=TOKENS_SPEC,
             check_vma=False,
         )
-        return found(self.weight, tokens)
+        return found(self.weight, self.scale, tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Returns [batch, length, vocab_size] float32 logits of x [batch, length, features]."""
-        scores = matmul(x, self.weight)
-        if self.normalized:
-            scores /= jnp.linalg.norm(self.weight.astype(jnp.float32), axis=-1)
-        return scores
+        if not self.normalized:
+            return matmul(x, self.weight, self.scale)
+        norm = jnp.linalg.norm(self.weight.astype(jnp.float32), axis=-1)
+        if self.scale is not None:
+            return matmul(x, self.weight, 1 / norm)  # the scale cancels
+        return matmul(x, self.weight) / norm
 
 
 def sharded_embedding_lookup(
-    part: jax.Array, tokens: jax.Array, axes: tuple[str, ...]
+    part: jax.Array,
+    scale: jax.Array | None,
+    tokens: jax.Array,
+    axes: tuple[str, ...],
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """Looks up [batch, length] tokens in a table that is sharded by rows; called under shard_map.
 
-    Each device contributes the rows of its shard `part`; psum over the mesh `axes` combines them.
+    Each device contributes the rows of its shard `part`, times their `scale` if they are int8; psum
+    over the mesh `axes` combines them. The result is of `dtype`.
     """
     at = tokens - jax.lax.axis_index(axes) * part.shape[0]
     here = (at >= 0) & (at < part.shape[0])
-    return jax.lax.psum(jnp.where(here[..., None], part[at], 0), axes)
+    rows = part[at] if scale is None else part[at] * scale[at][..., None]
+    return jax.lax.psum(jnp.where(here[..., None], rows, 0).astype(dtype), axes)
 
 
 class RMSNorm(nn.Module):

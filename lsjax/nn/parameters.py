@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import abstract_mesh, parameter_spec, sharding
 from lsjax.nn.decoder import Decoder
+from lsjax.nn.int8_weights import int8_shapes, quantize_parameters
 from lsjax.positions.rotary import rotary_tables
 
 _FIRST_LAYER = "layers_0/"
@@ -21,9 +22,16 @@ _NORMAL = nn.initializers.normal(0.02)
 
 
 def abstract_parameters(
-    config: ModelConfig, mesh: Mesh, dtype: str
+    config: ModelConfig, mesh: Mesh, dtype: str, weight_dtype: str = "auto"
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape, dtype and sharding of each parameter, by path ("layers_0/attn/q/weight")."""
+    """Returns shape, dtype and sharding of each parameter, by path ("layers_0/attn/q/weight").
+
+    Args:
+      config: model configuration.
+      mesh: device mesh.
+      dtype: dtype of the parameters.
+      weight_dtype: int8 to have matrices in int8, see int8_weights; auto for `dtype`.
+    """
     found = {}
     for i, kind in enumerate(config.layers):  # layers of one kind are traced once
         one = dataclasses.replace(config.traced, layers=(kind,))
@@ -33,10 +41,12 @@ def abstract_parameters(
             path = path.replace(_FIRST_LAYER, f"layers_{i}/")
             if path not in found:
                 found[path] = jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=where)
-    return found
+    return int8_shapes(found) if weight_dtype == "int8" else found
 
 
-def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:
+def random_parameters(
+    config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0, weight_dtype: str = "auto"
+) -> dict:
     """Creates random parameters on the mesh, for training from scratch or measuring speed.
 
     They are drawn from the modules' own initial distributions. But the modules' `init` is one
@@ -44,9 +54,11 @@ def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0
     program per shape.
     """
     key, flat = jax.random.key(seed), {}
+    wanted = abstract_parameters(config, mesh, dtype, weight_dtype)
     for path, leaf in abstract_parameters(config, mesh, dtype).items():
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        flat[path] = _draw(_initializer(path, leaf), own, leaf.shape, leaf.dtype, leaf.sharding)
+        drawn = _draw(_initializer(path, leaf), own, leaf.shape, leaf.dtype, leaf.sharding)
+        flat |= quantize_parameters({path: drawn}, wanted)
     return unflatten(flat)
 
 

@@ -34,7 +34,7 @@ def needs_of(
       deployment: layout of the model on the devices.
       input_length: prompt length in tokens.
     """
-    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype)
+    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype, deployment.weight_dtype)
     weights = config.num_layers * layer + rest
     cache = cache_bytes(config, platform, deployment, input_length)
     decode = _code_bytes(config, platform)
@@ -51,10 +51,12 @@ def needs_of(
 
 
 @functools.lru_cache
-def weight_bytes(config: ModelConfig, mesh: AbstractMesh, dtype: str) -> tuple[int, int]:
+def weight_bytes(
+    config: ModelConfig, mesh: AbstractMesh, dtype: str, weight_dtype: str = "auto"
+) -> tuple[int, int]:
     """Returns the bytes per device of one layer's weights, and of all weights outside layers."""
     layer = rest = 0
-    for path, leaf in abstract_parameters(config, mesh, dtype).items():
+    for path, leaf in abstract_parameters(config, mesh, dtype, weight_dtype).items():
         nbytes = _shard_bytes(leaf)
         if path.startswith("layers_0/"):
             layer += nbytes

@@ -82,6 +82,8 @@ def _that_fit(
     others = [(f"--kv_cache_dtype {d}", {"kv_cache_dtype": d}) for d in less]
     if deployment.dtype == "float32":
         others.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
+    if deployment.weight_dtype == "auto":
+        others.append(("--weight_dtype int8", {"weight_dtype": "int8"}))
     data = options.mesh.shape["data"]
     if deployment.batch > data:
         others.append((f"--max_batch_size {data}", {"batch": data}))

@@ -34,6 +34,11 @@ class Deployment(EngineConfig):
         """The mesh in the form that the flag --mesh takes."""
         return ",".join(f"{a}={n}" for a, n in self.sizes.items() if n > 1) or "context=1"
 
+    @property
+    def weight_flag(self) -> str:
+        """The flag --weight_dtype with a space after it; "" for weights in `dtype`."""
+        return "" if self.weight_dtype == "auto" else f"--weight_dtype {self.weight_dtype} "
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryUsage:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lsjax.cache import CACHE_DTYPES
+from lsjax.checkpoint import holds_int8
 from lsjax.compression import (
     Compression,
     CompressionSettings,
@@ -21,6 +22,7 @@ from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.inference.options import COMPUTE_DTYPES, one_of
 from lsjax.inference.request import check_exact_length, check_total
+from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import TooLargeError, compile_for
 from lsjax.planning.deployment import Deployment, MemoryUsage
@@ -46,6 +48,7 @@ def plan(
     max_batch_size: int = 1,
     mesh: str | Mapping[str, int] = "",
     dtype: str = "auto",
+    weight_dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
     prefill_chunk: int | None = None,
@@ -64,6 +67,8 @@ def plan(
       max_batch_size: number of prompts answered together.
       mesh: devices per mesh axis, as in `lsjax.load`; "" for the best found.
       dtype: dtype of weights and activations; auto is float32 on CPU, otherwise bfloat16.
+      weight_dtype: dtype of weight matrices: int8, or auto for `dtype` (or for int8 if that is what
+        a converted folder holds).
       kv_cache_dtype: dtype of the KV cache; auto for the best found.
       kv_compression: KV compression, as in `lsjax.load`; unless razor names a file of heads, the
         heads that keep everything are assumed to be spread evenly over the layers.
@@ -77,7 +82,11 @@ def plan(
       UserError: an argument is wrong, arguments conflict, or the length is more than the model
         serves; the message says what is possible.
     """
+    if weight_dtype != "auto":
+        one_of("weight_dtype", weight_dtype, WEIGHT_DTYPES)
     if not isinstance(config, ModelConfig):
+        if weight_dtype == "auto" and holds_int8(os.fspath(config)):
+            weight_dtype = "int8"
         config = read_config(config)
     config = override_rope_scaling(config, rope_scaling)
     if not isinstance(target, Target):
@@ -94,7 +103,9 @@ def plan(
     one_of("dtype", dtype, COMPUTE_DTYPES)
     if kv_cache_dtype != "auto":
         one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
-    free = SearchSpace(config, target, dtype, max_batch_size, max_output_length, compression)
+    free = SearchSpace(
+        config, target, dtype, weight_dtype, max_batch_size, max_output_length, compression
+    )
     asked = dataclasses.replace(
         free,
         mesh=_checked_mesh(config, target, mesh, max_batch_size) if mesh else None,
@@ -222,13 +233,14 @@ class SearchSpace:
       config: model configuration.
       target: devices to plan for.
       compression: settings of KV compression, or None for none.
-      dtype, batch, output_length, mesh, kv_cache_dtype, prefill_chunk: settings of the layouts,
-        see Deployment.
+      dtype, weight_dtype, batch, output_length, mesh, kv_cache_dtype, prefill_chunk: settings of
+        the layouts, see Deployment.
     """
 
     config: ModelConfig
     target: Target
     dtype: str
+    weight_dtype: str
     batch: int
     output_length: int
     compression: CompressionSettings | None
@@ -287,6 +299,7 @@ class SearchSpace:
                 yield Deployment(
                     mesh=abstract_mesh(mesh),
                     dtype=self.dtype,
+                    weight_dtype=self.weight_dtype,
                     kv_cache_dtype=kv_cache_dtype,
                     prefill_chunk=chunk,
                     compression=compression,

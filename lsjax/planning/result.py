@@ -103,6 +103,7 @@ def _as_flags(deployment: Deployment) -> dict[str, Any]:
     return {
         "mesh": deployment.mesh_text,
         "dtype": deployment.dtype,
+        "weight_dtype": deployment.weight_dtype,
         "kv_cache_dtype": deployment.kv_cache_dtype,
         "kv_compression": deployment.compression and deployment.compression.settings,
         "prefill_chunk": deployment.prefill_chunk,

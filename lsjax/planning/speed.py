@@ -57,12 +57,14 @@ def expected_speed(
     data, context, model = deployment.sizes.values()
     devices = data * context * model
     itemsize = jnp.dtype(deployment.dtype).itemsize
-    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype)
+    numbers, _ = weight_bytes(config, deployment.mesh, deployment.dtype)
+    numbers *= config.num_layers * context * model / itemsize
+    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype, deployment.weight_dtype)
     whole_layers = config.num_layers * layer * context  # bytes per shard of the model axis
     chunks = -(-input_length // deployment.prefill_chunk)
     tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch
 
-    products = 2 * tokens * whole_layers * model / itemsize
+    products = 2 * tokens * numbers
     pairs = deployment.batch * _pairs(config, input_length, deployment.span(input_length))
     attention = 4 * config.num_heads * config.head_dim * pairs
     computing = (products + attention) / (devices * rates.flops * _OF_FLOPS)

@@ -148,5 +148,5 @@ def test_a_mesh_by_name_needs_only_the_axes_that_are_split():
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused(model):
-    with pytest.raises(UserError, match="KV heads cannot be split over model=3"):
+    with pytest.raises(UserError, match="KV heads cannot be split over model=3; use context=3"):
         check_fits_mesh(model("glm4").config, {"model": 3})

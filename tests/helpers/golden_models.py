@@ -5,7 +5,6 @@ import functools
 import json
 import pathlib
 
-import jax
 from golden.models.parameters import golden_parameters
 
 from lsjax.distributed.sequence_layout import round_up_to_blocks
@@ -14,7 +13,8 @@ from lsjax.families import parse_config
 from lsjax.inference.engine_config import SEGMENT
 from lsjax.inference.options import Options
 from lsjax.language_model import LanguageModel
-from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.nn.int8_weights import quantize_parameters
+from lsjax.nn.parameters import abstract_parameters, flatten, unflatten
 from lsjax.positions.scaling import override_rope_scaling
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -34,6 +34,7 @@ def build(
     layers=0,
     segment=SEGMENT,
     block=BLOCK,
+    weight_dtype="auto",
     **changes,
 ):
     """A golden model: its last layers alone if a number is given, its config with changes."""
@@ -44,13 +45,14 @@ def build(
         config=config,
         mesh=devices,
         dtype="float32",
+        weight_dtype=weight_dtype,
         kv_cache_dtype=kv,
         prefill_chunk=round_up_to_blocks(chunk, devices.shape["context"]),
         eos_token_ids=frozenset(eos),
         segment=segment,
         cache_block=block,
     )
-    return LanguageModel(settings, parameters(name, layers, mesh, **changes))
+    return LanguageModel(settings, parameters(name, layers, mesh, weight_dtype, **changes))
 
 
 @functools.cache
@@ -61,8 +63,10 @@ def changed_config(name, layers, **changes):
 
 
 @functools.lru_cache(maxsize=32)
-def parameters(name, layers, mesh, **changes):
+def parameters(name, layers, mesh, weight_dtype, **changes):
     config, devices = changed_config(name, layers, **changes), make_mesh(parse_mesh(mesh))
-    wanted = unflatten(abstract_parameters(config, devices, "float32"))
-    found = golden_parameters(config)
-    return jax.tree.map(lambda x, leaf: put_on_mesh(x, leaf.sharding), found, wanted)
+    floats = abstract_parameters(config, devices, "float32")
+    found = flatten(golden_parameters(config))
+    found = {path: put_on_mesh(found[path], leaf.sharding) for path, leaf in floats.items()}
+    wanted = abstract_parameters(config, devices, "float32", weight_dtype)
+    return unflatten(quantize_parameters(found, wanted))

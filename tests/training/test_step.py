@@ -151,7 +151,7 @@ def test_refuses_what_cannot_be_dealt_out(rows, length, said):
 @pytest.mark.slow("what it would miss is memory; results are as they were")
 def test_temporaries_of_a_device_halve_as_devices_double():
     sizes = []
-    for context in (1, 2, 4, 8):
+    for context in (1, 2, 4):
         program = (
             trainer("rotary", f"context={context}", chunks=ChunkSizes()).lower(1, 2**18).compile()
         )

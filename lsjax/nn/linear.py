@@ -95,7 +95,14 @@ def sharded_embedding_lookup(
     """
     at = tokens - jax.lax.axis_index(axes) * part.shape[0]
     here = (at >= 0) & (at < part.shape[0])
-    rows = part[at] if scale is None else part[at] * scale[at][..., None]
+    if scale is None:
+        rows = part[at]
+    elif at.size == 1:
+        # XLA on a TPU would slice a single row, and would copy the whole int8 table to do so.
+        pair = jax.lax.optimization_barrier(part[jnp.concatenate([at, at], axis=1)])
+        rows = pair[:, :1] * scale[at][..., None]
+    else:
+        rows = part[at] * scale[at][..., None]
     return jax.lax.psum(jnp.where(here[..., None], rows, 0).astype(dtype), axes)
 
 

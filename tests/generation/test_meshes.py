@@ -11,28 +11,30 @@ from helpers.golden_models import BLOCK, build
 # more of queries than of keys; and there is one layer, as to a mesh all are alike.
 CHANGES = {"num_heads": 8, "num_kv_heads": 4, "layers": 1}
 WINDOW, ALIBI, TIED, ROWS = "qwen2_window", "alibi_8_heads", "llama_tied_llama3", "qwen3_dynamic"
-# Devices along data, context and model: each model, each cache and each kind of mesh meet.
+# Devices along data, context and model: each model, each cache and each kind of mesh meet. Weights
+# are in int8 where the name says so.
+INT8 = " in int8"
 CASES = [
-    (WINDOW, "int8", "212"),
+    (WINDOW + INT8, "int8", "212"),
     (ALIBI, "float32", "114"),
     (TIED, "int8", "112"),
     (ROWS, "float32", "212"),
     (WINDOW, "float32", "124"),
     (ALIBI, "int8", "222"),
-    (TIED, "float32", "222"),
+    (TIED + INT8, "float32", "222"),
     (ROWS, "int8", "221"),
     (WINDOW, "float32", "142"),
     (ALIBI, "float32", "241"),
     (TIED, "int8", "142"),
     (ROWS, "float32", "241"),
-    (WINDOW, "int8", "181"),
+    (WINDOW + INT8, "int8", "181"),
     (ALIBI, "float32", "181"),
     (TIED, "float32", "181"),
     (ROWS, "int4", "181"),
     # Three divides the rows of the MLP, but not those of attention.
     ("glm4", "float32", "131"),
 ]
-QUICK = [(WINDOW, "int8", "212"), (ROWS, "float32", "241")]
+QUICK = [(WINDOW + INT8, "int8", "212"), (ROWS, "float32", "241")]
 # Rows of odd lengths that end in different chunks. A quantized cache is read from the second block
 # of positions on.
 LONG, SHORT, OUTPUT = 61, 37, 5
@@ -48,7 +50,8 @@ def prompt(length):
 def run(name, kv, mesh, chunk):
     """The tokens of two rows and, over a float cache, the logits of two others."""
     mesh = "data={},context={},model={}".format(*mesh)
-    lm = build(name, kv, chunk, mesh, **CHANGES)
+    weights = "int8" if name.endswith(INT8) else "auto"
+    lm = build(name.removesuffix(INT8), kv, chunk, mesh, weight_dtype=weights, **CHANGES)
     prompts = [prompt(LONGER[kv] + LONG), prompt(SHORT)]
     tokens = [c.token_ids for c in lm.generate(prompts, OUTPUT, allow_untrained_length=True)]
     rows = [prompt(LONG), prompt(LONG)[::-1]]

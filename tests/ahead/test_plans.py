@@ -4,6 +4,7 @@ Layers are few, so that compiling is quick; then temporaries, which arithmetic h
 larger share than in a whole model.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,7 +29,6 @@ LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
     ("path", "target", "mesh", "length", "chunk", "kv", "batch"),
     [
         (GLM, "v5e:2x4", (1, 8, 1), 1_048_576, 16384, "int8", 1),
-        (GLM, "h100-80gb:1", (1, 1, 1), 1_048_576, 4096, "int8", 1),
         (GLM, "a100-80gb:4", (1, 2, 2), 300_001, 8192, "bfloat16", 1),
         pytest.param(
             *(QWEN, "v5e:2x4", (2, 2, 2), 524_288, 4096, "int8", 4),
@@ -48,6 +48,21 @@ def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length
     guessed = needs_of(config, target.platform, deployment, length)
     for name, compiled in compile_for(config, target, deployment, length).items():
         assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name
+
+
+@pytest.mark.parametrize(("target", "mesh"), [("h100-80gb:1", (1, 1, 1)), ("v5e:2x4", (1, 4, 2))])
+def test_with_int8_weights_too_and_no_matrix_of_floats_in_decode(target, mesh):
+    target, config = find_target(target), with_layers(GLM, 4)
+    deployment = deployment_of(mesh, "bfloat16", "int8", 4096, 1, 1024)
+    deployment = dataclasses.replace(deployment, weight_dtype="int8")
+    guessed = needs_of(config, target.platform, deployment, 1_047_552)
+    compiled = compile_for(config, target, deployment, 1_047_552)
+    for name, needs in compiled.items():
+        assert guessed[name].total == pytest.approx(needs.total, rel=0.1), name
+    matrix = 2 * config.intermediate_size * config.hidden_size // (mesh[1] * mesh[2])
+    assert compiled["decode"].temporaries < 0.5 * matrix
+    # What prefill holds with float weights, and one matrix.
+    assert compiled["prefill"].temporaries < guessed["prefill"].temporaries + matrix
 
 
 @pytest.mark.parametrize("target", ["v5e:1x1", "h100-80gb:1"])

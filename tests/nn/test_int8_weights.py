@@ -46,6 +46,15 @@ def test_products_are_as_near_as_those_of_floats(dtype, vectors):
         assert np.sum(found[vectors]) <= 2 * np.sum(plain[vectors])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_any_number_of_vectors_are_the_same(dtype):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((1, 33, 300), (70, 300)))
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    for count in (1, 2, 9, 33):
+        np.testing.assert_allclose(matmul(x[:, :count], weight), exact[:, :count], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", ["qwen2_tied", "qwen3", "llama_biases", "glm4", "chatglm_1m", "alibi_8_heads"]
 )

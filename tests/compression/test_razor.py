@@ -103,7 +103,6 @@ slow = pytest.mark.slow("a chunk is quick; what layers compute on meshes is in t
     [
         ("float32", {"prefill_chunk": 100}),
         pytest.param("int8", ALL_AXES, marks=slow),
-        pytest.param("float32", {"mesh": "context=8", "prefill_chunk": 4096}, marks=slow),
     ],
 )
 def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, options):

@@ -29,7 +29,7 @@ CASES = [
     (ROWS, "float32", "241"),
     (WINDOW + INT8, "int8", "181"),
     (ALIBI, "float32", "181"),
-    (TIED, "float32", "181"),
+    (TIED + INT8, "float32", "181"),
     (ROWS, "int4", "181"),
     # Three divides the rows of the MLP, but not those of attention.
     ("glm4", "float32", "131"),

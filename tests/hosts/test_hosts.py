@@ -44,25 +44,15 @@ def token_ids(file):
     return [r["token_ids"] for r in json.loads(Path(file).read_text())["results"]]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "alone", "flags"),
-    [
-        ("--mesh=context=8", "--mesh=", "--kv_cache_dtype=float32"),
-        pytest.param(
-            "--mesh=data=2,context=2,model=2",
-            "--mesh=data=2,context=2,model=2",
-            "--kv_cache_dtype=int8 --prompt_lookup_num_tokens=3",
-            marks=pytest.mark.slow("a float cache over all devices is quick"),
-        ),
-    ],
-)
-def test_two_processes_of_four_devices_say_what_one_process_says(mesh, alone, flags, tmp_path):
+def test_two_processes_of_four_devices_say_what_one_process_says(tmp_path):
+    """On all axes, over an int8 cache and with drafts; alone without any of them."""
     prompts = (SHORT, "The door was open. The key of the house is")
-    flags = (*flags.split(), "--max_output_length=8", *(f"--input_texts={p}" for p in prompts))
-    both = joined(2, flags=(mesh, *flags, f"--output_json={tmp_path / 'both.json'}"))
-    said = [finish(process) for process in both]
+    flags = ("--max_output_length=8", *(f"--input_texts={p}" for p in prompts))
+    rich = ("--mesh=data=2,context=2,model=2", "--kv_cache_dtype=int8")
+    rich += ("--prompt_lookup_num_tokens=3", f"--output_json={tmp_path / 'both.json'}")
+    said = [finish(process) for process in joined(2, flags=(*rich, *flags))]
     assert [one.returncode for one in said] == [0, 0], said
-    done = run("run_pa.py", SCALING, alone, *flags, f"--output_json={tmp_path / 'alone.json'}")
+    done = run("run_pa.py", SCALING, *flags, f"--output_json={tmp_path / 'alone.json'}")
     assert "65415" in done.stdout
     assert token_ids(tmp_path / "both.json") == token_ids(tmp_path / "alone.json")
     assert "65415" in said[0].stdout and "prompt" in said[0].stdout  # one of them talks

@@ -123,7 +123,7 @@ def test_so_does_its_twin_with_alibi():
     ("length", "count", "least"),
     [
         pytest.param(2048, 20, 0.95, marks=pytest.mark.slow("the example, one of them, is quick")),
-        pytest.param(8192, 4, 1.0, marks=pytest.mark.slow("a quarter of the length is quick")),
+        pytest.param(8192, 2, 1.0, marks=pytest.mark.slow("a quarter of the length is quick")),
     ],
 )
 def test_yarn_reads_keys_past_that_length(lm, length, count, least):

@@ -71,6 +71,20 @@ FAULTS = (
         "tests/attention/test_cached_attention.py -k int8",
     ),
     Fault(
+        "the scale of int8 weights left out",
+        "lsjax/nn/matmul.py",
+        "return jax.lax.platform_dependent(x, weight, cpu=cpu, default=_rows) * scale",
+        "return jax.lax.platform_dependent(x, weight, cpu=cpu, default=_rows)",
+        "tests/nn/test_int8_weights.py",
+    ),
+    Fault(
+        "the digits of an activation in the wrong order",
+        "lsjax/nn/matmul.py",
+        "for product in products[::-1]:",
+        "for product in products:",
+        "tests/nn/test_int8_weights.py -k near",
+    ),
+    Fault(
         "an int8 block rounded twice",
         "lsjax/cache/float_tail.py",
         "            run = append_chunk(self.tail, k, v, at[0])",

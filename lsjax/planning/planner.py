@@ -340,6 +340,13 @@ class SearchSpace:
         """Yields sentences that say why a layout was chosen over the others."""
         if not self.fits(best, length):
             yield f"it comes nearest to holding {length:,} tokens, which none does"
+            narrow = dataclasses.replace(self, weight_dtype="int8")
+            way = narrow.best(length, length)
+            if self.weight_dtype == "auto" and narrow.fits(way, length):
+                yield (
+                    f"--weight_dtype int8 --kv_cache_dtype {way.kv_cache_dtype} --mesh "
+                    f"{way.mesh_text} would hold them"
+                )
             return
         if best.kv_cache_dtype == "int8":
             yield "an int8 cache answers as a float one does, in half of bfloat16's memory or less"

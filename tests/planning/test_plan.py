@@ -41,6 +41,17 @@ def test_what_is_known_to_fit(config, target, length, options):
     assert plan.deployment.mesh.size == devices and plan.deployment.kv_cache_dtype == "int8"
 
 
+def test_int8_weights_are_named_where_they_make_room():
+    floats, int8 = (
+        lsjax.plan(LLAMA, "h200:1", max_input_length=100_000, weight_dtype=dtype)
+        for dtype in ("auto", "int8")
+    )
+    assert not floats.fits and "--weight_dtype int8" in " ".join(floats.reasons)
+    assert int8.fits and int8.as_json()["weight_dtype"] == "int8"
+    weights = [plan.programs["decode"].weights for plan in (floats, int8)]
+    assert weights[1] == pytest.approx(weights[0] / 2, rel=0.001)
+
+
 @pytest.mark.parametrize(
     ("target", "batch"),
     [

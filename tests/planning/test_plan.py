@@ -47,7 +47,7 @@ def test_int8_weights_are_named_where_they_make_room():
         for dtype in ("auto", "int8")
     )
     assert not floats.fits and "--weight_dtype int8" in " ".join(floats.reasons)
-    assert int8.fits and int8.as_json()["weight_dtype"] == "int8"
+    assert int8.fits and int8.deployment.weight_dtype == "int8"
     weights = [plan.programs["decode"].weights for plan in (floats, int8)]
     assert weights[1] == pytest.approx(weights[0] / 2, rel=0.001)
 

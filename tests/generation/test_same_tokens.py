@@ -17,7 +17,7 @@ LONGER = {"float32": 0, "int8": BLOCK, "int4": BLOCK}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow("a window over int8 is quick"))
 CHUNKED = [
     ("qwen2_window", "int8"),
-    ("glm4", "float32"),
+    slow("glm4", "float32"),
     slow("qwen2_window", "float32"),
     slow("glm4", "int8"),
     slow("glm4", "int4"),

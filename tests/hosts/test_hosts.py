@@ -45,12 +45,11 @@ def token_ids(file):
 
 
 def test_two_processes_of_four_devices_say_what_one_process_says(tmp_path):
-    """On all axes, over an int8 cache and with drafts; alone without any of them."""
+    """On all axes, where one process has one device."""
     prompts = (SHORT, "The door was open. The key of the house is")
     flags = ("--max_output_length=8", *(f"--input_texts={p}" for p in prompts))
-    rich = ("--mesh=data=2,context=2,model=2", "--kv_cache_dtype=int8")
-    rich += ("--prompt_lookup_num_tokens=3", f"--output_json={tmp_path / 'both.json'}")
-    said = [finish(process) for process in joined(2, flags=(*rich, *flags))]
+    of_both = ("--mesh=data=2,context=2,model=2", f"--output_json={tmp_path / 'both.json'}")
+    said = [finish(process) for process in joined(2, flags=(*of_both, *flags))]
     assert [one.returncode for one in said] == [0, 0], said
     done = run("run_pa.py", SCALING, *flags, f"--output_json={tmp_path / 'alone.json'}")
     assert "65415" in done.stdout

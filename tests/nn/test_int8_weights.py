@@ -55,8 +55,19 @@ def test_products_of_any_number_of_vectors_are_the_same(dtype):
         np.testing.assert_allclose(matmul(x[:, :count], weight), exact[:, :count], atol=1e-4)
 
 
+slow = pytest.mark.slow("families share their products; a tied and a normalized head are quick")
+
+
 @pytest.mark.parametrize(
-    "name", ["qwen2_tied", "qwen3", "llama_biases", "glm4", "chatglm_1m", "alibi_8_heads"]
+    "name",
+    [
+        "qwen2_tied",
+        "alibi_8_heads",
+        *(
+            pytest.param(name, marks=slow)
+            for name in ("qwen3", "llama_biases", "glm", "glm4", "chatglm_1m")
+        ),
+    ],
 )
 def test_logits_are_those_of_the_rounded_weights(name):
     exact, int8 = build(name), build(name, weight_dtype="int8")

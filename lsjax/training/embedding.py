@@ -20,13 +20,13 @@ def embed(mesh: Mesh, table: jax.Array, tokens: jax.Array) -> jax.Array:
     The gradient of a table row is summed in float32, because many tokens may share the row.
     """
     found = jax.shard_map(
-        functools.partial(sharded_embedding_lookup, axes=("model",)),
+        functools.partial(sharded_embedding_lookup, axes=("model",), dtype=table.dtype),
         mesh=mesh,
-        in_specs=(_VOCAB, CHUNK_SPEC),
+        in_specs=(_VOCAB, None, CHUNK_SPEC),
         out_specs=CHUNK_SPEC,
         check_vma=False,
     )
-    return found(table, tokens)
+    return found(table, None, tokens)
 
 
 def _keep(mesh, table, tokens):

@@ -59,8 +59,9 @@ def test_with_int8_weights_too_and_no_matrix_of_floats_in_decode(target, mesh):
     compiled = compile_for(config, target, deployment, 1_047_552)
     for name, needs in compiled.items():
         assert guessed[name].total == pytest.approx(needs.total, rel=0.1), name
+    # A device's part of an MLP matrix in bfloat16.
     matrix = 2 * config.intermediate_size * config.hidden_size // (mesh[1] * mesh[2])
-    assert compiled["decode"].temporaries < 0.5 * matrix
+    assert compiled["decode"].temporaries < matrix
     # What prefill holds with float weights, and one matrix.
     assert compiled["prefill"].temporaries < guessed["prefill"].temporaries + matrix
 

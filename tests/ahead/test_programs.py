@@ -46,6 +46,7 @@ def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():
     assert needs["decode"].temporaries < 16 * 2**20  # the table is 2 GiB
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 8, 1)), ("h100-80gb:8", (1, 1, 1))])
 def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
     config = with_layers(GLM, 1)

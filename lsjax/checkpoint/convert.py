@@ -5,7 +5,6 @@ original or with int8 matrices, and unchanged copies of the original's config, t
 generation files.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator
 
@@ -24,6 +23,7 @@ from lsjax.checkpoint.orbax_checkpoint import (
     open_orbax,
     save_part,
 )
+from lsjax.checkpoint.safetensors_writer import nbytes
 from lsjax.checkpoint.sidecar_files import copy_sidecar_files, note_left_out, sidecar_bytes
 from lsjax.checkpoint.tensor_info import in_groups, total_bytes
 from lsjax.config import ModelConfig
@@ -59,8 +59,7 @@ def convert_hf_to_orbax(
     checkpoint = open_hf(hf_folder, config, abstract)
     abstract = _as_stored(abstract, checkpoint)
     wanted = int8_shapes(abstract) if weight_dtype == "int8" else abstract
-    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted.values())
-    needed += sidecar_bytes(hf_folder)
+    needed = sum(map(nbytes, wanted.values())) + sidecar_bytes(hf_folder)
     note_left_out(hf_folder)
     with atomic_directory(out, needed) as folder:
         warn_unused(hf_folder, checkpoint.unread)
@@ -106,8 +105,7 @@ def convert_orbax_to_hf(
         path: leaf if stored[path].dtype == jnp.int8 else stored[path]
         for path, leaf in abstract.items()
     }
-    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in abstract.values())
-    needed += sidecar_bytes(orbax_folder)
+    needed = sum(map(nbytes, abstract.values())) + sidecar_bytes(orbax_folder)
     note_left_out(orbax_folder)
     with atomic_directory(out, needed) as folder:
         warn_unused(orbax_folder, checkpoint.unread)

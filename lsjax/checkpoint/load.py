@@ -68,9 +68,11 @@ def load_parameters(
         read = abstract_parameters(config, mesh, dtype)
     checkpoint = _open(folder, config, read)
     _note_unread(folder, config, checkpoint)
-    for path, stored in checkpoint.dtypes().items():
-        if wanted[path].dtype == jnp.int8:  # read as it is stored, then quantized
-            read = read | {path: read[path].update(dtype=stored)}
+    stored = checkpoint.dtypes()
+    read = {  # an int8 matrix as it is stored: it is quantized once it is read
+        path: leaf.update(dtype=stored[path]) if wanted[path].dtype == jnp.int8 else leaf
+        for path, leaf in read.items()
+    }
     params: dict[str, jax.Array] = {}
     for group in in_groups(checkpoint.stored.values()):
         params |= quantize_parameters(checkpoint.load(group, read), wanted)

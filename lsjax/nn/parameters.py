@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import abstract_mesh, parameter_spec, sharding
 from lsjax.nn.decoder import Decoder
-from lsjax.nn.int8_weights import int8_shapes, quantize_parameters
+from lsjax.nn.int8_weights import int8_shapes
 from lsjax.positions.rotary import rotary_tables
 
 _FIRST_LAYER = "layers_0/"
@@ -44,9 +44,7 @@ def abstract_parameters(
     return int8_shapes(found) if weight_dtype == "int8" else found
 
 
-def random_parameters(
-    config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0, weight_dtype: str = "auto"
-) -> dict:
+def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:
     """Creates random parameters on the mesh, for training from scratch or measuring speed.
 
     They are drawn from the modules' own initial distributions. But the modules' `init` is one
@@ -54,11 +52,9 @@ def random_parameters(
     program per shape.
     """
     key, flat = jax.random.key(seed), {}
-    wanted = abstract_parameters(config, mesh, dtype, weight_dtype)
     for path, leaf in abstract_parameters(config, mesh, dtype).items():
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        drawn = _draw(_initializer(path, leaf), own, leaf.shape, leaf.dtype, leaf.sharding)
-        flat |= quantize_parameters({path: drawn}, wanted)
+        flat[path] = _draw(_initializer(path, leaf), own, leaf.shape, leaf.dtype, leaf.sharding)
     return unflatten(flat)
 
 

@@ -53,18 +53,18 @@ def test_a_pass_key_is_read_by_the_heads_that_retrieve_and_by_no_others(small, t
     assert keys_read(lsjax.load(rope_scaling="auto", kv_compression=worse), 4, 1000) < 0.5
 
 
-@pytest.mark.slow("36 pass keys, of which eight are read in the quick test above")
+@pytest.mark.slow("24 pass keys, of which eight are read in the quick test above")
 @pytest.mark.runs_long
 def test_the_heads_that_retrieve_are_found_and_keep_the_pass_keys(full, small, tmp_path):
-    of_all = keys_read(full, 12)
+    of_all = keys_read(full, 8)
     assert of_all == 1
-    assert keys_read(small, 12) >= 0.98 * of_all
+    assert keys_read(small, 8) >= 0.98 * of_all
     # As many others: those of the first layer, or one of each.
     for other in ([[1, 1, 1, 1], [0, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 1, 1]]):
         worse = lsjax.load(
             rope_scaling="auto", kv_compression=with_scores(tmp_path, full.config, other)
         )
-        assert keys_read(worse, 6) < 0.5 * of_all
+        assert keys_read(worse, 4) < 0.5 * of_all
 
 
 @pytest.mark.slow("600 steps of decoding; the attention of each is tested against float64")

@@ -1,7 +1,8 @@
 """The KV cache: what each layer keeps of its tokens, which turns queries into a Partial.
 
 `protocol` says what a layer's cache does. Caches of one kind wrap or group others: FloatTail keeps
-the current block of a quantized cache in floats, HeadGroups gives groups of heads their own.
+the current block of a quantized cache in floats, HeadGroups gives groups of heads their own,
+SharedPrefix puts a document before the tokens of each row.
 """
 
 from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
@@ -10,6 +11,15 @@ from lsjax.cache.head_groups import HeadGroups, HeadSplit, compress
 from lsjax.cache.protocol import KVCache, LayerCache, Step
 from lsjax.cache.rolling import RollingCache
 from lsjax.cache.sharded import update_and_attend
+from lsjax.cache.shared_prefix import (
+    DocumentCache,
+    attach,
+    cache_after,
+    detach,
+    document_of,
+    with_layers,
+    without_tails,
+)
 from lsjax.cache.spec import (
     CACHE_DTYPES,
     CachePolicy,
@@ -18,6 +28,7 @@ from lsjax.cache.spec import (
     empty_cache,
     empty_layer,
 )
+from lsjax.cache.token_slices import TokenSlice, put_tokens, take_tokens
 from lsjax.cache.window import CompensationToken, WindowCache, WindowSpec
 
 __all__ = [
@@ -26,6 +37,7 @@ __all__ = [
     "CachePolicy",
     "CacheSpec",
     "CompensationToken",
+    "DocumentCache",
     "FloatBlock",
     "FloatTail",
     "FullCache",
@@ -35,11 +47,20 @@ __all__ = [
     "LayerCache",
     "RollingCache",
     "Step",
+    "TokenSlice",
     "WindowCache",
     "WindowSpec",
+    "attach",
+    "cache_after",
     "cache_shapes",
     "compress",
+    "detach",
+    "document_of",
     "empty_cache",
     "empty_layer",
+    "put_tokens",
+    "take_tokens",
     "update_and_attend",
+    "with_layers",
+    "without_tails",
 ]

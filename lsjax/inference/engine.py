@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from lsjax.cache import CacheSpec, KVCache, cache_shapes, empty_cache
+from lsjax.cache import (
+    CacheSpec,
+    DocumentCache,
+    KVCache,
+    TokenSlice,
+    cache_after,
+    cache_shapes,
+    empty_cache,
+)
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import put_on_mesh
 from lsjax.inference import steps
@@ -57,6 +65,27 @@ class Engine:
         """Creates an empty cache on the mesh."""
         return _empty(self._model, spec)
 
+    def cache_after(self, document: DocumentCache, own: CacheSpec, whole: CacheSpec) -> KVCache:
+        """Creates the cache of rows that begin with a document; see lsjax.cache.cache_after."""
+        return _after(self._model, own, whole, document)
+
+    def document(self, cache: KVCache, length: int) -> DocumentCache:
+        """Returns the first `length` tokens of a cache's first row as a document.
+
+        The cache is donated.
+        """
+        return steps.document(self._model, cache, np.int32(length))
+
+    def read_tokens(self, held: KVCache | DocumentCache, start: int, size: int) -> TokenSlice:
+        """Reads tokens from the first row of a cache, onto every device; see take_tokens."""
+        return steps.read_tokens(self._model, held, np.int32(start), size=size)
+
+    def write_tokens(self, cache: KVCache, tokens: TokenSlice, start: int) -> KVCache:
+        """Writes tokens that `read_tokens` has read to all rows; the cache is donated."""
+        where = self._model.replicated
+        tokens = jax.tree.map(lambda x: put_on_mesh(np.asarray(x), where), tokens)
+        return steps.write_tokens(self._model, cache, tokens, np.int32(start))
+
     def prefill(
         self,
         params: dict,
@@ -66,6 +95,7 @@ class Engine:
         start: int,
         lengths: np.ndarray,
         last: jax.Array | None,
+        document: DocumentCache | None = None,
     ) -> tuple[KVCache, jax.Array]:
         """Prefills one chunk of every prompt.
 
@@ -78,6 +108,7 @@ class Engine:
           lengths: [batch] number of tokens in each prompt.
           last: [batch, hidden] hidden states returned for the previous chunk; None for the first
             chunk.
+          document: what all prompts begin with, which `cache` does not hold; or None.
 
         Returns:
           The new cache, and [batch, hidden] hidden states of the prompts' last tokens. A row is
@@ -88,7 +119,7 @@ class Engine:
             last = jnp.zeros(shape, self.settings.dtype, device=self._model.rows)
         tokens, lengths = self._place(tokens), self._place(lengths)
         return steps.prefill(
-            self._model, params, tables, cache, tokens, np.int32(start), lengths, last
+            self._model, params, tables, cache, tokens, np.int32(start), lengths, last, document
         )
 
     def embed(self, params: dict, tokens: jax.Array) -> jax.Array:
@@ -169,6 +200,7 @@ class Engine:
         draw: Draw = Draw(),  # noqa: B008 (frozen)
         eos: Collection[int] = (),
         drafted: int = 0,
+        document: DocumentCache | None = None,
     ) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
         """Decodes one segment, or until all rows are done; `state` is donated.
 
@@ -179,6 +211,7 @@ class Engine:
           draw: how tokens are drawn; greedily if any are drafted.
           eos: ids that end a row.
           drafted: tokens to draft per step by prompt lookup.
+          document: what all rows begin with, which the cache does not hold; or None.
 
         Returns:
           The new state, the [batch, segment, drafted + 1] ids that each step chose, the
@@ -186,7 +219,8 @@ class Engine:
           the number of steps that were run.
         """
         static = {"steps": self.settings.segment, "drafted": drafted}
-        return steps.decode(self._model, params, tables, state, draw, _padded(eos), **static)
+        eos = _padded(eos)
+        return steps.decode(self._model, params, tables, state, draw, eos, document, **static)
 
     def teacher_forced_decode(
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: jax.Array, position: int
@@ -265,3 +299,10 @@ def _padded(eos: Collection[int]) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _empty(model: ShardedModel, spec: CacheSpec) -> KVCache:
     return model.as_cache(empty_cache(model.config, spec, model.platform))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _after(
+    model: ShardedModel, own: CacheSpec, whole: CacheSpec, document: DocumentCache
+) -> KVCache:
+    return model.as_cache(cache_after(document, model.config, own, whole, model.platform))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from lsjax.cache import DocumentCache
 from lsjax.distributed.multihost import to_host
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion, Stats
@@ -52,6 +53,7 @@ def generate(
     timing: Timing,
     on_prefill: Callable[[int], None] | None = None,
     stopper: Stopper | None = None,
+    document: DocumentCache | None = None,
 ) -> Iterator[list[list[int]]]:
     """Answers a batch of prompts.
 
@@ -62,6 +64,7 @@ def generate(
       timing: timing to fill in during generation.
       on_prefill: called after each chunk with the number of positions run.
       stopper: finds stop strings; None if there are none.
+      document: cache of the tokens that all prompts share; None if request.shared is 0.
 
     Yields:
       The new ids of each row: one id first, then up to a segment at a time. A row's last id is an
@@ -76,7 +79,7 @@ def generate(
     spec, eos = request.cache_spec(engine.settings), request.eos_token_ids
     draw = request.sampling.arrays(request.numbers)
 
-    cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill)
+    cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill, document)
     if request.num_samples > 1:
         cache, last = engine.for_samples(cache, last, request.num_samples)
         tables = engine.tables(request.for_samples(request.lengths))
@@ -85,7 +88,7 @@ def generate(
     lengths = np.array(request.for_samples(lengths))
     ends = np.array(request.for_samples(request.ends))
     drafted = request.prompt_lookup_num_tokens
-    text = token_batch(request, 0, spec.capacity + 1) if drafted else None
+    text = token_batch(request, 0, request.shared + spec.capacity + 1) if drafted else None
     state = engine.first(params, cache, last, lengths, ends, draw, eos, seen, text)
     del cache, last
     rows = StopTracker(request, stopper)
@@ -98,7 +101,7 @@ def generate(
 
     start, compile_before = time.perf_counter(), CLOCK.seconds
     while not rows.ended:
-        state, found = engine.decode(params, tables, state, draw, eos, drafted)
+        state, found = engine.decode(params, tables, state, draw, eos, drafted, document)
         tokens, counts, steps = map(to_host, found)
         decoded = accepted_tokens(tokens[:, :steps], counts[:, :steps])
         if not steps:
@@ -143,25 +146,26 @@ def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Ite
         yield scores[:, : end - at]
 
 
-def _prefill(engine, params, request, spec, tables, lengths, on_prefill):
+def _prefill(engine, params, request, spec, tables, lengths, on_prefill, document=None):
     """Prefills the prompts; returns the cache and the last hidden states."""
-    run = _prefill_by_layer if engine.by_layer else _chunked_prefill
-    return run(engine, params, request, spec, tables, lengths, on_prefill)
-
-
-def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill):
-    """Prefills chunk by chunk, each through all layers; returns as `_prefill`."""
-    cache, chunk = engine.new_cache(spec), engine.settings.prefill_chunk
+    if engine.by_layer:
+        return _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill)
+    longest, shared, chunk = int(lengths.max()), request.shared, engine.settings.prefill_chunk
+    if document is None:
+        cache = engine.new_cache(spec)
+    else:
+        cache = engine.cache_after(document, spec, request.whole_cache_spec(engine.settings))
     last = pending = None
-    for at, size in chunks(int(lengths.max()), chunk, spec.zigzag.block_length):
+    for at, size in chunks(longest - shared, chunk, spec.zigzag.block_length):
+        at += shared
         tokens = token_batch(request, at, at + size)
-        cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
+        cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last, document)
         # Wait only for the previous chunk, so that the device always has one queued.
         if pending is not None:
             jax.block_until_ready(pending[1])
             if on_prefill:
                 on_prefill(pending[0])
-        pending = min(size, int(lengths.max()) - at), last
+        pending = min(size, longest - at), last
     jax.block_until_ready(last)
     if on_prefill:
         on_prefill(pending[0])
@@ -169,7 +173,7 @@ def _chunked_prefill(engine, params, request, spec, tables, lengths, on_prefill)
 
 
 def _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill):
-    """Prefills layer by layer, each over all chunks; returns as `_prefill`."""
+    """Prefills layer by layer, each over all chunks; see `_prefill`."""
     longest, chunk = int(lengths.max()), engine.settings.prefill_chunk
     layers = engine.config.num_layers
     chunks, told = -(-longest // chunk), 0

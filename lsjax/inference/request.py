@@ -33,6 +33,9 @@ class Request:
       first: index of the batch's first prompt among all prompts of the call.
       num_samples: answers per prompt, in consecutive rows.
       stop: texts that end an answer.
+      shared: number of leading tokens that every prompt shares with a document's cache.
+      settled_length: length that the document's rotary scaling was chosen for; None if that does
+        not depend on the length, or without a document.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -45,6 +48,8 @@ class Request:
     first: int = 0
     num_samples: int = 1
     stop: tuple[str, ...] = ()
+    shared: int = 0
+    settled_length: int | None = None
 
     @property
     def numbers(self) -> list[tuple[int, int]]:
@@ -58,8 +63,8 @@ class Request:
 
     @property
     def lengths(self) -> list[int]:
-        """Length of prompt and requested output together, in tokens, for each row of prompts."""
-        return [len(p) + self.max_output_length for p in self.prompts]
+        """Length that each row's rotary scaling is for: prompt and requested output, in tokens."""
+        return [self.settled_length or len(p) + self.max_output_length for p in self.prompts]
 
     @property
     def ends(self) -> list[int]:
@@ -74,7 +79,12 @@ class Request:
         return self.max_output_length + self.prompt_lookup_num_tokens
 
     def cache_spec(self, settings: EngineConfig) -> CacheSpec:
-        """Returns the spec of the cache that the batch needs."""
+        """Returns the spec of the cache that the batch needs, for tokens that are not shared."""
+        own = self.prompt_capacity - self.shared
+        return settings.cache_spec(len(self.prompts), own, self.output_capacity)
+
+    def whole_cache_spec(self, settings: EngineConfig) -> CacheSpec:
+        """Returns the spec of the cache that the batch would need if nothing was shared."""
         return settings.cache_spec(len(self.prompts), self.prompt_capacity, self.output_capacity)
 
 
@@ -91,11 +101,13 @@ def batches(
     prompt_lookup_num_tokens: int = 0,
     num_samples: int = 1,
     stop: Sequence[str] = (),
+    shared: int = 0,
+    settled_length: int | None = None,
 ) -> list[Request]:
     """Checks prompts and groups them into batches of one shape.
 
-    The arguments are those of LanguageModel.generate. Batches are padded with rows, so that all
-    have one size, a multiple of the data axis, and no other shape is compiled.
+    The arguments are those of LanguageModel.generate, and those of Request. Batches are padded with
+    rows, so that all have one size, a multiple of the data axis, and no other shape is compiled.
 
     Raises:
       UserError: a prompt or an argument cannot be served.
@@ -124,10 +136,11 @@ def batches(
     data = options.mesh.shape["data"]
     rows = -(-rows // data) * data
     groups = [ids[i : i + rows] for i in range(0, len(ids), rows)]
-    room = max_input_length or bucket(max(len(p) for p in ids))
+    room = max_input_length or shared + bucket(max(len(p) for p in ids) - shared)
+    padding = (*ids[0][:shared], 0)
     return [
         Request(
-            prompts=(*group, *((0,) for _ in range(rows - len(group)))),
+            prompts=(*group, *(padding for _ in range(rows - len(group)))),
             num_real=len(group),
             max_output_length=max_output_length,
             prompt_capacity=room,
@@ -137,6 +150,8 @@ def batches(
             first=i * rows,
             num_samples=num_samples,
             stop=tuple(stop),
+            shared=shared,
+            settled_length=settled_length,
         )
         for i, group in enumerate(groups)
     ]

@@ -70,13 +70,17 @@ class ShardedModel:
         """Shards [batch, length, ...] over the data and context axes, within a program."""
         return jax.lax.with_sharding_constraint(x, self.chunk_sharding)
 
-    def as_layer(self, cache: LayerCache) -> LayerCache:
-        """Shards a layer's cache as it says, within a compiled program."""
+    def by_spec(self, tree: Any, specs: Any) -> Any:
+        """Shards arrays by partition specs in the same structure, within a compiled program."""
         return jax.tree.map(
             lambda x, spec: jax.lax.with_sharding_constraint(x, sharding(self.mesh, spec)),
-            cache,
-            cache.partition_specs(),
+            tree,
+            specs,
         )
+
+    def as_layer(self, cache: LayerCache) -> LayerCache:
+        """Shards a layer's cache as it says, within a compiled program."""
+        return self.by_spec(cache, cache.partition_specs())
 
     def as_cache(self, cache: KVCache) -> KVCache:
         """Shards a cache as its layers say, within a compiled program."""

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.cache import KVCache
+from lsjax.cache import (
+    DocumentCache,
+    KVCache,
+    attach,
+    detach,
+    document_of,
+    put_tokens,
+    take_tokens,
+    with_layers,
+    without_tails,
+)
 from lsjax.inference import prompt_lookup
 from lsjax.inference.layerwise_prefill import last_hidden
 from lsjax.inference.sampling import likeliest, next_token
@@ -47,11 +57,14 @@ class DecodeState:
         return self.position >= self.last
 
 
-def _run(model, params, tokens, positions, tables, cache, lengths=None, decode=False):
+def _run(
+    model, params, tokens, positions, tables, cache, lengths=None, decode=False, document=None
+):
+    cache = attach(cache, document)
     hidden, cache = model.decoder.apply(
         {"params": params}, tokens, positions, tables, cache, lengths, decode
     )
-    return hidden, model.as_cache(cache)
+    return hidden, model.as_cache(detach(cache))
 
 
 def _logits(model, params, hidden):
@@ -70,9 +83,11 @@ def _in_zigzag_order(
     return model.as_chunk(tokens), model.as_chunk(positions)
 
 
-def _prefill(model, params, tables, cache, tokens, start, lengths, last):
+def _prefill(model, params, tables, cache, tokens, start, lengths, last, document=None):
     tokens, positions = _in_zigzag_order(model, tokens, start)
-    hidden, cache = _run(model, params, tokens, positions, tables, cache, lengths)
+    hidden, cache = _run(
+        model, params, tokens, positions, tables, cache, lengths, document=document
+    )
     return cache, model.by_row(last_hidden(hidden, positions, lengths, last))
 
 
@@ -87,6 +102,28 @@ def _score(model, params, tables, cache, tokens, start):
 def _embed(model, params, tokens):
     tokens, _ = _in_zigzag_order(model, tokens, 0)
     return model.as_chunk(model.decoder.apply({"params": params}, tokens, method="embed_tokens"))
+
+
+def _document(model, cache, length):
+    document = document_of(cache, model.config.windows, length)
+    return model.by_spec(document, document.partition_specs())
+
+
+def _read_tokens(model, held, start, *, size):
+    if isinstance(held, DocumentCache):
+        layers, specs = held.layers, held.partition_specs().layers
+    else:
+        layers = without_tails(held)
+        specs = tuple(layer.partition_specs() for layer in layers)
+    tokens = take_tokens(model.mesh, layers, specs, start, size)
+    return jax.lax.with_sharding_constraint(tokens, model.replicated)
+
+
+def _write_tokens(model, cache, tokens, start):
+    layers = without_tails(cache)
+    specs = tuple(layer.partition_specs() for layer in layers)
+    layers = put_tokens(model.mesh, layers, specs, tokens, start, model.platform)
+    return model.as_cache(with_layers(cache, layers))
 
 
 def _for_samples(model, cache, last, *, samples):
@@ -110,7 +147,7 @@ def _put(text: jax.Array | None, ids: jax.Array, position: jax.Array) -> jax.Arr
     )
 
 
-def _decode_step(model, params, tables, state, draw, eos, drafted):
+def _decode_step(model, params, tables, state, draw, eos, drafted, document):
     """Runs each row's last token and `drafted` drafts after it.
 
     Returns:
@@ -121,7 +158,9 @@ def _decode_step(model, params, tables, state, draw, eos, drafted):
         draft = prompt_lookup.draft(state.text, state.position, drafted)
         tokens = jnp.concatenate([tokens, draft], axis=1)
     positions = at + jnp.arange(drafted + 1)
-    hidden, cache = _run(model, params, tokens, positions, tables, state.cache, decode=True)
+    hidden, cache = _run(
+        model, params, tokens, positions, tables, state.cache, decode=True, document=document
+    )
     logits, seen = _logits(model, params, hidden), state.seen
     new = state.last - state.position  # 0 in rows that are done
     if drafted:
@@ -150,14 +189,14 @@ def _decode_step(model, params, tables, state, draw, eos, drafted):
     return state, (chosen, new)
 
 
-def _decode(model, params, tables, state, draw, eos, *, steps, drafted):
+def _decode(model, params, tables, state, draw, eos, document=None, *, steps, drafted):
     def unfinished(carry):
         i, state, _ = carry
         return (i < steps) & ~jnp.all(state.done)
 
     def body(carry):
         i, state, outputs = carry
-        state, new = _decode_step(model, params, tables, state, draw, eos, drafted)
+        state, new = _decode_step(model, params, tables, state, draw, eos, drafted, document)
         return i + 1, state, jax.tree.map(lambda x, y: x.at[i].set(y), outputs, new)
 
     batch = state.token.shape[0]
@@ -183,6 +222,9 @@ def _teacher_forced_decode(model, params, tables, cache, tokens, position):
 prefill = Program(_prefill, donate_argnames=["cache"])
 score = Program(_score, donate_argnames=["cache"])
 embed = Program(_embed)
+document = Program(_document, donate_argnames=["cache"])
+read_tokens = Program(_read_tokens, static_argnames=["size"])
+write_tokens = Program(_write_tokens, donate_argnames=["cache"])
 for_samples = Program(_for_samples, static_argnames=["samples"])
 first = Program(_first)
 decode = Program(_decode, donate_argnames=["state"], static_argnames=["steps", "drafted"])

@@ -1,0 +1,195 @@
+"""A document that all rows of a batch begin with, kept once.
+
+The rows' queries stand side by side as the rows of one product over the document's keys, so a
+decode step reads the document once, however many rows there are. Each row's own tokens are another
+Partial. Source: Hydragen (arXiv 2402.05099).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lsjax.attention.partial import Partial, merge
+from lsjax.cache.float_tail import FloatTail
+from lsjax.cache.full import FullCache
+from lsjax.cache.protocol import KVCache, LayerCache, Step
+from lsjax.cache.slots import attend_to_slots, merge_devices
+from lsjax.cache.spec import CacheSpec, empty_layer
+from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import Zigzag
+
+_DOCUMENT_SPEC = PartitionSpec(None, "model", "context")
+
+
+@flax.struct.dataclass
+class DocumentCache:
+    """The keys and values of a document, which are only read.
+
+    Attributes:
+      layers: cache of each layer with one row, replicated over the data axis. Layers with a sliding
+        window hold at least the last tokens that it reaches.
+      length: [] number of the document's tokens that rows begin with: whole blocks of a FloatTail,
+        and as many on each device of the context axis.
+      windows: sliding window of each layer in tokens, or None.
+    """
+
+    layers: tuple[FullCache, ...]
+    length: jax.Array
+    windows: tuple[int | None, ...] = flax.struct.field(pytree_node=False)
+
+    def partition_specs(self) -> "DocumentCache":
+        layers = jax.tree.map(lambda _: _DOCUMENT_SPEC, self.layers)
+        return self.replace(layers=layers, length=PartitionSpec())
+
+
+@flax.struct.dataclass
+class SharedPrefix:
+    """The document and each row's own tokens after it, in one layer.
+
+    Attributes:
+      document: cache of the document's tokens, with one row.
+      length: [] number of its tokens; see DocumentCache.
+      own: cache of each row's own tokens; position p is kept as position p - length.
+    """
+
+    document: FullCache
+    length: jax.Array
+    own: FullCache
+
+    @property
+    def zigzag(self) -> Zigzag:
+        return self.own.zigzag
+
+    @property
+    def block(self) -> None:
+        return None
+
+    def partition_specs(self) -> "SharedPrefix":
+        document = jax.tree.map(lambda _: _DOCUMENT_SPEC, self.document)
+        return SharedPrefix(document, PartitionSpec(), self.own.partition_specs())
+
+    def update_and_attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
+    ) -> tuple[Partial, "SharedPrefix"]:
+        after = step.replace(
+            positions=step.positions - self.length,
+            lengths=None if step.lengths is None else step.lengths - self.length,
+            end=step.end - self.length,
+        )
+        partial, own = self.own.update_and_attend(q, k, v, after)
+        return merge(self._attend_to_document(q, step), partial), self.replace(own=own)
+
+    def _attend_to_document(self, q: jax.Array, step: Step) -> Partial:
+        batch, _, _, length, _ = q.shape
+        zigzag = self.document.zigzag
+        positions = step.positions.reshape(1, -1)
+        partial = attend_to_slots(
+            jnp.moveaxis(q, 0, 2).reshape(1, *q.shape[1:3], batch * length, -1),
+            self.document.k,
+            self.document.v,
+            step.replace(positions=positions),
+            zigzag,
+            begin=None,
+            end=jnp.broadcast_to(self.length, positions.shape),
+            count=zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length),
+        )
+        partial = merge_devices(partial, step, zigzag)
+
+        def by_row(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x[0].reshape(*x.shape[1:3], batch, length, *x.shape[4:]), 2, 0)
+
+        return jax.tree.map(by_row, partial)
+
+
+def document_of(
+    cache: KVCache, windows: tuple[int | None, ...], length: jax.Array
+) -> DocumentCache:
+    """Returns the first row of a cache as a document, whose `length` is whole blocks."""
+    return DocumentCache(jax.tree.map(lambda x: x[:1], without_tails(cache)), length, windows)
+
+
+def without_tails(cache: KVCache) -> tuple[FullCache, ...]:
+    """Returns each layer's cache of all tokens, without its FloatTail."""
+    return tuple(layer.inner if isinstance(layer, FloatTail) else layer for layer in cache)
+
+
+def with_layers(cache: KVCache, layers: tuple[FullCache, ...]) -> KVCache:
+    """Puts `layers` back in place of those that `without_tails` returned."""
+    return tuple(
+        old.replace(inner=new) if isinstance(old, FloatTail) else new
+        for old, new in zip(cache, layers, strict=True)
+    )
+
+
+def cache_after(
+    document: DocumentCache, config: ModelConfig, own: CacheSpec, whole: CacheSpec, platform: str
+) -> KVCache:
+    """Creates the caches of rows that begin with a document, as `attach` takes them.
+
+    Layers with a sliding window copy the document's last tokens for each row.
+
+    Args:
+      document: the document.
+      config: model configuration.
+      own: spec of a cache of the rows' own tokens.
+      whole: spec of a cache of the document's and the rows' own tokens.
+      platform: cpu, gpu (or cuda) or tpu.
+    """
+
+    def layer(held: FullCache, window: int | None) -> LayerCache:
+        if window is None:
+            return empty_layer(config, own, platform)
+        empty = empty_layer(config, whole, platform, window)
+        if isinstance(empty, FloatTail):
+            return empty.replace(inner=_copied(held, empty.inner))
+        return _copied(held, empty)
+
+    return tuple(map(layer, document.layers, document.windows))
+
+
+def _copied(held: FullCache, empty: FullCache) -> FullCache:
+    """Copies the one row of `held` to all rows of `empty`, which has as many slots or more."""
+    devices = empty.zigzag.devices
+
+    def copy(row: jax.Array, rows: jax.Array) -> jax.Array:
+        def by_device(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:2], devices, -1, *x.shape[3:])
+
+        row = jnp.broadcast_to(row, (rows.shape[0], *row.shape[1:]))
+        return (
+            by_device(rows)
+            .at[:, :, :, : row.shape[2] // devices]
+            .set(by_device(row))
+            .reshape(rows.shape)
+        )
+
+    return empty.replace(
+        k=jax.tree.map(copy, held.k, empty.k), v=jax.tree.map(copy, held.v, empty.v)
+    )
+
+
+def attach(cache: KVCache, document: DocumentCache | None) -> KVCache:
+    """Puts the document before the rows' own caches; the inverse of `detach`."""
+    if document is None:
+        return cache
+
+    def with_prefix(own: LayerCache, held: FullCache, window: int | None) -> LayerCache:
+        if window is not None:
+            return own
+        if isinstance(own, FloatTail):
+            return own.replace(inner=with_prefix(own.inner, held, window))
+        return SharedPrefix(held, document.length, own)
+
+    return tuple(map(with_prefix, cache, document.layers, document.windows))
+
+
+def detach(cache: KVCache) -> KVCache:
+    """Returns the rows' own caches."""
+
+    def own(layer: LayerCache) -> LayerCache:
+        if isinstance(layer, FloatTail):
+            return layer.replace(inner=own(layer.inner))
+        return layer.own if isinstance(layer, SharedPrefix) else layer
+
+    return tuple(map(own, cache))

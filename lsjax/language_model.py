@@ -15,6 +15,14 @@ from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.compression import CompressionSettings
 from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sequence_layout import round_up_to_blocks
+from lsjax.documents import (
+    Document,
+    check_fingerprint,
+    fingerprint,
+    open_document,
+    read_document,
+    unread_document,
+)
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
@@ -238,6 +246,7 @@ class LanguageModel:
         prompt_lookup_num_tokens: int = 0,
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
+        document: Document | None = None,
         on_prefill: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Answers prompts.
@@ -257,6 +266,8 @@ class LanguageModel:
             where the text repeats itself. At most 15; 0 turns it off.
           num_samples: answers per prompt; each prompt is prefilled once.
           stop: one or several stop strings; an answer ends before the first of them.
+          document: a document that `read` or `open_document` returned. Each prompt then goes on
+            where the document ends, whose keys and values are kept once for all of them.
           on_prefill: called after each chunk with the number of positions run.
 
         Returns:
@@ -265,12 +276,12 @@ class LanguageModel:
         Raises:
           UserError: a prompt is empty or too long, or an argument is out of range.
         """
-        ids = [self.encode(prompt) for prompt in as_prompts(prompts)]
+        ids = [self._encode_after(document, prompt) for prompt in as_prompts(prompts)]
         done: list[Completion] = []
-        for request in batches(
-            self.options,
+        for request in self.requests(
             ids,
             max_output_length,
+            document,
             max_input_length=max_input_length,
             max_batch_size=max_batch_size,
             sampling=sampling,
@@ -280,7 +291,7 @@ class LanguageModel:
             num_samples=num_samples,
             stop=stop,
         ):
-            run = self.start(request, on_prefill)
+            run = self.start(request, on_prefill, document)
             for _ in run:
                 pass
             done += run.completions()
@@ -299,25 +310,104 @@ class LanguageModel:
         Raises:
           UserError: there are several prompts or samples, or see `generate`.
         """
-        on_prefill = options.pop("on_prefill", None)
+        on_prefill, document = (options.pop(n, None) for n in ("on_prefill", "document"))
         if options.get("num_samples", 1) != 1:
             raise UserError("stream yields one answer; leave out num_samples, or use generate.")
         prompts = as_prompts(prompt)
         if len(prompts) != 1:
             raise UserError("stream answers one prompt; use generate for several.")
-        ids = self.encode(prompts[0])
-        (request,) = batches(self.options, [ids], max_output_length, **options)
+        ids = self._encode_after(document, prompts[0])
+        (request,) = self.requests([ids], max_output_length, document, **options)
         text = TextStream(self.tokenizer, request.stop)
-        for new in self.start(request, on_prefill):
+        for new in self.start(request, on_prefill, document):
             if piece := text.push(new[0]):
                 yield piece
         if piece := text.flush():
             yield piece
 
-    def start(self, request: Request, on_prefill: Callable[[int], None] | None = None) -> Run:
+    def requests(
+        self,
+        ids: Sequence[tuple[int, ...]],
+        max_output_length: int,
+        document: Document | None = None,
+        **options: Any,
+    ) -> list[Request]:
+        """Groups prompts into batches; see `lsjax.inference.request.batches`.
+
+        Prompts include the document, if there is one.
+
+        Raises:
+          UserError: the document belongs to another model, or see `batches`.
+        """
+        if document is None:
+            return batches(self.options, ids, max_output_length, **options)
+        check_fingerprint("the document", document.fingerprint, self._fingerprint)
+        document.check_room(max(map(len, ids)) + max_output_length)
+        shared = {"shared": document.cached, "settled_length": document.settled_length}
+        return batches(self.options, ids, max_output_length, **shared, **options)
+
+    def start(
+        self,
+        request: Request,
+        on_prefill: Callable[[int], None] | None = None,
+        document: Document | None = None,
+    ) -> Run:
         """Returns a batch to iterate over, see Run; for programs that show answers as they come."""
         tokenizer = self.tokenizer if has_tokenizer(self.options.folder) else None
-        return Run(self.engine, self.params, tokenizer, request, on_prefill)
+        cache = document and document.cache
+        return Run(self.engine, self.params, tokenizer, request, on_prefill, cache)
+
+    def read(
+        self,
+        document: Prompt,
+        *,
+        save_to: str | os.PathLike[str] | None = None,
+        reserve: int | None = None,
+        allow_untrained_length: bool = False,
+        on_prefill: Callable[[int], None] | None = None,
+    ) -> Document:
+        """Reads a document once, for any number of questions.
+
+        Args:
+          document: a text or a list of ids.
+          save_to: folder to save it to while it is read. If it holds the beginning of the same
+            document, reading goes on from there; if it holds all of it, it is opened.
+          reserve: tokens of question and answer that the rotary scaling leaves room for, where it
+            depends on the length. None for the room up to the trained length, at least 1,024 and
+            at most 32,768.
+          allow_untrained_length: whether to allow documents longer than the model serves.
+          on_prefill: called after each chunk with the number of tokens read.
+
+        Raises:
+          UserError: the document is empty or too long, an option does not go with it, or the
+            folder cannot be used; the message says why.
+        """
+        ids = self.encode(document)
+        unread = unread_document(
+            *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
+        )
+        return read_document(self.engine, self.params, unread, save_to, on_prefill)
+
+    def open_document(self, folder: str | os.PathLike[str]) -> Document:
+        """Opens a saved document, on any mesh.
+
+        Raises:
+          UserError: the folder holds no document, a part of one, one of another model, or a
+            damaged one.
+        """
+        return open_document(self.engine, self._fingerprint, folder)
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.config, self.options, self.params)
+
+    def _encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:
+        """Returns the ids of a prompt, after those of the document if there is one."""
+        if document is None:
+            return self.encode(prompt)
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=False)
+        return (*document.token_ids, *map(int, prompt))
 
 
 def _token_nll(parts: Iterator[jax.Array], targets: np.ndarray) -> np.ndarray:

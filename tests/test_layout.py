@@ -16,6 +16,7 @@ FLOORS = (
     "nn",
     "checkpoint compression",
     "inference",
+    "documents",
     "evals planning shipped training",
     "cli language_model",
     "__init__",

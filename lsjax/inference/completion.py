@@ -20,7 +20,8 @@ class Stats:
       time_to_first_token_seconds: time from the start of prefill to the first tokens, including
         compilation.
       prefill_seconds, prefill_tokens_per_second: time until every row has its first token, and
-        the prompt tokens of all rows divided by it.
+        the prompt tokens of all rows divided by it, without those of a document that was read
+        before.
       decode_seconds, decode_tokens_per_second: time after the first token, and the rate of a
         single row.
       decode_steps: number of decode steps in that time.

@@ -266,7 +266,9 @@ class Run:
         tokenizer: Tokenizer | None,
         request: Request,
         on_prefill: Callable[[int], None] | None,
+        document: DocumentCache | None = None,
     ):
+        self._document = document
         self._engine, self._params, self._tokenizer = engine, params, tokenizer
         self._request, self._on_prefill = request, on_prefill
         self._timing = Timing()
@@ -280,9 +282,8 @@ class Run:
         stopper = None
         if self._request.stop:
             stopper = Stopper(self._tokenizer, self._request.stop, len(self._ids))
-        for new in generate(
-            self._engine, self._params, self._request, self._timing, self._on_prefill, stopper
-        ):
+        arguments = self._timing, self._on_prefill, stopper, self._document
+        for new in generate(self._engine, self._params, self._request, *arguments):
             for row, ids in zip(self._ids, new, strict=True):
                 row.extend(ids)
             yield new[: self._count]
@@ -309,12 +310,13 @@ class Run:
     def _stats(self) -> Stats:
         t, request = self._timing, self._request
         prompt_tokens = sum(len(p) for p in request.prompts[: request.num_real])
+        prefilled = prompt_tokens - request.num_real * request.shared
         return Stats(
             prompt_tokens=prompt_tokens,
             generated_tokens=sum(len(i) for i in self._ids[: self._count]),
             time_to_first_token_seconds=t.first_token,
             prefill_seconds=t.prefill,
-            prefill_tokens_per_second=prompt_tokens / t.prefill if t.prefill else 0.0,
+            prefill_tokens_per_second=prefilled / t.prefill if t.prefill else 0.0,
             decode_seconds=t.decode,
             decode_tokens_per_second=t.decoded / t.decode if t.decode else 0.0,
             decode_steps=t.steps,

@@ -23,6 +23,11 @@ assert _LOW * _HIGH == MAX_POSITIONS
 _BY_LENGTH = ("dynamic", "longrope", "auto")
 
 
+def depends_on_length(config: ModelConfig) -> bool:
+    """Returns whether the rotary frequencies depend on the length of the request."""
+    return config.rope_scaling.kind in _BY_LENGTH
+
+
 @flax.struct.dataclass
 class RotaryTables:
     """cos and sin of both parts of a position, shared by a batch or for each of its rows.
@@ -44,7 +49,7 @@ def rotary_tables(config: ModelConfig, request_lengths: Sequence[int]) -> Rotary
       config: model configuration.
       request_lengths: each row's prompt plus requested output, in tokens.
     """
-    if config.rope_scaling.kind not in _BY_LENGTH:
+    if not depends_on_length(config):
         request_lengths = request_lengths[:1]
     rows = [_tables(*rotary_frequencies(config, length)) for length in request_lengths]
     high, low = (jnp.asarray(np.stack(part)) for part in zip(*rows, strict=True))

@@ -1,0 +1,20 @@
+"""Documents: texts that are read once and asked about many times.
+
+`document` is one in memory, `read` reads and opens them, `prefill` runs the model, `folder` keeps
+them on disk, slice by slice, and `fingerprint` says which model they belong to.
+"""
+
+from lsjax.documents.document import Document
+from lsjax.documents.fingerprint import check_fingerprint, fingerprint
+from lsjax.documents.folder import DocumentFolder
+from lsjax.documents.read import open_document, read_document, unread_document
+
+__all__ = [
+    "Document",
+    "DocumentFolder",
+    "check_fingerprint",
+    "fingerprint",
+    "open_document",
+    "read_document",
+    "unread_document",
+]

@@ -1,0 +1,102 @@
+"""A document in memory: its token ids, and the keys and values that a model made of them."""
+
+import dataclasses
+import math
+import os
+
+from lsjax.cache import DocumentCache
+from lsjax.config import ModelConfig
+from lsjax.documents.folder import DocumentFolder, slice_tokens
+from lsjax.documents.prefill import save_cache
+from lsjax.errors import UserError
+from lsjax.inference.engine import Engine
+from lsjax.inference.engine_config import EngineConfig
+from lsjax.runtime.html import table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """A text that a model has read, for any number of questions.
+
+    Attributes:
+      token_ids: ids of the whole text.
+      cached: number of leading tokens whose keys and values are kept. The rest, less than a block,
+        is run again with each question.
+      cache: their keys and values; None if there are none.
+      settled_length: length in tokens, with question and answer, that the rotary scaling was chosen
+        for; None if the scaling does not depend on the length.
+      fingerprint: what the keys and values depend on; see fingerprint.
+      engine: engine of the model that has read it.
+    """
+
+    token_ids: tuple[int, ...]
+    cached: int
+    cache: DocumentCache | None
+    settled_length: int | None
+    fingerprint: dict[str, str]
+    engine: Engine
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the document to a folder, which LanguageModel.open_document reads on any mesh.
+
+        Raises:
+          UserError: the folder holds something else, or its disk is full.
+        """
+        held = new_folder(folder, self)
+        with held.writing():
+            if not held.complete:
+                save_cache(self.engine, self.cache, held)
+
+    def check_room(self, total: int) -> None:
+        """Refuses more tokens, document, question and answer together, than it was read for.
+
+        Raises:
+          UserError: the rotary scaling was chosen for fewer tokens.
+        """
+        if self.settled_length is not None and total > self.settled_length:
+            reserve = total - len(self)
+            raise UserError(
+                f"document, question and answer come to {total} tokens, but the rotary scaling of "
+                f"the document was chosen for {self.settled_length}; ask for fewer tokens, or read "
+                f"the document again with reserve {reserve}."
+            )
+
+    def _repr_html_(self) -> str:
+        """Shows the document in a notebook."""
+        settled = "any" if self.settled_length is None else f"{self.settled_length:,} tokens"
+        return table(
+            {
+                "document": f"{len(self):,} tokens, {self.cached:,} of them cached",
+                "length with question and answer": settled,
+                **self.fingerprint,
+            }
+        )
+
+
+def new_folder(path: str | os.PathLike[str], document: Document) -> DocumentFolder:
+    """Creates the folder of a document, or opens the one that was begun for it."""
+    config, settings = document.engine.config, document.engine.settings
+    spec = settings.cache_spec(1, document.cached or 1, 0)
+    token_bytes = -(-spec.nbytes(config) // spec.capacity)
+    return DocumentFolder.create(
+        path,
+        document.token_ids,
+        fingerprint=document.fingerprint,
+        cached=document.cached,
+        slice=slice_tokens(token_bytes, config.windows, settings.prefill_chunk),
+        settled_length=document.settled_length,
+    )
+
+
+def sharing_border(config: ModelConfig, settings: EngineConfig) -> int:
+    """Returns what the number of shared tokens must be a multiple of.
+
+    A quantized cache shares whole blocks, a mesh whole zigzag blocks. Rolling caches are filled in
+    chunks that begin at multiples of the chunk.
+    """
+    block = settings.cache_block if settings.kv_cache_dtype in ("int8", "int4") else 1
+    chunk = settings.prefill_chunk if any(config.windows) else 1
+    return math.lcm(block, settings.zigzag.block_length or 1, chunk)

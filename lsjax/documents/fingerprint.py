@@ -1,0 +1,75 @@
+"""What the keys and values of a document depend on, so that none are used with another model."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from lsjax.config import ModelConfig
+from lsjax.distributed.sharding import sharding
+from lsjax.errors import UserError
+from lsjax.inference.engine_config import EngineConfig
+from lsjax.nn.parameters import flatten
+
+_SAMPLES = 8  # entries of a weight that are compared along each axis
+
+
+def fingerprint(config: ModelConfig, settings: EngineConfig, params: dict) -> dict[str, str]:
+    """Returns what keys and values depend on, by name, in a few characters each.
+
+    Weights are known by their names, shapes, and a sample of their entries.
+    """
+    scaling = {k: v for k, v in dataclasses.asdict(config.rope_scaling).items() if v is not None}
+    architecture = dataclasses.replace(config, rope_scaling=None, dtype="")
+    return {
+        "architecture": _hash(repr(architecture).encode()),
+        "weights": _hash_of_weights(settings, params),
+        "rope_scaling": json.dumps(scaling, sort_keys=True, default=list),
+        "dtype": settings.dtype,
+        "weight_dtype": settings.weight_dtype,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "block": str(settings.cache_block),
+    }
+
+
+def check_fingerprint(where: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Refuses a document of another model.
+
+    Raises:
+      UserError: the fingerprints differ; the message names the first difference.
+    """
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{where} was read with another {name} ({found.get(name)}, not {value}); load the "
+                "model as it was, or read the document again."
+            )
+
+
+def hash_of_ids(ids: Sequence[int]) -> str:
+    return _hash(np.asarray(ids, "<i4").tobytes())
+
+
+def _hash_of_weights(settings: EngineConfig, params: dict) -> str:
+    samples = jax.jit(_sample, out_shardings=sharding(settings.mesh, PartitionSpec()))(params)
+    found = hashlib.sha256()
+    for path, x in sorted(flatten(samples).items()):
+        found.update(f"{path} {flatten(params)[path].shape}".encode())
+        found.update(np.asarray(x, np.float32).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _sample(params: dict) -> dict:
+    def sample(x: jax.Array) -> jax.Array:
+        return x[tuple(slice(None, None, max(1, n // _SAMPLES)) for n in x.shape)]
+
+    return jax.tree.map(lambda x: sample(x).astype(jnp.float32), params)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

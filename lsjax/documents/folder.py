@@ -1,0 +1,284 @@
+"""A document on disk: written slice by slice while it is read, in the order of positions.
+
+What is saved does not depend on the mesh or the prefill chunk. Entries and scales are Zarr arrays
+of [layers, 2, kv_heads, tokens, ...], keys before values, with a checksum for each slice of tokens.
+`document.json` counts the tokens that are durable, and is replaced after they are.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from lsjax.attention.kv_array import KVArray
+from lsjax.cache import TokenSlice
+from lsjax.checkpoint.atomic_directory import is_disk_full
+from lsjax.documents.fingerprint import check_fingerprint, hash_of_ids
+from lsjax.errors import UserError
+from lsjax.runtime.text_files import parse_json, read_text, write_atomically
+
+_NAME, _IDS, _LOCK = "document.json", "ids.bin", "lock"
+_FORMAT = 1
+_SLICE_BYTES = 2**26
+_MOST_TOKENS, _LEAST_TOKENS = 4096, 256
+_PENDING = 8  # writes in flight
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `document.json` says.
+
+    Attributes:
+      fingerprint: what keys and values depend on.
+      ids: hash of the token ids.
+      tokens: number of token ids.
+      cached: number of tokens whose keys and values are saved once the document is complete.
+      done: number of tokens whose keys and values are saved so far.
+      slice: tokens per slice.
+      settled_length: see Document.
+      format: version of the format.
+    """
+
+    fingerprint: dict[str, str]
+    ids: str
+    tokens: int
+    cached: int
+    done: int
+    slice: int
+    settled_length: int | None
+    format: int = _FORMAT
+
+
+class DocumentFolder:
+    """A folder that holds a document, or as much of it as has been read.
+
+    Attributes:
+      path: the folder.
+      manifest: what is saved.
+    """
+
+    def __init__(self, path: str, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+        self._stores: KVArray | None = None
+        self._pending: list[Any] = []
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "DocumentFolder":
+        """Opens an existing folder.
+
+        Raises:
+          UserError: the folder holds no document, or one of another format.
+        """
+        path = os.path.abspath(path)
+        name = os.path.join(path, _NAME)
+        if not os.path.exists(name):
+            raise UserError(f"{path} holds no document ({_NAME} is missing); read one into it.")
+        found = parse_json(read_text(name), name)
+        try:
+            manifest = Manifest(**found)
+        except TypeError:
+            manifest = None
+        if manifest is None or manifest.format != _FORMAT:
+            raise UserError(
+                f"{name} is not one of this version's (format {_FORMAT}); remove {path} and read "
+                "the document again."
+            )
+        return cls(path, manifest)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], ids: Sequence[int], **facts: Any):
+        """Creates a folder for a document, or opens the one that was begun for the same document.
+
+        Args:
+          path: folder; it may exist.
+          ids: token ids of the document.
+          **facts: fingerprint, cached, slice and settled_length; see Manifest.
+
+        Raises:
+          UserError: the folder holds something else; the message says what differs.
+        """
+        path, wanted = os.path.abspath(path), hash_of_ids(ids)
+        if os.path.exists(os.path.join(path, _NAME)):
+            folder = cls.open(path)
+            held = folder.manifest
+            check_fingerprint(path, held.fingerprint, facts["fingerprint"])
+            if held.ids != wanted:
+                raise UserError(f"{path} holds another text; name another folder, or remove it.")
+            if held.settled_length != facts["settled_length"]:
+                raise UserError(
+                    f"{path} was read for {held.settled_length} tokens with question and answer, "
+                    f"not for {facts['settled_length']}; give the same reserve, or another folder."
+                )
+            return folder
+        if os.path.isdir(path) and set(os.listdir(path)) - {_LOCK, _IDS}:
+            raise UserError(f"{path} is not empty and holds no document; name a new folder.")
+        try:
+            os.makedirs(path, exist_ok=True)
+            with open(os.path.join(path, _IDS), "wb") as file:
+                file.write(np.asarray(ids, "<i4").tobytes())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        folder = cls(path, Manifest(ids=wanted, tokens=len(ids), done=0, **facts))
+        folder._save_manifest()
+        return folder
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest.done >= self.manifest.cached
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other processes from writing to the folder, also if this one is killed.
+
+        Raises:
+          UserError: another process is writing to it, or the disk is full.
+        """
+        with open(os.path.join(self.path, _LOCK), "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise UserError(
+                    f"{self.path} is being written by another process; wait for it, or name "
+                    "another folder."
+                ) from None
+            try:
+                yield
+            except Exception as error:
+                if not is_disk_full(error):
+                    raise
+                self._pending.clear()
+                raise UserError(
+                    f"the disk of {self.path} is full; {self.manifest.done} of "
+                    f"{self.manifest.cached} tokens are saved. Make room and read the document "
+                    "again: reading goes on from there."
+                ) from error
+
+    def token_ids(self) -> tuple[int, ...]:
+        """Returns the ids of the document.
+
+        Raises:
+          UserError: they are damaged.
+        """
+        try:
+            ids = np.fromfile(os.path.join(self.path, _IDS), "<i4")
+        except OSError as error:
+            raise self._damaged(error) from None
+        if len(ids) != self.manifest.tokens or hash_of_ids(ids) != self.manifest.ids:
+            raise self._damaged(f"{_IDS} is not what was written")
+        return tuple(ids.tolist())
+
+    def append(self, tokens: TokenSlice, start: int) -> None:
+        """Begins to write the tokens from `start` on; `commit` makes them durable."""
+        tokens = KVArray(*(None if x is None else _as_bits(x) for x in (tokens.data, tokens.scale)))
+        if self._stores is None:
+            self._stores = self._create_stores(tokens)
+        for store, x in zip(_arrays(self._stores), _arrays(tokens), strict=True):
+            stop = min(start + x.shape[3], self.manifest.cached)
+            part = np.ascontiguousarray(x[:, :, :, : stop - start])
+            self._pending.append(store[:, :, :, start:stop].write(part))
+        while len(self._pending) > _PENDING:  # they hold host memory
+            self._pending.pop(0).result()
+
+    def commit(self, done: int) -> None:
+        """Waits until all appended tokens are durable, then records that the first `done` are."""
+        for write in self._pending:
+            write.result()
+        self._pending.clear()
+        self.manifest = dataclasses.replace(self.manifest, done=max(self.manifest.done, done))
+        self._save_manifest()
+
+    def slices(self, done: int) -> Iterator[tuple[int, TokenSlice]]:
+        """Yields the start and the tokens of each slice of the first `done` tokens, in order.
+
+        Raises:
+          UserError: a slice is missing or damaged.
+        """
+        if not done:
+            return
+        try:
+            stores = self._open_stores()
+            starts = range(0, done, self.manifest.slice)
+            reads: list[Any] = []
+            for at in [*starts, None, None]:  # two are read ahead
+                if at is not None:
+                    stop = min(at + self.manifest.slice, done)
+                    reads.append((at, [x[:, :, :, at:stop].read() for x in _arrays(stores)]))
+                if reads and (len(reads) > 2 or at is None):
+                    start, futures = reads.pop(0)
+                    data, *scale = (future.result() for future in futures)
+                    yield start, KVArray(data, scale[0] if scale else None)
+        except (ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise self._damaged(error) from None
+
+    def _create_stores(self, tokens: TokenSlice) -> KVArray:
+        if self.manifest.done:
+            return self._open_stores()
+
+        def create(name: str, x: np.ndarray | None) -> ts.TensorStore | None:
+            if x is None:
+                return None
+            shape = [*x.shape[:3], self.manifest.cached, *x.shape[4:]]
+            chunk = [*x.shape[:3], self.manifest.slice, *x.shape[4:]]
+            metadata = {
+                "shape": shape,
+                "data_type": x.dtype.name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+            }
+            spec = self._spec(name) | {"metadata": metadata, "create": True}
+            return ts.open(spec | {"delete_existing": True}).result()
+
+        return KVArray(create("entries", tokens.data), create("scales", tokens.scale))
+
+    def _open_stores(self) -> KVArray:
+        def open_(name: str) -> ts.TensorStore:
+            return ts.open(self._spec(name)).result()
+
+        scales = os.path.exists(os.path.join(self.path, "scales"))
+        return KVArray(open_("entries"), open_("scales") if scales else None)
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        kvstore = {"driver": "file", "path": os.path.join(self.path, name)}
+        return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+
+    def _save_manifest(self) -> None:
+        content = json.dumps(dataclasses.asdict(self.manifest), indent=1)
+        write_atomically(os.path.join(self.path, _NAME), content + "\n")
+
+    def _damaged(self, reason: object) -> UserError:
+        reason = str(reason).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
+        return UserError(
+            f"{self.path} is damaged; remove it and read the document again ({reason})."
+        )
+
+
+def slice_tokens(token_bytes: int, windows: Sequence[int | None], chunk: int) -> int:
+    """Returns the tokens per slice: a power of two that takes about 64 MiB, at most 4,096.
+
+    Where layers keep a rolling window, a slice is saved before it is overwritten: it is no longer
+    than a chunk.
+    """
+    most = min(_MOST_TOKENS, max(_LEAST_TOKENS, _SLICE_BYTES // token_bytes))
+    most = min([most, *([chunk] if any(windows) else [])])
+    return 1 << most.bit_length() - 1
+
+
+def _arrays(x: KVArray) -> list[Any]:
+    return [part for part in (x.data, x.scale) if part is not None]
+
+
+def _as_bits(x: Any) -> np.ndarray:
+    """Returns an array on the host, bfloat16 as its bits."""
+    x = np.asarray(x)
+    return x.view(np.uint16) if x.dtype.name == "bfloat16" else x

@@ -1,0 +1,123 @@
+"""Reading documents, and opening saved ones."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+from lsjax.documents.document import Document, new_folder, sharing_border
+from lsjax.documents.fingerprint import check_fingerprint
+from lsjax.documents.folder import DocumentFolder
+from lsjax.documents.prefill import open_cache, prefill_document
+from lsjax.errors import UserError
+from lsjax.inference.engine import Engine
+from lsjax.inference.engine_config import EngineConfig
+from lsjax.inference.options import Options
+from lsjax.inference.request import check_ids, check_lengths
+from lsjax.positions.rotary import depends_on_length
+from lsjax.runtime.notes import note
+
+# Tokens of question and answer that a document leaves room for, if nothing else is asked for.
+_LEAST_RESERVE, _MOST_RESERVE = 1024, 32768
+
+
+def read_document(
+    engine: Engine,
+    params: dict,
+    document: Document,
+    save_to: str | os.PathLike[str] | None = None,
+    on_prefill: Callable[[int], None] | None = None,
+) -> Document:
+    """Reads a document that `unread_document` has returned; see LanguageModel.read."""
+    if not document.cached:
+        return document
+    border = sharing_border(engine.config, engine.settings)
+
+    def prefilled(folder: DocumentFolder | None) -> Document:
+        cache = prefill_document(
+            engine,
+            params,
+            document.token_ids,
+            document.cached,
+            border,
+            document.settled_length,
+            folder,
+            on_prefill,
+        )
+        return dataclasses.replace(document, cache=cache)
+
+    if save_to is None:
+        return prefilled(None)
+    folder = new_folder(save_to, document)
+    if folder.complete:
+        return open_document(engine, document.fingerprint, save_to)
+    with folder.writing():
+        return prefilled(folder)
+
+
+def unread_document(
+    engine: Engine,
+    options: Options,
+    fingerprint: dict[str, str],
+    ids: tuple[int, ...],
+    reserve: int | None,
+    allow_untrained_length: bool,
+) -> Document:
+    """Checks a document that is to be read; see LanguageModel.read for the arguments.
+
+    Raises:
+      UserError: it cannot be read; the message says why.
+    """
+    _check_options(options)
+    check_ids(options.config, ids)
+    if reserve is not None and reserve < 1:
+        raise UserError(f"reserve must be at least 1 token, not {reserve}.")
+    trained, by_length = options.config.trained_length, depends_on_length(options.config)
+    room = reserve or min(max(trained - len(ids), _LEAST_RESERVE), _MOST_RESERVE)
+    check_lengths(options, [ids], room if by_length else 1, None, allow_untrained_length)
+    if by_length and len(ids) <= trained < len(ids) + room:
+        note(
+            f"the document's {len(ids):,} tokens and {room:,} of question and answer are more than "
+            f"the {trained:,} that the model was trained for: rotary scaling is on."
+        )
+    border = sharing_border(options.config, options)
+    return Document(
+        token_ids=ids,
+        cached=len(ids) // border * border,
+        cache=None,
+        settled_length=len(ids) + room if by_length else None,
+        fingerprint=fingerprint,
+        engine=engine,
+    )
+
+
+def open_document(
+    engine: Engine, fingerprint: dict[str, str], path: str | os.PathLike[str]
+) -> Document:
+    """Opens a saved document; see LanguageModel.open_document."""
+    _check_options(engine.settings)
+    folder = DocumentFolder.open(path)
+    manifest = folder.manifest
+    check_fingerprint(folder.path, manifest.fingerprint, fingerprint)
+    if not folder.complete:
+        raise UserError(
+            f"{folder.path} holds {manifest.done} of {manifest.cached} tokens; read the same "
+            "document into it to go on."
+        )
+    border = sharing_border(engine.config, engine.settings)
+    cached = manifest.cached // border * border
+    return Document(
+        token_ids=folder.token_ids(),
+        cached=cached,
+        cache=open_cache(engine, folder, cached) if cached else None,
+        settled_length=manifest.settled_length,
+        fingerprint=fingerprint,
+        engine=engine,
+    )
+
+
+def _check_options(options: EngineConfig) -> None:
+    if options.compression is not None:
+        raise UserError(
+            "documents do not go with kv_compression, which keeps other tokens for each question; "
+            "set kv_compression none."
+        )

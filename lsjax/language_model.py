@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lsjax.documents import (
     read_document,
     unread_document,
 )
+from lsjax.documents.library import document_path, mark_used, prune
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
@@ -276,7 +278,7 @@ class LanguageModel:
         Raises:
           UserError: a prompt is empty or too long, or an argument is out of range.
         """
-        ids = [self._encode_after(document, prompt) for prompt in as_prompts(prompts)]
+        ids = [self.encode_after(document, prompt) for prompt in as_prompts(prompts)]
         done: list[Completion] = []
         for request in self.requests(
             ids,
@@ -316,7 +318,7 @@ class LanguageModel:
         prompts = as_prompts(prompt)
         if len(prompts) != 1:
             raise UserError("stream answers one prompt; use generate for several.")
-        ids = self._encode_after(document, prompts[0])
+        ids = self.encode_after(document, prompts[0])
         (request,) = self.requests([ids], max_output_length, document, **options)
         text = TextStream(self.tokenizer, request.stop)
         for new in self.start(request, on_prefill, document):
@@ -362,6 +364,8 @@ class LanguageModel:
         document: Prompt,
         *,
         save_to: str | os.PathLike[str] | None = None,
+        document_cache: str | os.PathLike[str] | None = None,
+        document_cache_gib: float = math.inf,
         reserve: int | None = None,
         allow_untrained_length: bool = False,
         on_prefill: Callable[[int], None] | None = None,
@@ -372,6 +376,8 @@ class LanguageModel:
           document: a text or a list of ids.
           save_to: folder to save it to while it is read. If it holds the beginning of the same
             document, reading goes on from there; if it holds all of it, it is opened.
+          document_cache: folder that keeps many documents; this one is saved to a folder in it.
+          document_cache_gib: size of that folder; documents used least recently are deleted.
           reserve: tokens of question and answer that the rotary scaling leaves room for, where it
             depends on the length. None for the room up to the trained length, at least 1,024 and
             at most 32,768.
@@ -386,7 +392,16 @@ class LanguageModel:
         unread = unread_document(
             *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
         )
-        return read_document(self.engine, self.params, unread, save_to, on_prefill)
+        if document_cache is None:
+            return read_document(self.engine, self.params, unread, save_to, on_prefill)
+        if save_to is not None:
+            raise UserError("save_to names one document's folder, document_cache many; give one.")
+        path = document_path(document_cache, unread)
+        found = read_document(self.engine, self.params, unread, path, on_prefill)
+        if found.cached:
+            mark_used(path)
+            prune(document_cache, document_cache_gib * 2**30, keep=path)
+        return found
 
     def open_document(self, folder: str | os.PathLike[str]) -> Document:
         """Opens a saved document, on any mesh.
@@ -401,7 +416,7 @@ class LanguageModel:
     def _fingerprint(self) -> dict[str, str]:
         return fingerprint(self.config, self.options, self.params)
 
-    def _encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:
+    def encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:
         """Returns the ids of a prompt, after those of the document if there is one."""
         if document is None:
             return self.encode(prompt)

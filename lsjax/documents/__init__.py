@@ -1,7 +1,8 @@
 """Documents: texts that are read once and asked about many times.
 
 `document` is one in memory, `read` reads and opens them, `prefill` runs the model, `folder` keeps
-them on disk, slice by slice, and `fingerprint` says which model they belong to.
+them on disk, slice by slice, `library` keeps many of them, and `fingerprint` says which model they
+belong to.
 """
 
 from lsjax.documents.document import Document

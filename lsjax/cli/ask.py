@@ -1,0 +1,212 @@
+"""Reads a document once and answers questions about it.
+
+    lsjax-ask --model_path /models/Qwen2.5-7B-Instruct --is_chat_model --document book.txt \
+        --question "Who tells the story?" --question "Where does it begin?"
+
+Without --question, questions are read line by line. With --document_cache the document is saved
+while it is read: the next run opens it, and goes on where a run that was stopped has left off.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+
+from lsjax.checkpoint import checkpoint_bytes
+from lsjax.cli import inputs, report
+from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_options
+from lsjax.cli.program import run_program, say
+from lsjax.documents import Document
+from lsjax.errors import UserError
+from lsjax.inference.completion import Completion
+from lsjax.inference.options import Options, resolve_options
+from lsjax.inference.request import batches
+from lsjax.inference.stop_strings import TextStream
+from lsjax.language_model import LanguageModel, load_from_options
+from lsjax.planning.check import check_memory
+from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.progress import PrefillBar, byte_bar, character_bar
+from lsjax.runtime.text_files import STDIN, check_writable, write_atomically
+from lsjax.tokenizer import Tokenizer, load_tokenizer
+
+FLAGS = flags.FLAGS
+# Stands for the question while a chat template is rendered.
+_QUESTION = "\u241equestion\u241e"
+
+
+def define_flags() -> None:
+    define_model_flags()
+    define_rope_scaling_flag()
+    flags.DEFINE_string(
+        "document",
+        None,
+        "Document to ask about: a text, a UTF-8 file, or - for the standard input.",
+        required=True,
+    )
+    flags.DEFINE_multi_string(
+        "question",
+        [],
+        "Question about the document; repeat the flag for several, which are answered together. "
+        "Default: questions are read line by line.",
+    )
+    flags.DEFINE_bool(
+        "is_chat_model",
+        False,
+        "Render document and question with the model's chat template, as one message with an "
+        "empty line between them. Otherwise the question goes on where the document ends.",
+    )
+    flags.DEFINE_string(
+        "chat_template", None, "Jinja chat template to use instead of the model's, or a file of it."
+    )
+    flags.DEFINE_integer(
+        "max_output_length", 256, "Maximum number of tokens of an answer.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "reserve",
+        None,
+        "Tokens of question and answer that rotary scaling leaves room for, where it depends on "
+        "the length. Default: the room up to the trained length, at least 1024 and at most 32768.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool(
+        "allow_untrained_length", False, "Allow documents longer than the model supports."
+    )
+    flags.DEFINE_string(
+        "document_cache",
+        None,
+        "Folder that keeps documents that have been read, for later runs. Default: none.",
+    )
+    flags.DEFINE_float(
+        "document_cache_gib",
+        100.0,
+        "GiB that --document_cache may take; documents used least recently are deleted.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_string(
+        "output_json", None, "File to write answers and their statistics to."
+    )
+
+
+def main(_: list[str]) -> None:
+    enable_persistent_cache()
+    if FLAGS.output_json:
+        check_writable(FLAGS.output_json)
+    if FLAGS.document == STDIN and not FLAGS.question:
+        raise UserError("- reads the document from the standard input, so give --question too.")
+    if FLAGS.chat_template and not FLAGS.is_chat_model:
+        raise UserError("--chat_template is used by chat models only; add --is_chat_model.")
+    if FLAGS["document_cache_gib"].present and not FLAGS.document_cache:
+        raise UserError("--document_cache_gib bounds --document_cache; give that, too.")
+    (text,) = inputs.read_texts([FLAGS.document])
+    options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
+    tokenizer = options.tokenizer or load_tokenizer(options.folder)
+    before, after = _around_question(tokenizer, text)
+    with character_bar("tokenize", len(before)) as bar:
+        chat = FLAGS.is_chat_model
+        ids = tokenizer.encode(before, add_special_tokens=not chat, progress=bar.update)
+    questions = [question + after for question in FLAGS.question]
+    _check_memory(options, tokenizer, tuple(ids), questions)
+    with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
+        model = load_from_options(options, bar.update)
+    document = model.read(
+        ids,
+        document_cache=FLAGS.document_cache,
+        document_cache_gib=FLAGS.document_cache_gib,
+        reserve=FLAGS.reserve,
+        allow_untrained_length=FLAGS.allow_untrained_length,
+        on_prefill=PrefillBar(options.config, len(ids)),
+    )
+    say(f"document   {len(document):,} tokens")
+    if questions:
+        answers = _answer_together(model, document, questions)
+    else:
+        answers = [a for line in _lines() for a in _answer(model, document, line + after)]
+    if FLAGS.output_json:
+        result = {
+            "document_tokens": len(document),
+            "answers": [dataclasses.asdict(answer) for answer in answers],
+        }
+        write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+
+
+def _around_question(tokenizer: Tokenizer, document: str) -> tuple[str, str]:
+    """Returns the texts before and after a question."""
+    if not FLAGS.is_chat_model:
+        return document, ""
+    template = FLAGS.chat_template and inputs.read_chat_template(FLAGS.chat_template)
+    chat = inputs.as_chat(f"{document}\n\n{_QUESTION}")
+    before, *after = tokenizer.render_chat(chat, chat_template=template).split(_QUESTION)
+    if len(after) != 1:
+        raise UserError(
+            "this chat template does not write a message once as it is, so the document cannot be "
+            "told from the question; give another --chat_template, or leave out --is_chat_model."
+        )
+    return before, after[0]
+
+
+def _check_memory(
+    options: Options, tokenizer: Tokenizer, ids: tuple[int, ...], questions: list[str]
+) -> None:
+    """Refuses what does not fit, before the weights are loaded."""
+    own = [len(tokenizer.encode(q, add_special_tokens=False)) for q in questions] or [0]
+    output = sum(n + FLAGS.max_output_length for n in own)
+    (request,) = batches(options, [ids], output, allow_untrained_length=True)
+    check_memory(options, request)
+
+
+def _lines() -> Iterator[str]:
+    """Yields the questions of the standard input."""
+    while True:
+        if sys.stdin.isatty():
+            say("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _answer(model: LanguageModel, document: Document, question: str) -> list[Completion]:
+    """Answers one question, and prints the answer as it comes."""
+    try:
+        (request,) = model.requests(
+            [model.encode_after(document, question)],
+            FLAGS.max_output_length,
+            document,
+            allow_untrained_length=FLAGS.allow_untrained_length,
+        )
+    except UserError as error:  # the next question may be shorter
+        say(f"error: {error}")
+        return []
+    run, text = model.start(request, document=document), TextStream(model.tokenizer, ())
+    for new in run:
+        say(text.push(new[0]), end="")
+    say(text.flush())
+    return run.completions()
+
+
+def _answer_together(
+    model: LanguageModel, document: Document, questions: list[str]
+) -> list[Completion]:
+    """Answers all questions, and prints the answers: one as it comes, several at the end."""
+    if len(questions) == 1:
+        answers = _answer(model, document, questions[0])
+        if not answers:
+            sys.exit(2)
+    else:
+        answers = model.generate(
+            questions,
+            FLAGS.max_output_length,
+            document=document,
+            allow_untrained_length=FLAGS.allow_untrained_length,
+        )
+        for question, answer in zip(FLAGS.question, answers, strict=True):
+            say(f"--- {question}\n{answer.text}")
+    say(report.summary(answers[0].stats))
+    return answers
+
+
+def program() -> None:
+    run_program(main, define_flags)

@@ -1,0 +1,102 @@
+"""A folder of saved documents, which is kept below a size: those used least recently go first."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+
+from lsjax.documents.document import Document
+from lsjax.documents.fingerprint import hash_of_ids
+from lsjax.documents.folder import DocumentFolder, Manifest
+from lsjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedDocument:
+    """A document in the folder.
+
+    Attributes:
+      name: name of its own folder.
+      manifest: what is saved.
+      nbytes: size on disk.
+      used: time of its last use, in seconds since 1970.
+    """
+
+    name: str
+    manifest: Manifest
+    nbytes: int
+    used: float
+
+
+def document_path(root: str | os.PathLike[str], document: Document) -> str:
+    """Returns the folder of a document, which follows from its ids and its fingerprint."""
+    facts = [document.fingerprint, document.settled_length, hash_of_ids(document.token_ids)]
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return os.path.join(os.path.abspath(root), name)
+
+
+def mark_used(path: str) -> None:
+    """Records that a saved document is used now."""
+    with contextlib.suppress(OSError):  # a folder that may only be read
+        os.utime(path, (time.time(), time.time()))
+
+
+def saved_documents(root: str | os.PathLike[str]) -> list[SavedDocument]:
+    """Returns the documents in a folder, the one used least recently first.
+
+    Raises:
+      UserError: there is no such folder, or a document in it is of another version.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"{os.fspath(root)} is not a folder; name one that holds documents.")
+    found = []
+    for entry in os.scandir(root):
+        with contextlib.suppress(UserError):
+            manifest = DocumentFolder.open(entry.path).manifest
+            found.append(
+                SavedDocument(entry.name, manifest, _size(entry.path), entry.stat().st_mtime)
+            )
+    return sorted(found, key=lambda saved: saved.used)
+
+
+def delete(root: str | os.PathLike[str], name: str) -> None:
+    """Deletes a saved document.
+
+    Raises:
+      UserError: there is none of this name, or another process is writing to it.
+    """
+    path = os.path.join(root, name)
+    if os.path.basename(name) != name:
+        raise UserError(f"{name!r} is not the name of a document; names have no separators.")
+    with DocumentFolder.open(path).writing():
+        shutil.rmtree(path)
+
+
+def prune(root: str | os.PathLike[str], most_bytes: float, keep: str) -> list[str]:
+    """Deletes documents until the rest takes at most `most_bytes`; returns the deleted names.
+
+    The document at the path `keep` stays, and so do those that are being written.
+    """
+    documents, deleted = saved_documents(root), []
+    total = sum(saved.nbytes for saved in documents)
+    for saved in documents:
+        if total <= most_bytes:
+            break
+        if saved.name == os.path.basename(keep):
+            continue
+        with contextlib.suppress(UserError):
+            delete(root, saved.name)
+            deleted.append(saved.name)
+            total -= saved.nbytes
+    return deleted
+
+
+def _size(folder: str) -> int:
+    return sum(
+        os.path.getsize(os.path.join(path, name))
+        for path, _, names in os.walk(folder)
+        for name in names
+    )

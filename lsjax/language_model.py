@@ -345,8 +345,15 @@ class LanguageModel:
             return batches(self.options, ids, max_output_length, **options)
         check_fingerprint("the document", document.fingerprint, self._fingerprint)
         document.check_room(max(map(len, ids)) + max_output_length)
-        shared = {"shared": document.cached, "settled_length": document.settled_length}
-        return batches(self.options, ids, max_output_length, **shared, **options)
+        return batches(
+            self.options,
+            ids,
+            max_output_length,
+            shared=document.shared,
+            cached=document.cached,
+            settled_length=document.settled_length,
+            **options,
+        )
 
     def start(
         self,
@@ -398,9 +405,8 @@ class LanguageModel:
             raise UserError("save_to names one document's folder, document_cache many; give one.")
         path = document_path(document_cache, unread)
         found = read_document(self.engine, self.params, unread, path, on_prefill)
-        if found.cached:
-            mark_used(path)
-            prune(document_cache, document_cache_gib * 2**30, keep=path)
+        mark_used(path)
+        prune(document_cache, document_cache_gib * 2**30, keep=path)
         return found
 
     def open_document(self, folder: str | os.PathLike[str]) -> Document:
@@ -410,7 +416,7 @@ class LanguageModel:
           UserError: the folder holds no document, a part of one, one of another model, or a
             damaged one.
         """
-        return open_document(self.engine, self._fingerprint, folder)
+        return open_document(self.engine, self.params, self._fingerprint, folder)
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, str]:

@@ -16,7 +16,6 @@ from lsjax.cache.shared_prefix import (
     attach,
     cache_after,
     detach,
-    document_of,
     with_layers,
     without_tails,
 )
@@ -55,7 +54,6 @@ __all__ = [
     "cache_shapes",
     "compress",
     "detach",
-    "document_of",
     "empty_cache",
     "empty_layer",
     "put_tokens",

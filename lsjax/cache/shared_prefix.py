@@ -19,28 +19,23 @@ from lsjax.cache.spec import CacheSpec, empty_layer
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 
-_DOCUMENT_SPEC = PartitionSpec(None, "model", "context")
-
 
 @flax.struct.dataclass
 class DocumentCache:
     """The keys and values of a document, which are only read.
 
     Attributes:
-      layers: cache of each layer with one row, replicated over the data axis. Layers with a sliding
-        window hold at least the last tokens that it reaches.
-      length: [] number of the document's tokens that rows begin with: whole blocks of a FloatTail,
-        and as many on each device of the context axis.
-      windows: sliding window of each layer in tokens, or None.
+      layers: cache of each layer with one row per device of the data axis, all alike. None for
+        layers with a sliding window.
+      length: [] number of tokens that `layers` are read for: whole blocks of a FloatTail, and as
+        many on each device of the context axis.
+      rest: what each row copies, with as many rows: the document's tokens after those, and the last
+        tokens of layers with a sliding window.
     """
 
-    layers: tuple[FullCache, ...]
+    layers: tuple[FullCache | None, ...]
     length: jax.Array
-    windows: tuple[int | None, ...] = flax.struct.field(pytree_node=False)
-
-    def partition_specs(self) -> "DocumentCache":
-        layers = jax.tree.map(lambda _: _DOCUMENT_SPEC, self.layers)
-        return self.replace(layers=layers, length=PartitionSpec())
+    rest: KVCache
 
 
 @flax.struct.dataclass
@@ -48,7 +43,7 @@ class SharedPrefix:
     """The document and each row's own tokens after it, in one layer.
 
     Attributes:
-      document: cache of the document's tokens, with one row.
+      document: cache of the document's tokens, with one row on each device.
       length: [] number of its tokens; see DocumentCache.
       own: cache of each row's own tokens; position p is kept as position p - length.
     """
@@ -66,8 +61,9 @@ class SharedPrefix:
         return None
 
     def partition_specs(self) -> "SharedPrefix":
-        document = jax.tree.map(lambda _: _DOCUMENT_SPEC, self.document)
-        return SharedPrefix(document, PartitionSpec(), self.own.partition_specs())
+        return SharedPrefix(
+            self.document.partition_specs(), PartitionSpec(), self.own.partition_specs()
+        )
 
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
@@ -102,13 +98,6 @@ class SharedPrefix:
         return jax.tree.map(by_row, partial)
 
 
-def document_of(
-    cache: KVCache, windows: tuple[int | None, ...], length: jax.Array
-) -> DocumentCache:
-    """Returns the first row of a cache as a document, whose `length` is whole blocks."""
-    return DocumentCache(jax.tree.map(lambda x: x[:1], without_tails(cache)), length, windows)
-
-
 def without_tails(cache: KVCache) -> tuple[FullCache, ...]:
     """Returns each layer's cache of all tokens, without its FloatTail."""
     return tuple(layer.inner if isinstance(layer, FloatTail) else layer for layer in cache)
@@ -123,46 +112,42 @@ def with_layers(cache: KVCache, layers: tuple[FullCache, ...]) -> KVCache:
 
 
 def cache_after(
-    document: DocumentCache, config: ModelConfig, own: CacheSpec, whole: CacheSpec, platform: str
+    rest: KVCache, config: ModelConfig, own: CacheSpec, whole: CacheSpec, platform: str
 ) -> KVCache:
     """Creates the caches of rows that begin with a document, as `attach` takes them.
 
-    Layers with a sliding window copy the document's last tokens for each row.
-
     Args:
-      document: the document.
+      rest: that of a DocumentCache.
       config: model configuration.
-      own: spec of a cache of the rows' own tokens.
-      whole: spec of a cache of the document's and the rows' own tokens.
+      own: spec of a cache of the tokens that are not read from the document.
+      whole: spec of a cache of all tokens.
       platform: cpu, gpu (or cuda) or tpu.
     """
 
-    def layer(held: FullCache, window: int | None) -> LayerCache:
-        if window is None:
-            return empty_layer(config, own, platform)
-        empty = empty_layer(config, whole, platform, window)
-        if isinstance(empty, FloatTail):
-            return empty.replace(inner=_copied(held, empty.inner))
-        return _copied(held, empty)
+    def layer(held: LayerCache, window: int | None) -> LayerCache:
+        empty = empty_layer(config, own if window is None else whole, platform, window)
+        if not isinstance(empty, FloatTail):
+            return _copied(held, empty)
+        tail = jax.tree.map(lambda x, rows: _repeated(x, rows.shape[0]), held.tail, empty.tail)
+        return FloatTail(_copied(held.inner, empty.inner), tail)
 
-    return tuple(map(layer, document.layers, document.windows))
+    return tuple(map(layer, rest, config.windows))
+
+
+def _repeated(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
 def _copied(held: FullCache, empty: FullCache) -> FullCache:
-    """Copies the one row of `held` to all rows of `empty`, which has as many slots or more."""
+    """Copies the rows of `held` to those of `empty`, which has as many slots or more."""
     devices = empty.zigzag.devices
 
-    def copy(row: jax.Array, rows: jax.Array) -> jax.Array:
+    def copy(x: jax.Array, rows: jax.Array) -> jax.Array:
         def by_device(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], devices, -1, *x.shape[3:])
 
-        row = jnp.broadcast_to(row, (rows.shape[0], *row.shape[1:]))
-        return (
-            by_device(rows)
-            .at[:, :, :, : row.shape[2] // devices]
-            .set(by_device(row))
-            .reshape(rows.shape)
-        )
+        x = by_device(_repeated(x, rows.shape[0]))
+        return by_device(rows).at[:, :, :, : x.shape[3]].set(x).reshape(rows.shape)
 
     return empty.replace(
         k=jax.tree.map(copy, held.k, empty.k), v=jax.tree.map(copy, held.v, empty.v)
@@ -174,14 +159,14 @@ def attach(cache: KVCache, document: DocumentCache | None) -> KVCache:
     if document is None:
         return cache
 
-    def with_prefix(own: LayerCache, held: FullCache, window: int | None) -> LayerCache:
-        if window is not None:
+    def with_prefix(own: LayerCache, held: FullCache | None) -> LayerCache:
+        if held is None:
             return own
         if isinstance(own, FloatTail):
-            return own.replace(inner=with_prefix(own.inner, held, window))
+            return own.replace(inner=with_prefix(own.inner, held))
         return SharedPrefix(held, document.length, own)
 
-    return tuple(map(with_prefix, cache, document.layers, document.windows))
+    return tuple(map(with_prefix, cache, document.layers))
 
 
 def detach(cache: KVCache) -> KVCache:

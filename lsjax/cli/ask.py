@@ -84,9 +84,7 @@ def define_flags() -> None:
         "GiB that --document_cache may take; documents used least recently are deleted.",
         lower_bound=0.0,
     )
-    flags.DEFINE_string(
-        "output_json", None, "File to write answers and their statistics to."
-    )
+    flags.DEFINE_string("output_json", None, "File to write answers and their statistics to.")
 
 
 def main(_: list[str]) -> None:

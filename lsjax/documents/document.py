@@ -20,9 +20,7 @@ class Document:
 
     Attributes:
       token_ids: ids of the whole text.
-      cached: number of leading tokens whose keys and values are kept. The rest, less than a block,
-        is run again with each question.
-      cache: their keys and values; None if there are none.
+      cache: its keys and values; None before the document is read.
       settled_length: length in tokens, with question and answer, that the rotary scaling was chosen
         for; None if the scaling does not depend on the length.
       fingerprint: what the keys and values depend on; see fingerprint.
@@ -30,11 +28,26 @@ class Document:
     """
 
     token_ids: tuple[int, ...]
-    cached: int
     cache: DocumentCache | None
     settled_length: int | None
     fingerprint: dict[str, str]
     engine: Engine
+
+    @property
+    def shared(self) -> int:
+        """Number of leading tokens that questions do not run again."""
+        border, _ = sharing_borders(self.engine.config, self.engine.settings)
+        return len(self) // border * border
+
+    @property
+    def cached(self) -> int:
+        """Number of leading tokens that are kept once for all questions; rows copy the rest."""
+        return len(self) // self.border * self.border
+
+    @property
+    def border(self) -> int:
+        """What the number of cached tokens is a multiple of."""
+        return sharing_borders(self.engine.config, self.engine.settings)[1]
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -69,7 +82,7 @@ class Document:
         settled = "any" if self.settled_length is None else f"{self.settled_length:,} tokens"
         return table(
             {
-                "document": f"{len(self):,} tokens, {self.cached:,} of them cached",
+                "document": f"{len(self):,} tokens, {self.cached:,} of them kept once",
                 "length with question and answer": settled,
                 **self.fingerprint,
             }
@@ -91,12 +104,15 @@ def new_folder(path: str | os.PathLike[str], document: Document) -> DocumentFold
     )
 
 
-def sharing_border(config: ModelConfig, settings: EngineConfig) -> int:
-    """Returns what the number of shared tokens must be a multiple of.
+def sharing_borders(config: ModelConfig, settings: EngineConfig) -> tuple[int, int]:
+    """Returns what a document's numbers of shared and of cached tokens are multiples of.
 
-    A quantized cache shares whole blocks, a mesh whole zigzag blocks. Rolling caches are filled in
-    chunks that begin at multiples of the chunk.
+    Chunks of a question begin at whole zigzag blocks. A quantized cache is read in whole blocks.
+    Where a cache rolls, chunks begin at multiples of the chunk, and all shared tokens are cached.
     """
     block = settings.cache_block if settings.kv_cache_dtype in ("int8", "int4") else 1
-    chunk = settings.prefill_chunk if any(config.windows) else 1
-    return math.lcm(block, settings.zigzag.block_length or 1, chunk)
+    shared = settings.zigzag.block_length or 1
+    cached = math.lcm(shared, block)
+    if any(config.windows):
+        shared = cached = math.lcm(cached, settings.prefill_chunk)
+    return shared, cached

@@ -1,17 +1,22 @@
 """Prefill of a document, saved while it goes on, and documents from and to the disk."""
 
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from lsjax.cache import DocumentCache, KVCache
+from lsjax.cache import DocumentCache, KVCache, without_tails
 from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import chunks
 from lsjax.runtime.flops import prefill_cost
+
+if TYPE_CHECKING:
+    from lsjax.documents.document import Document
 
 # What a killed process loses at most: this many seconds, or this share of the work.
 _SECONDS, _SHARE = 30.0, 0.05
@@ -20,83 +25,99 @@ _SECONDS, _SHARE = 30.0, 0.05
 def prefill_document(
     engine: Engine,
     params: dict,
-    ids: Sequence[int],
-    cached: int,
-    border: int,
-    settled_length: int | None,
+    document: "Document",
     folder: DocumentFolder | None = None,
     on_prefill: Callable[[int], None] | None = None,
 ) -> DocumentCache:
-    """Prefills a document, or the rest of it if the folder holds the beginning.
+    """Prefills a document, or what the folder does not hold of it.
 
     Args:
       engine: engine of the model.
       params: model parameters.
-      ids: token ids of the document.
-      cached: number of leading tokens to keep; at least 1.
-      border: see sharing_border; reading goes on from a multiple of it.
-      settled_length: see Document.
+      document: document without its cache.
       folder: where to save what is read; None to save nothing.
       on_prefill: called with the number of tokens that were saved before, and after each chunk
         with the number of tokens read.
     """
-    rows, chunk = engine.settings.mesh.shape["data"], engine.settings.prefill_chunk
-    spec = engine.settings.cache_spec(rows, cached, 0)
-    tables = engine.tables([settled_length or len(ids)])
-    cache, start = engine.new_cache(spec), 0
+    tables = engine.tables([document.settled_length or len(document)])
+    prefill = functools.partial(
+        _prefill, engine, params, tables, document.token_ids, on_prefill or (lambda tokens: None)
+    )
+    cached, shared = document.cached, document.shared
+    cache, start = _empty(engine, cached), 0
+    saver = None
     if folder is not None:
-        aligned = math.lcm(border, folder.manifest.slice)
-        start = folder.manifest.done // aligned * aligned
-        cache = _restored(engine, cache, folder, start)
-    if on_prefill and start:
-        on_prefill(start)
-    lengths = np.full(rows, cached, np.int32)
-    saver = folder and _Saver(engine, folder, start, cached)
-    last = pending = None
+        # Chunks begin where those of a question may begin.
+        aligned = math.lcm(document.border, folder.manifest.slice)
+        done = folder.manifest.done
+        start = cached if done >= cached else done // aligned * aligned
+        for at, tokens in folder.slices(start):
+            cache = engine.write_tokens(cache, tokens, at)
+        saver = _Saver(engine, folder, start, cached)
+        if on_prefill and start:
+            on_prefill(start)
     try:
-        for at, size in chunks(cached - start, chunk, spec.zigzag.block_length):
-            at += start
-            tokens = np.zeros((rows, size), np.int32)
-            part = ids[at : min(at + size, cached)]
-            tokens[:, : len(part)] = part
-            cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last)
-            if saver:
-                saver.take(cache, at + len(part))
-            # Wait only for the previous chunk, so that the device always has one queued.
-            if pending is not None:
-                jax.block_until_ready(pending)
-                if saver:
-                    saver.write(at)
-            pending = last
-            if on_prefill:
-                on_prefill(len(part))
-        jax.block_until_ready(last)
+        cache = prefill(cache, start, cached, saver=saver)
     finally:
         if saver:
             saver.finish()
-    return engine.document(cache, cached)
+    windows = engine.config.windows
+    layers = tuple(
+        layer if window is None else None
+        for layer, window in zip(without_tails(cache), windows, strict=True)
+    )
+    rest = tuple(
+        own if window is None else layer
+        for own, layer, window in zip(_empty(engine, shared - cached), cache, windows, strict=True)
+    )
+    read = DocumentCache(layers, np.int32(cached), ())
+    return read.replace(rest=prefill(rest, cached, shared, document=read))
 
 
-def _restored(engine: Engine, cache: KVCache, folder: DocumentFolder, done: int) -> KVCache:
-    for start, tokens in folder.slices(done):
-        cache = engine.write_tokens(cache, tokens, start)
+def _empty(engine: Engine, tokens: int) -> KVCache:
+    rows = engine.settings.mesh.shape["data"]  # one on each device, all alike
+    return engine.new_cache(engine.settings.cache_spec(rows, max(tokens, 1), 0))
+
+
+def _prefill(
+    engine, params, tables, ids, on_prefill, cache, start, stop, *, saver=None, document=None
+):
+    """Prefills the tokens start .. stop - 1 chunk by chunk; returns the cache."""
+    rows, settings = engine.settings.mesh.shape["data"], engine.settings
+    lengths = np.full(rows, stop, np.int32)
+    last = pending = None
+    for at, size in chunks(stop - start, settings.prefill_chunk, settings.zigzag.block_length):
+        at += start
+        part = ids[at : min(at + size, stop)]
+        tokens = np.zeros((rows, size), np.int32)
+        tokens[:, : len(part)] = part
+        cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last, document)
+        if saver:
+            saver.take(cache, at + len(part))
+        # Wait only for the previous chunk, so that the device always has one queued.
+        if pending is not None:
+            jax.block_until_ready(pending)
+            if saver:
+                saver.write(at)
+        pending = last
+        on_prefill(len(part))
+    jax.block_until_ready(last)
     return cache
 
 
-def open_cache(engine: Engine, folder: DocumentFolder, cached: int) -> DocumentCache:
-    """Reads the first `cached` tokens of a complete folder onto the mesh."""
-    spec = engine.settings.cache_spec(engine.settings.mesh.shape["data"], cached, 0)
-    cache = _restored(engine, engine.new_cache(spec), folder, cached)
-    return engine.document(cache, cached)
-
-
 def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> None:
-    """Writes a document that has been read to a folder, or the rest that is missing there."""
-    saver = _Saver(engine, folder, folder.manifest.done, folder.manifest.cached)
+    """Writes a document that has been read to a folder, or what is missing there."""
+    held = tuple(
+        layer or rest for layer, rest in zip(cache.layers, without_tails(cache.rest), strict=True)
+    )
+    manifest = folder.manifest
+    saver = _Saver(
+        engine, folder, manifest.done // manifest.slice * manifest.slice, manifest.cached
+    )
     try:
-        for end in range(saver.taken, folder.manifest.cached, folder.manifest.slice):
-            saver.take(cache, min(end + folder.manifest.slice, folder.manifest.cached))
-            saver.write(folder.manifest.cached)
+        for at in range(saver.taken, manifest.cached, manifest.slice):
+            saver.take(held, min(at + manifest.slice, manifest.cached))
+            saver.write(manifest.cached)
     finally:
         saver.finish()
 
@@ -115,7 +136,7 @@ class _Saver:
         self._cost = lambda tokens: prefill_cost(engine.config, 0, tokens)
         self._next = time.monotonic() + _SECONDS
 
-    def take(self, cache: KVCache | DocumentCache, filled: int) -> None:
+    def take(self, cache: KVCache, filled: int) -> None:
         """Takes all slices that end within the first `filled` tokens, or with the document."""
         size = self._folder.manifest.slice
         while self.taken < filled and (self.taken + size <= filled or filled == self._cached):

@@ -4,10 +4,10 @@ import dataclasses
 import os
 from collections.abc import Callable
 
-from lsjax.documents.document import Document, new_folder, sharing_border
+from lsjax.documents.document import Document, new_folder
 from lsjax.documents.fingerprint import check_fingerprint
 from lsjax.documents.folder import DocumentFolder
-from lsjax.documents.prefill import open_cache, prefill_document
+from lsjax.documents.prefill import prefill_document
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
@@ -28,30 +28,13 @@ def read_document(
     on_prefill: Callable[[int], None] | None = None,
 ) -> Document:
     """Reads a document that `unread_document` has returned; see LanguageModel.read."""
-    if not document.cached:
-        return document
-    border = sharing_border(engine.config, engine.settings)
-
-    def prefilled(folder: DocumentFolder | None) -> Document:
-        cache = prefill_document(
-            engine,
-            params,
-            document.token_ids,
-            document.cached,
-            border,
-            document.settled_length,
-            folder,
-            on_prefill,
-        )
-        return dataclasses.replace(document, cache=cache)
-
     if save_to is None:
-        return prefilled(None)
+        cache = prefill_document(engine, params, document, None, on_prefill)
+        return dataclasses.replace(document, cache=cache)
     folder = new_folder(save_to, document)
-    if folder.complete:
-        return open_document(engine, document.fingerprint, save_to)
     with folder.writing():
-        return prefilled(folder)
+        cache = prefill_document(engine, params, document, folder, on_prefill)
+    return dataclasses.replace(document, cache=cache)
 
 
 def unread_document(
@@ -79,10 +62,8 @@ def unread_document(
             f"the document's {len(ids):,} tokens and {room:,} of question and answer are more than "
             f"the {trained:,} that the model was trained for: rotary scaling is on."
         )
-    border = sharing_border(options.config, options)
     return Document(
         token_ids=ids,
-        cached=len(ids) // border * border,
         cache=None,
         settled_length=len(ids) + room if by_length else None,
         fingerprint=fingerprint,
@@ -91,7 +72,7 @@ def unread_document(
 
 
 def open_document(
-    engine: Engine, fingerprint: dict[str, str], path: str | os.PathLike[str]
+    engine: Engine, params: dict, fingerprint: dict[str, str], path: str | os.PathLike[str]
 ) -> Document:
     """Opens a saved document; see LanguageModel.open_document."""
     _check_options(engine.settings)
@@ -103,16 +84,14 @@ def open_document(
             f"{folder.path} holds {manifest.done} of {manifest.cached} tokens; read the same "
             "document into it to go on."
         )
-    border = sharing_border(engine.config, engine.settings)
-    cached = manifest.cached // border * border
-    return Document(
+    document = Document(
         token_ids=folder.token_ids(),
-        cached=cached,
-        cache=open_cache(engine, folder, cached) if cached else None,
+        cache=None,
         settled_length=manifest.settled_length,
         fingerprint=fingerprint,
         engine=engine,
     )
+    return dataclasses.replace(document, cache=prefill_document(engine, params, document, folder))
 
 
 def _check_options(options: EngineConfig) -> None:

@@ -18,6 +18,7 @@ from lsjax.cache import (
     cache_after,
     cache_shapes,
     empty_cache,
+    without_tails,
 )
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import put_on_mesh
@@ -65,20 +66,14 @@ class Engine:
         """Creates an empty cache on the mesh."""
         return _empty(self._model, spec)
 
-    def cache_after(self, document: DocumentCache, own: CacheSpec, whole: CacheSpec) -> KVCache:
+    def cache_after(self, rest: KVCache, own: CacheSpec, whole: CacheSpec) -> KVCache:
         """Creates the cache of rows that begin with a document; see lsjax.cache.cache_after."""
-        return _after(self._model, own, whole, document)
+        return _after(self._model, own, whole, rest)
 
-    def document(self, cache: KVCache, length: int) -> DocumentCache:
-        """Returns the first `length` tokens of a cache's first row as a document.
-
-        The cache is donated.
-        """
-        return steps.document(self._model, cache, np.int32(length))
-
-    def read_tokens(self, held: KVCache | DocumentCache, start: int, size: int) -> TokenSlice:
+    def read_tokens(self, cache: KVCache, start: int, size: int) -> TokenSlice:
         """Reads tokens from the first row of a cache, onto every device; see take_tokens."""
-        return steps.read_tokens(self._model, held, np.int32(start), size=size)
+        layers = without_tails(cache)
+        return steps.read_tokens(self._model, layers, np.int32(start), size=size)
 
     def write_tokens(self, cache: KVCache, tokens: TokenSlice, start: int) -> KVCache:
         """Writes tokens that `read_tokens` has read to all rows; the cache is donated."""
@@ -302,7 +297,5 @@ def _empty(model: ShardedModel, spec: CacheSpec) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _after(
-    model: ShardedModel, own: CacheSpec, whole: CacheSpec, document: DocumentCache
-) -> KVCache:
-    return model.as_cache(cache_after(document, model.config, own, whole, model.platform))
+def _after(model: ShardedModel, own: CacheSpec, whole: CacheSpec, rest: KVCache) -> KVCache:
+    return model.as_cache(cache_after(rest, model.config, own, whole, model.platform))

@@ -88,7 +88,7 @@ def generate(
     lengths = np.array(request.for_samples(lengths))
     ends = np.array(request.for_samples(request.ends))
     drafted = request.prompt_lookup_num_tokens
-    text = token_batch(request, 0, request.shared + spec.capacity + 1) if drafted else None
+    text = token_batch(request, 0, request.cached + spec.capacity + 1) if drafted else None
     state = engine.first(params, cache, last, lengths, ends, draw, eos, seen, text)
     del cache, last
     rows = StopTracker(request, stopper)
@@ -154,7 +154,7 @@ def _prefill(engine, params, request, spec, tables, lengths, on_prefill, documen
     if document is None:
         cache = engine.new_cache(spec)
     else:
-        cache = engine.cache_after(document, spec, request.whole_cache_spec(engine.settings))
+        cache = engine.cache_after(document.rest, spec, request.whole_cache_spec(engine.settings))
     last = pending = None
     for at, size in chunks(longest - shared, chunk, spec.zigzag.block_length):
         at += shared

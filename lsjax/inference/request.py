@@ -33,7 +33,8 @@ class Request:
       first: index of the batch's first prompt among all prompts of the call.
       num_samples: answers per prompt, in consecutive rows.
       stop: texts that end an answer.
-      shared: number of leading tokens that every prompt shares with a document's cache.
+      shared: number of leading tokens that every prompt shares with a document, which are not run.
+      cached: number of those that the rows' own caches do not hold, see DocumentCache.
       settled_length: length that the document's rotary scaling was chosen for; None if that does
         not depend on the length, or without a document.
     """
@@ -49,6 +50,7 @@ class Request:
     num_samples: int = 1
     stop: tuple[str, ...] = ()
     shared: int = 0
+    cached: int = 0
     settled_length: int | None = None
 
     @property
@@ -79,8 +81,8 @@ class Request:
         return self.max_output_length + self.prompt_lookup_num_tokens
 
     def cache_spec(self, settings: EngineConfig) -> CacheSpec:
-        """Returns the spec of the cache that the batch needs, for tokens that are not shared."""
-        own = self.prompt_capacity - self.shared
+        """Returns the spec of the cache that the batch needs beside a document's."""
+        own = self.prompt_capacity - self.cached
         return settings.cache_spec(len(self.prompts), own, self.output_capacity)
 
     def whole_cache_spec(self, settings: EngineConfig) -> CacheSpec:
@@ -102,6 +104,7 @@ def batches(
     num_samples: int = 1,
     stop: Sequence[str] = (),
     shared: int = 0,
+    cached: int = 0,
     settled_length: int | None = None,
 ) -> list[Request]:
     """Checks prompts and groups them into batches of one shape.
@@ -151,6 +154,7 @@ def batches(
             num_samples=num_samples,
             stop=tuple(stop),
             shared=shared,
+            cached=cached,
             settled_length=settled_length,
         )
         for i, group in enumerate(groups)
@@ -316,10 +320,12 @@ def chunks(length: int, chunk: int, block_length: int) -> Iterator[tuple[int, in
     few padding tokens and the number of compiled programs stays bounded.
 
     Args:
-      length: prompt length in tokens.
+      length: prompt length in tokens, or that of what is left of it.
       chunk: size of all chunks but the last.
       block_length: zigzag block length, which divides every size; 0 on one device.
     """
+    if not length:
+        return
     start = (length - 1) // chunk * chunk
     for whole in range(0, start, chunk):
         yield whole, chunk

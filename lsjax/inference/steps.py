@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.cache import (
-    DocumentCache,
     KVCache,
     attach,
     detach,
-    document_of,
     put_tokens,
     take_tokens,
     with_layers,
@@ -104,17 +102,8 @@ def _embed(model, params, tokens):
     return model.as_chunk(model.decoder.apply({"params": params}, tokens, method="embed_tokens"))
 
 
-def _document(model, cache, length):
-    document = document_of(cache, model.config.windows, length)
-    return model.by_spec(document, document.partition_specs())
-
-
-def _read_tokens(model, held, start, *, size):
-    if isinstance(held, DocumentCache):
-        layers, specs = held.layers, held.partition_specs().layers
-    else:
-        layers = without_tails(held)
-        specs = tuple(layer.partition_specs() for layer in layers)
+def _read_tokens(model, layers, start, *, size):
+    specs = tuple(layer.partition_specs() for layer in layers)
     tokens = take_tokens(model.mesh, layers, specs, start, size)
     return jax.lax.with_sharding_constraint(tokens, model.replicated)
 
@@ -222,7 +211,6 @@ def _teacher_forced_decode(model, params, tables, cache, tokens, position):
 prefill = Program(_prefill, donate_argnames=["cache"])
 score = Program(_score, donate_argnames=["cache"])
 embed = Program(_embed)
-document = Program(_document, donate_argnames=["cache"])
 read_tokens = Program(_read_tokens, static_argnames=["size"])
 write_tokens = Program(_write_tokens, donate_argnames=["cache"])
 for_samples = Program(_for_samples, static_argnames=["samples"])

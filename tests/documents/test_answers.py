@@ -1,0 +1,88 @@
+"""Answers about a document are those to the plain prompt, document and question."""
+
+import functools
+
+import numpy as np
+import pytest
+from helpers.golden_models import build
+
+import lsjax
+from lsjax import Sampling, UserError
+
+slow = functools.partial(
+    pytest.param, marks=pytest.mark.slow("a rolling cache beside a shared one, in int8, is quick")
+)
+OPTIONS = {"allow_untrained_length": True, "ignore_eos": True}
+OUTPUT = 12
+
+
+def ids(seed, length):
+    return np.random.default_rng(seed).integers(0, 64, length).tolist()
+
+
+# Not whole blocks of a quantized cache, nor whole chunks.
+DOCUMENT = ids(0, 150)
+QUESTIONS = [ids(1, 9), ids(2, 30), ids(3, 1)]
+
+
+def plain(lm, questions=QUESTIONS, **options):
+    prompts = [DOCUMENT + question for question in questions]
+    return [c.token_ids for c in lm.generate(prompts, OUTPUT, **OPTIONS, **options)]
+
+
+def asked(lm, document, questions=QUESTIONS, **options):
+    done = lm.generate(questions, OUTPUT, document=document, **OPTIONS, **options)
+    return [c.token_ids for c in done]
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "mesh"),
+    [
+        ("qwen2_window", "int8", ""),
+        slow("glm4", "int8", "data=2,context=2,model=2"),
+        slow("qwen2_window", "float32", "context=2,model=2"),
+        slow("alibi_8_heads", "int4", "context=4"),
+    ],
+)
+def test_they_are_those_to_the_plain_prompt(name, kv, mesh):
+    lm = build(name, kv=kv, mesh=mesh, layers=2)
+    document = lm.read(DOCUMENT, allow_untrained_length=True)
+    assert asked(lm, document) == plain(lm)
+
+
+@pytest.mark.slow("tables for one length are quick in test_request_decides")
+def test_scaling_by_length_is_that_for_document_and_reserve():
+    lm = build("qwen3_dynamic", mesh="data=2", layers=2)
+    question = ids(4, 20)
+    reserve = len(question) + OUTPUT
+    document = lm.read(DOCUMENT, reserve=reserve)
+    assert document.settled_length == len(DOCUMENT) + reserve > lm.config.trained_length
+    assert asked(lm, document, [question]) == plain(lm, [question])
+    with pytest.raises(UserError, match=f"read the document again with reserve {reserve + 1}"):
+        lm.generate([*question, 1], OUTPUT, document=document)
+
+
+@pytest.mark.slow("drafts and samples are quick without a document")
+def test_drafts_and_samples_go_with_a_document():
+    lm = build("glm4", kv="int8", layers=2)
+    document = lm.read(DOCUMENT, allow_untrained_length=True)
+    assert asked(lm, document, prompt_lookup_num_tokens=5) == plain(lm)
+    options = {"sampling": Sampling(temperature=1.0), "num_samples": 2, "max_batch_size": 2}
+    assert asked(lm, document, **options) == plain(lm, **options)
+
+
+def test_streamed_text_is_that_of_generate():
+    lm = lsjax.load()
+    document = lm.read("The grass is green. " * 8)
+    (whole,) = lm.generate("The sky", 8, document=document)
+    assert "".join(lm.stream("The sky", 8, document=document)) == whole.text
+    (again,) = lm.generate("The grass is green. " * 8 + "The sky", 8)
+    assert again.token_ids == whole.token_ids
+
+
+def test_a_document_of_another_model_is_refused():
+    lm = build("glm4", layers=2)
+    document = lm.read(DOCUMENT, allow_untrained_length=True)
+    other = build("glm4", layers=2, kv="int8")
+    with pytest.raises(UserError, match="another kv_cache_dtype"):
+        other.generate([1], 4, document=document)

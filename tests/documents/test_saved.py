@@ -1,0 +1,223 @@
+"""Saved documents: read on with after any end, opened on any mesh, refused when damaged."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers.golden_models import build
+
+from lsjax import UserError
+from lsjax.documents.folder import DocumentFolder, slice_tokens
+from lsjax.documents.library import delete, prune, saved_documents
+
+LENGTH, SLICE = 330, 64
+DOCUMENT = np.random.default_rng(0).integers(0, 64, LENGTH).tolist()
+QUESTIONS = [[5, 6, 7], [8] * 20]
+
+
+def read(lm, folder, **options):
+    return lm.read(DOCUMENT, save_to=folder, allow_untrained_length=True, **options)
+
+
+def answers(lm, document):
+    done = lm.generate(
+        QUESTIONS, 12, document=document, allow_untrained_length=True, ignore_eos=True
+    )
+    return [c.token_ids for c in done]
+
+
+def model(mesh="", chunk=64, kv="int8", name="glm4"):
+    return build(name, kv=kv, mesh=mesh, chunk=chunk, layers=2)
+
+
+@pytest.fixture(autouse=True)
+def short_slices():
+    """Documents of tests are short, and so are their slices, each of which is made durable."""
+    with (
+        mock.patch("lsjax.documents.folder._MOST_TOKENS", SLICE),
+        mock.patch("lsjax.documents.folder._LEAST_TOKENS", SLICE),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved document, and the answers of the model that has read it."""
+    folder = tmp_path_factory.mktemp("documents") / "saved"
+    with (
+        mock.patch("lsjax.documents.folder._MOST_TOKENS", SLICE),
+        mock.patch("lsjax.documents.folder._LEAST_TOKENS", SLICE),
+    ):
+        lm = model()
+        return folder, answers(lm, read(lm, folder))
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of the saved document, to be damaged."""
+    return shutil.copytree(saved[0], tmp_path / "copy")
+
+
+def slice_file(folder, number):
+    return folder / "entries" / "c" / "0" / "0" / "0" / str(number) / "0"
+
+
+def test_opened_it_gives_the_same_answers(saved):
+    folder, expected = saved
+    lm = model()
+    document = lm.open_document(folder)
+    assert document.token_ids == tuple(DOCUMENT)
+    assert answers(lm, document) == expected
+
+
+@pytest.mark.slow("slices of a sharded cache are written and read as those of one device")
+@pytest.mark.parametrize(
+    ("name", "kv", "mesh", "other"),
+    [
+        ("glm4", "int8", "context=4", "data=2,context=2,model=2"),
+        ("qwen2_window", "int8", "context=2,model=2", "context=4"),
+    ],
+)
+def test_saved_on_one_mesh_it_is_opened_on_others(tmp_path, name, kv, mesh, other):
+    lm = model(mesh, name=name, kv=kv)
+    expected = answers(lm, read(lm, tmp_path / "a"))
+    lm = model(other, chunk=32, name=name, kv=kv)
+    opened = lm.open_document(tmp_path / "a")
+    assert answers(lm, opened) == expected
+    opened.save(tmp_path / "b")
+    last = model(name=name, kv=kv)
+    assert answers(last, last.open_document(tmp_path / "b")) == expected
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_reading_goes_on_where_it_was_interrupted(saved, tmp_path, chunks):
+    folder, expected = saved
+    lm, seen = model(), []
+
+    def interrupt(tokens):
+        seen.append(tokens)
+        if len(seen) == chunks:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(lm, tmp_path / "part", on_prefill=interrupt)
+    done = DocumentFolder.open(tmp_path / "part").manifest.done
+    assert 0 < done < LENGTH
+    with pytest.raises(UserError, match=f"holds {done} of 320 tokens"):
+        lm.open_document(tmp_path / "part")
+    told = []
+    document = read(lm, tmp_path / "part", on_prefill=told.append)
+    assert told[0] == done and sum(told) == LENGTH
+    assert answers(lm, document) == expected
+    for number in range(5):
+        assert (
+            slice_file(tmp_path / "part", number).read_bytes()
+            == slice_file(folder, number).read_bytes()
+        )
+
+
+def flip(folder):
+    file = slice_file(folder, 2)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(folder):
+    file = slice_file(folder, 1)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def cut_ids(folder):
+    (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-4])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip, cut, cut_ids, lambda folder: slice_file(folder, 3).unlink()],
+    ids=["a flipped bit", "a truncated slice", "truncated ids", "a missing slice"],
+)
+def test_damage_is_found(copy, damage):
+    damage(copy)
+    with pytest.raises(UserError, match="is damaged; remove it and read the document again"):
+        model().open_document(copy)
+
+
+def edit(folder, **changes):
+    manifest = json.loads((folder / "document.json").read_text())
+    (folder / "document.json").write_text(json.dumps(manifest | changes))
+
+
+def test_what_does_not_fit_is_refused(copy, tmp_path):
+    with pytest.raises(UserError, match="was read with another kv_cache_dtype"):
+        model(kv="int4").open_document(copy)
+    lm = model()
+    with pytest.raises(UserError, match="holds another text"):
+        lm.read(DOCUMENT[1:], save_to=copy, allow_untrained_length=True)
+    with pytest.raises(UserError, match="holds no document"):
+        lm.open_document(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("Dear all")
+    with pytest.raises(UserError, match="is not empty and holds no document"):
+        read(lm, tmp_path / "other")
+    edit(copy, format=99)
+    with pytest.raises(UserError, match="is not one of this version's"):
+        lm.open_document(copy)
+
+
+def test_a_folder_that_is_being_written_is_left_alone(copy):
+    with open(copy / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="being written by another process"):
+            read(model(), copy)
+        with pytest.raises(UserError, match="being written by another process"):
+            delete(copy.parent, copy.name)
+    assert (copy / "document.json").exists()
+
+
+def test_a_full_disk_keeps_what_was_saved(saved, tmp_path):
+    lm, append = model(), DocumentFolder.append
+
+    def full(self, tokens, start):
+        if start >= 2 * SLICE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, tokens, start)
+
+    with (
+        mock.patch.object(DocumentFolder, "append", full),
+        pytest.raises(UserError, match="is full; 128 of 320 tokens are saved"),
+    ):
+        read(lm, tmp_path / "full")
+    assert answers(lm, read(lm, tmp_path / "full")) == saved[1]
+
+
+def test_documents_used_least_recently_go_first(copy):
+    root = copy.parent
+    for name in ("older", "newer"):
+        shutil.copytree(copy, root / name)
+    os.utime(root / "older", (1000, 1000))
+    os.utime(root / "newer", (2000, 2000))
+    found = saved_documents(root)
+    assert [saved.name for saved in found] == ["older", "newer", "copy"]
+    assert prune(root, 2.5 * found[0].nbytes, keep=str(root / "copy")) == ["older"]
+    assert prune(root, 0, keep=str(root / "copy")) == ["newer"]
+    with pytest.raises(UserError, match="names have no separators"):
+        delete(root, "../copy")
+    assert [saved.name for saved in saved_documents(root)] == ["copy"]
+
+
+def test_slices_are_about_64_mib_and_no_longer_than_a_rolling_cache_allows():
+    assert slice_tokens(6144, [None], 512) == 64  # patched above
+    with contextlib.ExitStack() as stack:
+        for name, value in (("_MOST_TOKENS", 4096), ("_LEAST_TOKENS", 256)):
+            stack.enter_context(mock.patch(f"lsjax.documents.folder.{name}", value))
+        assert slice_tokens(6144, [None], 512) == 4096
+        assert slice_tokens(114_688, [None], 4096) == 512
+        assert slice_tokens(10**7, [None], 4096) == 256
+        assert slice_tokens(6144, [None, 128], 96) == 64

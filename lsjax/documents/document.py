@@ -99,7 +99,7 @@ def new_folder(path: str | os.PathLike[str], document: Document) -> DocumentFold
         document.token_ids,
         fingerprint=document.fingerprint,
         cached=document.cached,
-        slice=slice_tokens(token_bytes, config.windows, settings.prefill_chunk),
+        slice=slice_tokens(token_bytes, settings.prefill_chunk),
         settled_length=document.settled_length,
     )
 

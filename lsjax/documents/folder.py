@@ -27,7 +27,7 @@ from lsjax.runtime.text_files import parse_json, read_text, write_atomically
 _NAME, _IDS, _LOCK = "document.json", "ids.bin", "lock"
 _FORMAT = 1
 _SLICE_BYTES = 2**26
-_MOST_TOKENS, _LEAST_TOKENS = 4096, 256
+_LEAST_TOKENS = 256
 _PENDING = 8  # writes in flight
 
 
@@ -263,14 +263,12 @@ class DocumentFolder:
         )
 
 
-def slice_tokens(token_bytes: int, windows: Sequence[int | None], chunk: int) -> int:
-    """Returns the tokens per slice: a power of two that takes about 64 MiB, at most 4,096.
+def slice_tokens(token_bytes: int, chunk: int) -> int:
+    """Returns the tokens per slice: about a prefill chunk, and about 64 MiB at most.
 
-    Where layers keep a rolling window, a slice is saved before it is overwritten: it is no longer
-    than a chunk.
+    It is a power of two. A rolling cache holds a chunk longer than that is needed.
     """
-    most = min(_MOST_TOKENS, max(_LEAST_TOKENS, _SLICE_BYTES // token_bytes))
-    most = min([most, *([chunk] if any(windows) else [])])
+    most = min(chunk, max(_LEAST_TOKENS, _SLICE_BYTES // token_bytes))
     return 1 << most.bit_length() - 1
 
 

@@ -13,13 +13,13 @@ from lsjax.cache import DocumentCache, KVCache, without_tails
 from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import chunks
-from lsjax.runtime.flops import prefill_cost
 
 if TYPE_CHECKING:
     from lsjax.documents.document import Document
 
-# What a killed process loses at most: this many seconds, or this share of the work.
-_SECONDS, _SHARE = 30.0, 0.05
+# Shortest time between two records of what is saved, in seconds. A killed process loses as much,
+# and the chunks that are not whole slices yet.
+_INTERVAL = 1.0
 
 
 def prefill_document(
@@ -96,12 +96,16 @@ def _prefill(
             saver.take(cache, at + len(part))
         # Wait only for the previous chunk, so that the device always has one queued.
         if pending is not None:
-            jax.block_until_ready(pending)
+            jax.block_until_ready(pending[1])
             if saver:
                 saver.write(at)
-        pending = last
-        on_prefill(len(part))
-    jax.block_until_ready(last)
+            on_prefill(pending[0])
+        pending = len(part), last
+    if pending is not None:
+        jax.block_until_ready(last)
+        if saver:
+            saver.write(stop)
+        on_prefill(pending[0])
     return cache
 
 
@@ -133,8 +137,7 @@ class _Saver:
         self._engine, self._folder, self._cached = engine, folder, cached
         self.taken = self._written = start
         self._slices: list = []
-        self._cost = lambda tokens: prefill_cost(engine.config, 0, tokens)
-        self._next = time.monotonic() + _SECONDS
+        self._next = time.monotonic() + _INTERVAL
 
     def take(self, cache: KVCache, filled: int) -> None:
         """Takes all slices that end within the first `filled` tokens, or with the document."""
@@ -150,15 +153,16 @@ class _Saver:
             start, tokens = self._slices.pop(0)
             self._folder.append(tokens, start)
             self._written = min(start + size, self._cached)
-        unsaved = self._cost(self._written) - self._cost(self._folder.manifest.done)
-        if unsaved >= _SHARE * self._cost(self._cached) or time.monotonic() > self._next:
+        if self._written > self._folder.manifest.done and time.monotonic() > self._next:
             self._commit()
 
     def finish(self) -> None:
-        """Writes all slices that were taken."""
-        self.write(self._cached)
-        self._commit()
+        """Writes all slices that were taken, or what the disk has room for."""
+        try:
+            self.write(self._cached)
+        finally:
+            self._commit()
 
     def _commit(self) -> None:
         self._folder.commit(self._written)
-        self._next = time.monotonic() + _SECONDS
+        self._next = time.monotonic() + _INTERVAL

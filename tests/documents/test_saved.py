@@ -1,6 +1,5 @@
 """Saved documents: read on with after any end, opened on any mesh, refused when damaged."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -16,7 +15,7 @@ from lsjax import UserError
 from lsjax.documents.folder import DocumentFolder, slice_tokens
 from lsjax.documents.library import delete, prune, saved_documents
 
-LENGTH, SLICE = 330, 64
+LENGTH, SLICE = 330, 64  # as long as a chunk
 DOCUMENT = np.random.default_rng(0).integers(0, 64, LENGTH).tolist()
 QUESTIONS = [[5, 6, 7], [8] * 20]
 
@@ -36,26 +35,12 @@ def model(mesh="", chunk=64, kv="int8", name="glm4"):
     return build(name, kv=kv, mesh=mesh, chunk=chunk, layers=2)
 
 
-@pytest.fixture(autouse=True)
-def short_slices():
-    """Documents of tests are short, and so are their slices, each of which is made durable."""
-    with (
-        mock.patch("lsjax.documents.folder._MOST_TOKENS", SLICE),
-        mock.patch("lsjax.documents.folder._LEAST_TOKENS", SLICE),
-    ):
-        yield
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A saved document, and the answers of the model that has read it."""
     folder = tmp_path_factory.mktemp("documents") / "saved"
-    with (
-        mock.patch("lsjax.documents.folder._MOST_TOKENS", SLICE),
-        mock.patch("lsjax.documents.folder._LEAST_TOKENS", SLICE),
-    ):
-        lm = model()
-        return folder, answers(lm, read(lm, folder))
+    lm = model()
+    return folder, answers(lm, read(lm, folder))
 
 
 @pytest.fixture
@@ -212,12 +197,8 @@ def test_documents_used_least_recently_go_first(copy):
     assert [saved.name for saved in saved_documents(root)] == ["copy"]
 
 
-def test_slices_are_about_64_mib_and_no_longer_than_a_rolling_cache_allows():
-    assert slice_tokens(6144, [None], 512) == 64  # patched above
-    with contextlib.ExitStack() as stack:
-        for name, value in (("_MOST_TOKENS", 4096), ("_LEAST_TOKENS", 256)):
-            stack.enter_context(mock.patch(f"lsjax.documents.folder.{name}", value))
-        assert slice_tokens(6144, [None], 512) == 4096
-        assert slice_tokens(114_688, [None], 4096) == 512
-        assert slice_tokens(10**7, [None], 4096) == 256
-        assert slice_tokens(6144, [None, 128], 96) == 64
+def test_a_slice_is_about_a_chunk_and_64_mib_at_most():
+    assert slice_tokens(6144, 512) == 512
+    assert slice_tokens(6144, 96) == 64
+    assert slice_tokens(114_688, 4096) == 512
+    assert slice_tokens(10**7, 4096) == 256

@@ -179,9 +179,8 @@ def _compare(title: str, sides) -> None:
     print(title)
     for name, seconds in times.items():
         ratio = statistics.median(a / b for a, b in zip(times["shared"], seconds, strict=True))
-        print(
-            f"  {name:<10}{1e3 * statistics.median(seconds):>10.1f} ms a step, shared / this {ratio:.2f}"
-        )
+        milliseconds = 1e3 * statistics.median(seconds)
+        print(f"  {name:<10}{milliseconds:>10.1f} ms a step, shared / this {ratio:.2f}")
 
 
 def _open(lm: LanguageModel, document: Document, folder: str) -> None:
@@ -205,17 +204,17 @@ def _open(lm: LanguageModel, document: Document, folder: str) -> None:
         seconds = time.perf_counter() - began
         del opened
         print(
-            f"opened in {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s; files read in {plain:.2f} "
-            f"s, {size / plain / 1e9:.2f} GB/s; ratio of the rates {plain / seconds:.2f}"
+            f"opened in {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s; files read in "
+            f"{plain:.2f} s, {size / plain / 1e9:.2f} GB/s; ratio of the rates "
+            f"{plain / seconds:.2f}"
         )
     question = list(range(1, FLAGS.question_length + 1))
     for _ in range(2):
         (answer,) = lm.generate(question, 2, document=document, allow_untrained_length=True)
         stats = answer.stats
         print(
-            f"first token {stats.time_to_first_token_seconds - stats.compile_seconds:.2f} s after a "
-            f"question of {FLAGS.question_length} tokens, and {stats.compile_seconds:.1f} s of "
-            "compiling"
+            f"first token {stats.prefill_seconds:.2f} s after a question of "
+            f"{FLAGS.question_length} tokens, compiling apart"
         )
 
 

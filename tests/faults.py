@@ -282,6 +282,27 @@ FAULTS = (
         "return i < steps",
         "tests/generation/test_ending.py",
     ),
+    Fault(
+        "a document's last token left out",
+        "lsjax/cache/shared_prefix.py",
+        "end=jnp.broadcast_to(self.length, positions.shape)",
+        "end=jnp.broadcast_to(self.length - 1, positions.shape)",
+        "tests/documents/test_answers.py -k plain_prompt",
+    ),
+    Fault(
+        "rows begin without the end of their document",
+        "lsjax/inference/generate.py",
+        "engine.cache_after(document.rest, spec",
+        "engine.cache_after(jax.tree.map(lambda x: 0 * x, document.rest), spec",
+        "tests/documents/test_answers.py -k plain_prompt",
+    ),
+    Fault(
+        "a saved slice read for the one before it",
+        "lsjax/documents/folder.py",
+        "reads.append((at, [",
+        "reads.append((max(at - self.manifest.slice, 0), [",
+        "tests/documents/test_saved.py",
+    ),
 )
 
 

@@ -18,7 +18,7 @@ from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
 from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_options
 from lsjax.cli.program import run_program, say
-from lsjax.documents import Document
+from lsjax.documents import Document, check_options
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
@@ -99,6 +99,7 @@ def main(_: list[str]) -> None:
         raise UserError("--document_cache_gib bounds --document_cache; give that, too.")
     (text,) = inputs.read_texts([FLAGS.document])
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
+    check_options(options)
     tokenizer = options.tokenizer or load_tokenizer(options.folder)
     before, after = _around_question(tokenizer, text)
     with character_bar("tokenize", len(before)) as bar:

@@ -8,12 +8,13 @@ belong to.
 from lsjax.documents.document import Document
 from lsjax.documents.fingerprint import check_fingerprint, fingerprint
 from lsjax.documents.folder import DocumentFolder
-from lsjax.documents.read import open_document, read_document, unread_document
+from lsjax.documents.read import check_options, open_document, read_document, unread_document
 
 __all__ = [
     "Document",
     "DocumentFolder",
     "check_fingerprint",
+    "check_options",
     "fingerprint",
     "open_document",
     "read_document",

@@ -50,7 +50,7 @@ def unread_document(
     Raises:
       UserError: it cannot be read; the message says why.
     """
-    _check_options(options)
+    check_options(options)
     check_ids(options.config, ids)
     if reserve is not None and reserve < 1:
         raise UserError(f"reserve must be at least 1 token, not {reserve}.")
@@ -75,7 +75,7 @@ def open_document(
     engine: Engine, params: dict, fingerprint: dict[str, str], path: str | os.PathLike[str]
 ) -> Document:
     """Opens a saved document; see LanguageModel.open_document."""
-    _check_options(engine.settings)
+    check_options(engine.settings)
     folder = DocumentFolder.open(path)
     manifest = folder.manifest
     check_fingerprint(folder.path, manifest.fingerprint, fingerprint)
@@ -94,7 +94,12 @@ def open_document(
     return dataclasses.replace(document, cache=prefill_document(engine, params, document, folder))
 
 
-def _check_options(options: EngineConfig) -> None:
+def check_options(options: EngineConfig) -> None:
+    """Refuses what documents do not go with.
+
+    Raises:
+      UserError: the model has a kv_compression.
+    """
     if options.compression is not None:
         raise UserError(
             "documents do not go with kv_compression, which keeps other tokens for each question; "

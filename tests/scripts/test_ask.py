@@ -9,6 +9,7 @@ from helpers.programs import run
 
 from lsjax.shipped.evaluation import held_out_passages
 
+CHAT = ["--document", "A text.", "--question", "?", "--is_chat_model"]
 QUESTION = "What is the pass key? The pass key is"
 
 
@@ -51,10 +52,9 @@ def test_one_question_several_and_lines_get_the_same_answer(passage, tmp_path):
         (["--document", "-"], "so give --question too"),
         (["--document", "A text.", "--chat_template", "x"], "add --is_chat_model"),
         (["--document", "A text.", "--document_cache_gib", "1"], "give that, too"),
-        (["--document", "A text.", "--question", "?", "--is_chat_model"], "no chat template"),
+        (CHAT, "no chat template"),
         (
-            ["--document", "A text.", "--question", "?", "--is_chat_model"]
-            + ["--chat_template", "{{ messages[0]['content'] | upper }}"],
+            [*CHAT, "--chat_template", "{{ messages[0]['content'] | upper }}"],
             "does not write a message once as it is",
         ),
         (

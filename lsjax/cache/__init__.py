@@ -16,6 +16,7 @@ from lsjax.cache.shared_prefix import (
     attach,
     cache_after,
     detach,
+    shared_layers,
     with_layers,
     without_tails,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "empty_cache",
     "empty_layer",
     "put_tokens",
+    "shared_layers",
     "take_tokens",
     "update_and_attend",
     "with_layers",

@@ -5,6 +5,8 @@ decode step reads the document once, however many rows there are. Each row's own
 Partial. Source: Hydragen (arXiv 2402.05099).
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,12 @@ def with_layers(cache: KVCache, layers: tuple[FullCache, ...]) -> KVCache:
         old.replace(inner=new) if isinstance(old, FloatTail) else new
         for old, new in zip(cache, layers, strict=True)
     )
+
+
+def shared_layers(cache: KVCache, windows: Sequence[int | None]) -> tuple[FullCache | None, ...]:
+    """Returns the layers of a document's cache that rows share; None for those with a window."""
+    layers = without_tails(cache)
+    return tuple(x if w is None else None for x, w in zip(layers, windows, strict=True))
 
 
 def cache_after(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from lsjax.cache import DocumentCache, KVCache, without_tails
+from lsjax.cache import DocumentCache, KVCache, shared_layers, without_tails
 from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import chunks
@@ -62,15 +62,11 @@ def prefill_document(
         if saver:
             saver.finish()
     windows = engine.config.windows
-    layers = tuple(
-        layer if window is None else None
-        for layer, window in zip(without_tails(cache), windows, strict=True)
-    )
     rest = tuple(
         own if window is None else layer
         for own, layer, window in zip(_empty(engine, shared - cached), cache, windows, strict=True)
     )
-    read = DocumentCache(layers, np.int32(cached), ())
+    read = DocumentCache(shared_layers(cache, windows), np.int32(cached), ())
     return read.replace(rest=prefill(rest, cached, shared, document=read))
 
 

@@ -18,6 +18,7 @@ from lsjax.cache import (
     cache_after,
     cache_shapes,
     empty_cache,
+    shared_layers,
     without_tails,
 )
 from lsjax.config import ModelConfig
@@ -237,8 +238,14 @@ class Engine:
             self._model, params, tables, cache, self._place(tokens), np.int32(position)
         )
 
-    def compile_ahead(self, spec: CacheSpec) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    def compile_ahead(
+        self, spec: CacheSpec, document: CacheSpec | None = None
+    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """Compiles prefill of a chunk and decode of a segment, for devices that may be absent.
+
+        Args:
+          spec: spec of the cache.
+          document: spec of the cache of a document that all rows begin with, or None.
 
         Returns:
           The prefill and the decode program. Their memory_analysis() gives the bytes needed per
@@ -260,6 +267,11 @@ class Engine:
             lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)
         )
         cache = cache_shapes(model.config, model.mesh, spec, model.platform)
+        held = None
+        if document is not None:
+            layers = cache_shapes(model.config, model.mesh, document, model.platform)
+            length = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+            held = DocumentCache(shared_layers(layers, self.config.windows), length, ())
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         state = DecodeState(cache, token=rows(), position=rows(), last=rows(), step=count)
         eos = jax.ShapeDtypeStruct(_padded(()).shape, "int32", sharding=whole)
@@ -272,10 +284,10 @@ class Engine:
             else:
                 tokens = rows(self.settings.prefill_chunk)
                 prefill = steps.prefill.lower(
-                    model, params, tables, cache, tokens, count, rows(), hidden
+                    model, params, tables, cache, tokens, count, rows(), hidden, held
                 )
             static = {"steps": self.settings.segment, "drafted": 0}
-            decode = steps.decode.lower(model, params, tables, state, Draw(), eos, **static)
+            decode = steps.decode.lower(model, params, tables, state, Draw(), eos, held, **static)
             lowered = prefill, decode
         with concurrent.futures.ThreadPoolExecutor() as pool:
             prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)

@@ -15,6 +15,7 @@ FLOORS = (
     "cache",
     "nn",
     "checkpoint compression",
+    "gguf",
     "inference",
     "evals planning shipped training",
     "cli language_model",

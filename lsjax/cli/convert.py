@@ -11,6 +11,7 @@ import jax
 from absl import flags
 
 from lsjax.checkpoint import (
+    check_free,
     checkpoint_bytes,
     convert_hf_to_orbax,
     convert_orbax_to_hf,
@@ -84,9 +85,10 @@ def from_gguf(_: list[str]) -> None:
     _refuse_weight_dtype()
     jax.config.update("jax_platforms", "cpu")
     gguf = import_extra("gguf", "lsjax.gguf")
-    file = gguf.open_gguf(FLAGS.input_dir)
-    with byte_bar("converting", file.nbytes) as bar:
-        gguf.convert_gguf_to_hf(file, FLAGS.output_dir, bar.update, FLAGS.dtype, _max_shard_bytes())
+    check_free(FLAGS.output_dir)
+    model = gguf.read_gguf(FLAGS.input_dir, FLAGS.dtype)
+    with byte_bar("converting", model.nbytes) as bar:
+        model.save_hf(FLAGS.output_dir, bar.update, _max_shard_bytes())
 
 
 def _refuse_dtype() -> None:

@@ -3,7 +3,6 @@
 Needs the extra `gguf`, whose package reads the metadata and dequantizes the tensors.
 """
 
-from lsjax.gguf.convert import convert_gguf_to_hf
-from lsjax.gguf.file import GGUFFile, open_gguf
+from lsjax.gguf.model import GGUFModel, read_gguf
 
-__all__ = ["GGUFFile", "convert_gguf_to_hf", "open_gguf"]
+__all__ = ["GGUFModel", "read_gguf"]

@@ -16,7 +16,7 @@ _MAGIC = b"GGUF"
 class _Reader(gguf.GGUFReader):
     """The package's reader, over a plain array.
 
-    It takes a slice for each token of the vocabulary, which takes ten times as long of a memmap.
+    It takes a slice for each token of the vocabulary, which takes much longer of a memmap.
     """
 
     @property
@@ -41,11 +41,6 @@ class GGUFFile:
     path: str
     metadata: Metadata
     tensors: dict[str, gguf.ReaderTensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors in bytes, as they are stored."""
-        return sum(tensor.n_bytes for tensor in self.tensors.values())
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:

@@ -45,6 +45,15 @@ class Rows:
     tensor: gguf.ReaderTensor
     rows: np.ndarray
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, as stored."""
+        return self._row_bytes * len(self.rows)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.tensor.n_bytes // int(self.tensor.shape[-1])
+
     def read(
         self, dtype: np.dtype, progress: Callable[[int], None] | None = None
     ) -> Iterator[np.ndarray]:
@@ -55,8 +64,8 @@ class Rows:
           progress: called with the number of stored bytes read since the last call.
         """
         tensor = self.tensor
-        stored_rows = int(tensor.shape[-1])
-        at_once = max(1, _BLOCK_BYTES // (4 * tensor.n_elements // stored_rows))
+        row_elements = tensor.n_elements // int(tensor.shape[-1])
+        at_once = max(1, _BLOCK_BYTES // (4 * row_elements))
         for start in range(0, len(self.rows), at_once):
             rows = self.rows[start : start + at_once]
             if tensor.data.ndim == 1:  # its bytes are no rows
@@ -65,7 +74,7 @@ class Rows:
                 values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
             yield values.astype(dtype)
             if progress is not None:
-                progress(tensor.n_bytes // stored_rows * len(rows))
+                progress(self._row_bytes * len(rows))
 
 
 def find_parameters(

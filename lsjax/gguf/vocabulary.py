@@ -90,6 +90,7 @@ def read_vocabulary(metadata: Metadata, defaults: Mapping[str, int]) -> Vocabula
     """
     tokens = metadata.get(PREFIX + "tokens", list)
     types = metadata.get(PREFIX + "token_type", list, [int(TokenType.NORMAL)] * len(tokens))
+    metadata.expect(PREFIX + "add_sep_token", False)
     metadata.mark_known(*(f"{PREFIX}{name}_token_id" for name in _INFILL))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(

@@ -13,6 +13,7 @@ from helpers.gguf_files import (
     hf_tensors,
     write_gguf,
 )
+from helpers.programs import run
 from safetensors.numpy import load_file
 
 import lsjax
@@ -89,6 +90,15 @@ def test_logits_are_those_of_transformers(tmp_path, name, kind, limit):
     data = np.load(GOLDEN / "models" / name / "logits.npz")
     logits = lsjax.load(folder).logits(data["tokens"])[:, data["positions"]]
     assert np.abs(logits - data["logits"]).max() < limit
+
+
+def test_the_program_shows_its_progress(tmp_path):
+    raw = golden_config("qwen3")
+    path = write_gguf(tmp_path / "model.gguf", raw)
+    out = tmp_path / "hf"
+    done = run("gguf_to_hf.py", f"--input_dir={path}", f"--output_dir={out}", "--dtype=float32")
+    assert (done.returncode, "100%" in done.stderr) == (0, True), done.stderr
+    assert_same(load_file(out / "model.safetensors"), hf_tensors(raw))
 
 
 def test_large_models_are_written_in_shards(tmp_path):

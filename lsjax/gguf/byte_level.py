@@ -8,6 +8,7 @@ import dataclasses
 import json
 from typing import Any
 
+import tokenizers
 from gguf import TokenType
 
 from lsjax.errors import UserError
@@ -74,7 +75,8 @@ def byte_level_files(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, An
     """Returns the tokenizer files by name.
 
     Raises:
-      UserError: the file does not say how it splits text, or in a way that is not known.
+      UserError: the file does not say how it splits text or says a way that is not known, or its
+        tokens and merges do not fit together.
     """
     name = metadata.get(PREFIX + "pre", str)
     if name not in _RULES:
@@ -109,19 +111,27 @@ def byte_level_files(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, An
                 for i, token in enumerate(vocabulary.tokens)
                 if vocabulary.types[i] != TokenType.UNUSED
             },
-            "merges": [_pair(merge) for merge in metadata.get(PREFIX + "merges", list)],
+            "merges": [_pair(merge) for merge in metadata.array(PREFIX + "merges", str)],
         },
     }
+    content = json.dumps(tokenizer, ensure_ascii=False)
+    try:
+        tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(
+            f"{metadata.path}: its tokens and merges do not fit together ({error}); download it "
+            "again."
+        ) from None
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | vocabulary.tokenizer_config()
     return {
-        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode(),
+        "tokenizer.json": content.encode(),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
     }
 
 
 def _pair(merge: str) -> list[str]:
     """Splits a merge at the space between its two tokens, the first of which may be a space."""
-    at = merge.index(" ", 1)
+    at = merge.find(" ", 1)
     return [merge[:at], merge[at + 1 :]]
 
 

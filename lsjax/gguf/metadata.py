@@ -58,6 +58,15 @@ class Metadata:
             raise UserError(f"{self.path}: {key} must be a {kind.__name__}, not {value!r}.")
         return value
 
+    def array(self, key: str, kind: type, default: Any = _MISSING) -> list:
+        """Returns a list whose items are all of type `kind`, or `default`."""
+        value = self.get(key, list, default)
+        if not all(isinstance(item, kind) for item in value):
+            raise UserError(
+                f"{self.path}: {key} must be a list of {kind.__name__}; download it again."
+            )
+        return value
+
     def size(self, key: str, default: Any = _MISSING) -> int:
         """Returns an integer of at least 1, or `default`.
 

@@ -89,7 +89,7 @@ def read_gguf(path: str | os.PathLike[str], dtype: str = "bfloat16") -> GGUFMode
     """
     file = open_gguf(path)
     raw = hf_config(file, dtype)
-    files, token_ids = sidecar_files(file.metadata)
+    files, token_ids = sidecar_files(file.metadata, raw["vocab_size"])
     raw |= token_ids
     file.metadata.refuse_unread(file.metadata.get("general.architecture", str) + ".")
     try:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from gguf import TokenType
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from lsjax.errors import UserError
 from lsjax.gguf.metadata import Metadata
@@ -18,7 +18,7 @@ def sentencepiece_files(metadata: Metadata, vocabulary: Vocabulary) -> dict[str,
     """Returns the tokenizer files by name.
 
     Raises:
-      UserError: the tokens have no scores.
+      UserError: the tokens have no scores, or are no SentencePiece model.
     """
     add_bos = metadata.get(PREFIX + "add_bos_token", bool, True)
     add_eos = metadata.get(PREFIX + "add_eos_token", bool, False)
@@ -41,7 +41,7 @@ def sentencepiece_files(metadata: Metadata, vocabulary: Vocabulary) -> dict[str,
 
 def _model(metadata: Metadata, vocabulary: Vocabulary) -> bytes:
     """Returns the serialized model: a byte-pair encoding that merges by score."""
-    scores = metadata.get(PREFIX + "scores", list)
+    scores = metadata.array(PREFIX + "scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise UserError(
             f"{metadata.path}: {PREFIX}scores must be as many as its tokens; download it again."
@@ -67,10 +67,17 @@ def _model(metadata: Metadata, vocabulary: Vocabulary) -> bytes:
     normalizer = model.normalizer_spec
     normalizer.name = "identity"
     normalizer.precompiled_charsmap = bytes(
-        i % 256 for i in metadata.get(PREFIX + "precompiled_charsmap", list, [])
+        i % 256 for i in metadata.array(PREFIX + "precompiled_charsmap", int, [])
     )
     normalizer.add_dummy_prefix = metadata.get(PREFIX + "add_space_prefix", bool, True)
     normalizer.remove_extra_whitespaces = metadata.get(
         PREFIX + "remove_extra_whitespaces", bool, False
     )
-    return model.SerializeToString()
+    content = model.SerializeToString()
+    try:
+        SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise UserError(
+            f"{metadata.path}: its tokens are no SentencePiece model ({error}); download it again."
+        ) from None
+    return content

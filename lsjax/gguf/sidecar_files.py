@@ -22,8 +22,12 @@ _SAMPLING = {
 }
 
 
-def sidecar_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:
+def sidecar_files(metadata: Metadata, vocab_size: int) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Returns the tokenizer and generation files by name, and config.json's token ids.
+
+    Args:
+      metadata: metadata of the file.
+      vocab_size: rows of the embedding.
 
     Raises:
       UserError: the tokenizer is of a kind that is not supported, or a key is missing or invalid.
@@ -38,7 +42,7 @@ def sidecar_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]
             f"supported are {', '.join(_KINDS)}."
         )
     files_of, defaults = _KINDS[kind]
-    vocabulary = read_vocabulary(metadata, defaults)
+    vocabulary = read_vocabulary(metadata, defaults, vocab_size)
     ids = _token_ids(vocabulary)
     files = files_of(metadata, vocabulary)
     metadata.refuse_unread("tokenizer.")

@@ -78,24 +78,30 @@ class Vocabulary:
         return config | {"clean_up_tokenization_spaces": False}
 
 
-def read_vocabulary(metadata: Metadata, defaults: Mapping[str, int]) -> Vocabulary:
+def read_vocabulary(metadata: Metadata, defaults: Mapping[str, int], vocab_size: int) -> Vocabulary:
     """Reads the vocabulary of a file.
 
     Args:
       metadata: metadata of the file.
       defaults: ids of named tokens where the file does not say them.
+      vocab_size: rows of the embedding.
 
     Raises:
       UserError: a key is missing or invalid.
     """
-    tokens = metadata.get(PREFIX + "tokens", list)
-    types = metadata.get(PREFIX + "token_type", list, [int(TokenType.NORMAL)] * len(tokens))
+    tokens = metadata.array(PREFIX + "tokens", str)
+    types = metadata.array(PREFIX + "token_type", int, [int(TokenType.NORMAL)] * len(tokens))
     metadata.expect(PREFIX + "add_sep_token", False)
     metadata.mark_known(*(f"{PREFIX}{name}_token_id" for name in _INFILL))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(
             f"{metadata.path}: {PREFIX}tokens must be different texts, each of which has its "
             f"{PREFIX}token_type; download the file again."
+        )
+    if len(tokens) > vocab_size:
+        raise UserError(
+            f"{metadata.path} holds {len(tokens)} tokens, but its embedding has {vocab_size} rows; "
+            "download it again."
         )
 
     def token_id(key: str, default: int | None = None) -> int | None:

@@ -1,7 +1,5 @@
 """GGUF files become the Hugging Face folders that they were made of."""
 
-import json
-
 import numpy as np
 import pytest
 from helpers.gguf_files import (
@@ -21,6 +19,8 @@ from lsjax.errors import UserError
 from lsjax.families import parse_config, read_config
 from lsjax.gguf import read_gguf
 from lsjax.gguf import tensors as gguf_tensors
+from lsjax.gguf.config import hf_config
+from lsjax.gguf.file import open_gguf
 
 MODELS = ("llama", "llama_biases", "qwen2_tied", "qwen3", "glm4")
 
@@ -117,8 +117,9 @@ _SCALING = "{arch}.rope.scaling."
 
 
 def scaling_of(tmp_path, given, raw=None, **more):
-    folder, _ = convert(tmp_path, raw or golden_config("qwen2"), metadata=given, **more)
-    return json.loads((folder / "config.json").read_text())["rope_scaling"]
+    raw = raw or golden_config("qwen2_tied")
+    path = write_gguf(tmp_path / "model.gguf", raw, metadata=given, **more)
+    return hf_config(open_gguf(path), "float32")["rope_scaling"]
 
 
 @pytest.mark.parametrize(
@@ -187,5 +188,6 @@ def test_sliding_layers_are_those_of_the_pattern(tmp_path):
         "{arch}.attention.sliding_window": 12,
         "{arch}.attention.sliding_window_pattern": [True, False, True],
     }
-    folder, _ = convert(tmp_path, raw, metadata=window)
-    assert read_config(folder).windows == parse_config(raw).windows == (12, None, 12)
+    file = open_gguf(write_gguf(tmp_path / "model.gguf", raw, metadata=window))
+    found = parse_config(hf_config(file, "float32"))
+    assert found.windows == parse_config(raw).windows == (12, None, 12)

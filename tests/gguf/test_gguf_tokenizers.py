@@ -4,10 +4,11 @@ import json
 
 import pytest
 import sentencepiece
-from helpers.gguf_files import GOLDEN, golden_config, write_gguf
+from helpers.gguf_files import GOLDEN, write_metadata
 
 from lsjax.errors import UserError
-from lsjax.gguf import read_gguf
+from lsjax.gguf.file import open_gguf
+from lsjax.gguf.sidecar_files import sidecar_files
 from lsjax.tokenizer import load_tokenizer
 
 EXPECTED = json.loads((GOLDEN / "tokenizer" / "expected.json").read_text(encoding="utf-8"))
@@ -55,11 +56,13 @@ def sentencepieces(**more):
 
 
 def convert(tmp_path, keys, other=None):
-    keys = {f"tokenizer.ggml.{key}": v for key, v in keys.items()} | (other or {})
-    raw = golden_config("qwen3") | {"vocab_size": len(keys["tokenizer.ggml.tokens"])}
-    path = write_gguf(tmp_path / "model.gguf", raw | {"num_hidden_layers": 1}, metadata=keys)
-    read_gguf(path).save_hf(tmp_path / "hf")
-    return load_tokenizer(tmp_path / "hf")
+    """Returns the tokenizer of the files beside the weights."""
+    metadata = {f"tokenizer.ggml.{key}": v for key, v in keys.items()} | (other or {})
+    file = open_gguf(write_metadata(tmp_path / "model.gguf", metadata))
+    files, _ = sidecar_files(file.metadata, 612)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    return load_tokenizer(tmp_path)
 
 
 def words(tokenizer, text):
@@ -126,7 +129,7 @@ def test_glm_begins_every_prompt_as_its_publisher_does(tmp_path):
 def test_sentencepiece_ids_and_text_equal_the_reference(tmp_path):
     tokenizer = convert(tmp_path, sentencepieces())
     cases = EXPECTED["sentencepiece"]
-    assert (tmp_path / "hf" / "tokenizer.model").exists()
+    assert (tmp_path / "tokenizer.model").exists()
     told = [
         (text, ids, decoded)
         for text, ids, decoded in zip(cases["texts"], cases["ids"], cases["decoded"], strict=True)
@@ -156,9 +159,9 @@ def test_chat_templates_and_ends_of_answers_are_carried(tmp_path):
     }
     tokenizer = convert(tmp_path, byte_level("qwen2", **ends), other)
     assert tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "hi<|im_end|>"
-    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert {t["name"]: t["template"] for t in settings["chat_template"]}["tool_use"] == "tools"
-    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {
         "bos_token_id": 602,
         "pad_token_id": 601,
         "eos_token_id": [600, 602],
@@ -176,6 +179,9 @@ def test_chat_templates_and_ends_of_answers_are_carried(tmp_path):
         ({"strange": 1}, "sets tokenizer.ggml.strange"),
         ({"token_type": [1]}, "each of which has its"),
         ({"add_space_prefix": True}, "add_space_prefix = True"),
+        ({"merges": ["w a", "sea weed"]}, "do not fit together"),
+        ({"merges": ["wa"]}, "do not fit together"),
+        ({"tokens": [str(i) for i in range(613)]}, "each of which has its"),
     ],
 )
 def test_what_is_not_known_of_a_tokenizer_is_refused(tmp_path, keys, said):

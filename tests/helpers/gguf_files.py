@@ -1,5 +1,6 @@
 """Small GGUF files, written by the gguf package from Hugging Face tensors as llama.cpp does it."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,12 @@ def golden_config(name: str) -> dict[str, Any]:
 
 def hf_tensors(raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The weights of a golden model as its Hugging Face checkpoint names them."""
-    config = parse_config(raw)
+    return dict(_hf_tensors(json.dumps(raw)))
+
+
+@functools.cache
+def _hf_tensors(raw: str) -> dict[str, np.ndarray]:
+    config = parse_config(json.loads(raw))
     shapes = abstract_parameters(config, abstract_mesh((1, 1, 1)), "float32")
     return {
         t.name: tensor(SEED, t.name, abstract_tensor(t, shapes).shape)
@@ -89,6 +95,18 @@ def write_gguf(
             _add_tensor(writer, new, values, kind)
     for name, values in (extra or {}).items():
         _add_tensor(writer, name, values, F32)
+    return _finish(writer, path)
+
+
+def write_metadata(path: Path, metadata: Mapping[str, Any]) -> Path:
+    """Writes a file without tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    return _finish(writer, path)
+
+
+def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,6 +15,7 @@ FLOORS = (
     "cache",
     "nn",
     "checkpoint compression",
+    "gguf",
     "inference",
     "documents",
     "evals planning shipped training",

@@ -16,7 +16,15 @@ from lsjax.families.qwen import QWEN2, QWEN3
 from lsjax.positions.scaling import check_widths
 from lsjax.runtime.text_files import read_json
 
-__all__ = ["FAMILIES", "Family", "Tensor", "family_of", "parse_config", "read_config"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Tensor",
+    "family_of",
+    "parse_config",
+    "read_config",
+    "refuse_gguf",
+]
 
 FAMILIES = {
     name: family
@@ -81,6 +89,24 @@ def _refuse_quantized(raw: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_gguf(path: str) -> None:
+    """Refuses a GGUF file, and a folder that holds one instead of a config.json.
+
+    Raises:
+      UserError: says how to convert it.
+    """
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        files = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    else:
+        files = [path]
+    for file in files:
+        if file.endswith(".gguf"):
+            raise UserError(
+                f"{file} is a GGUF file; convert it with `lsjax-convert --input_dir {file} "
+                f"--output_dir {file.removesuffix('.gguf')}`, and give that folder."
+            )
+
+
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Reads a config.json, given its path or its model folder.
 
@@ -88,6 +114,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
       UserError: the file is missing or invalid.
     """
     path = os.fspath(path)
+    refuse_gguf(path)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     try:
         raw = read_json(file)

@@ -14,6 +14,7 @@ from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 from lsjax.errors import UserError
+from lsjax.families import refuse_gguf
 from lsjax.families.generation_config import NAME, eos_token_ids, read_generation_config, unapplied
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.sampling import Sampling, suggested_sampling
@@ -82,6 +83,7 @@ def resolve_options(
       UserError: an option is wrong, or options conflict.
     """
     folder = os.fspath(path)
+    refuse_gguf(folder)
     if not os.path.isdir(folder):
         raise UserError(
             f"{folder} is not a folder; a model is a Hugging Face folder (config.json, "

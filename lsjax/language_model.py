@@ -24,7 +24,7 @@ from lsjax.documents import (
     read_document,
     unread_document,
 )
-from lsjax.documents.library import document_path, mark_used, prune
+from lsjax.documents.library import document_path, longest_prefix, mark_used, prune
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
@@ -383,7 +383,8 @@ class LanguageModel:
           document: a text or a list of ids.
           save_to: folder to save it to while it is read. If it holds the beginning of the same
             document, reading goes on from there; if it holds all of it, it is opened.
-          document_cache: folder that keeps many documents; this one is saved to a folder in it.
+          document_cache: folder that keeps many documents; this one is saved to a folder in it. The
+            beginning that it shares with one of them is not read again.
           document_cache_gib: size of that folder; documents used least recently are deleted.
           reserve: tokens of question and answer that the rotary scaling leaves room for, where it
             depends on the length. None for the room up to the trained length, at least 1,024 and
@@ -400,11 +401,12 @@ class LanguageModel:
             *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
         )
         if document_cache is None:
-            return read_document(self.engine, self.params, unread, save_to, on_prefill)
+            return read_document(self.engine, self.params, unread, save_to, on_prefill=on_prefill)
         if save_to is not None:
             raise UserError("save_to names one document's folder, document_cache many; give one.")
         path = document_path(document_cache, unread)
-        found = read_document(self.engine, self.params, unread, path, on_prefill)
+        begins_as = longest_prefix(document_cache, unread)
+        found = read_document(self.engine, self.params, unread, path, begins_as, on_prefill)
         mark_used(path)
         prune(document_cache, document_cache_gib * 2**30, keep=path)
         return found

@@ -16,8 +16,15 @@ from absl import flags
 
 from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
-from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_options
+from lsjax.cli.flags import (
+    define_document_cache_flags,
+    define_model_flags,
+    define_rope_scaling_flag,
+    document_cache_options,
+    model_options,
+)
 from lsjax.cli.program import run_program, say
+from lsjax.cli.reading import read_document
 from lsjax.documents import Document, check_options
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
@@ -27,7 +34,7 @@ from lsjax.inference.stop_strings import TextStream
 from lsjax.language_model import LanguageModel, load_from_options
 from lsjax.planning.check import check_memory
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.progress import PrefillBar, byte_bar, character_bar
+from lsjax.runtime.progress import byte_bar, character_bar
 from lsjax.runtime.text_files import STDIN, check_writable, write_atomically
 from lsjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,17 +80,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "allow_untrained_length", False, "Allow documents longer than the model supports."
     )
-    flags.DEFINE_string(
-        "document_cache",
-        None,
-        "Folder that keeps documents that have been read, for later runs. Default: none.",
-    )
-    flags.DEFINE_float(
-        "document_cache_gib",
-        100.0,
-        "GiB that --document_cache may take; documents used least recently are deleted.",
-        lower_bound=0.0,
-    )
+    define_document_cache_flags()
     flags.DEFINE_string("output_json", None, "File to write answers and their statistics to.")
 
 
@@ -95,8 +92,7 @@ def main(_: list[str]) -> None:
         raise UserError("- reads the document from the standard input, so give --question too.")
     if FLAGS.chat_template and not FLAGS.is_chat_model:
         raise UserError("--chat_template is used by chat models only; add --is_chat_model.")
-    if FLAGS["document_cache_gib"].present and not FLAGS.document_cache:
-        raise UserError("--document_cache_gib bounds --document_cache; give that, too.")
+    kept = document_cache_options()
     (text,) = inputs.read_texts([FLAGS.document])
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
     check_options(options)
@@ -109,15 +105,13 @@ def main(_: list[str]) -> None:
     _check_memory(options, tokenizer, tuple(ids), questions)
     with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
         model = load_from_options(options, bar.update)
-    document = model.read(
+    document = read_document(
+        model,
         ids,
-        document_cache=FLAGS.document_cache,
-        document_cache_gib=FLAGS.document_cache_gib,
+        **kept,
         reserve=FLAGS.reserve,
         allow_untrained_length=FLAGS.allow_untrained_length,
-        on_prefill=PrefillBar(options.config, len(ids)),
     )
-    say(f"document   {len(document):,} tokens")
     if questions:
         answers = _answer_together(model, document, questions)
     else:

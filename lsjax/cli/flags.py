@@ -65,6 +65,33 @@ def define_rope_scaling_flag() -> None:
     )
 
 
+def define_document_cache_flags() -> None:
+    """Defines the flags that say where documents are kept that have been read."""
+    flags.DEFINE_string(
+        "document_cache",
+        None,
+        "Folder that keeps what has been read, for later runs: each reads only what is new, and "
+        "one that is stopped is gone on with. Default: none.",
+    )
+    flags.DEFINE_float(
+        "document_cache_gib",
+        100.0,
+        "GiB that --document_cache may take; documents used least recently are deleted.",
+        lower_bound=0.0,
+    )
+
+
+def document_cache_options() -> dict[str, Any]:
+    """Returns define_document_cache_flags' values as arguments of LanguageModel.read.
+
+    Raises:
+      UserError: a size is given, but no folder.
+    """
+    if flags.FLAGS["document_cache_gib"].present and not flags.FLAGS.document_cache:
+        raise UserError("--document_cache_gib bounds --document_cache; give that, too.")
+    return {n: flags.FLAGS[n].value for n in ("document_cache", "document_cache_gib")}
+
+
 def define_mesh_flags() -> None:
     """Defines the flags that say which devices of which processes a program uses."""
     flags.DEFINE_string(

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -13,9 +14,18 @@ from absl import flags
 
 from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
-from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_options
+from lsjax.cli.flags import (
+    define_document_cache_flags,
+    define_model_flags,
+    define_rope_scaling_flag,
+    document_cache_options,
+    model_options,
+)
 from lsjax.cli.program import run_program, say
+from lsjax.cli.reading import read_document
+from lsjax.documents import check_options
 from lsjax.errors import UserError
+from lsjax.inference.generate import Run
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import Request, batches, caches_held
 from lsjax.inference.sampling import Sampling
@@ -62,6 +72,7 @@ def define_flags() -> None:
         "Maximum number of prompts answered together. Default: all of them.",
         lower_bound=1,
     )
+    define_document_cache_flags()
     flags.DEFINE_bool("is_chat_model", False, "Render prompts with the model's chat template.")
     flags.DEFINE_string(
         "chat_template", None, "Jinja chat template to use instead of the model's, or a file of it."
@@ -128,8 +139,15 @@ def main(argv: list[str]) -> None:
     given = _given_sampling()
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
+    kept = document_cache_options()
+    if FLAGS.document_cache and FLAGS.max_batch_size not in (None, 1):
+        raise UserError(
+            "--document_cache answers prompts one after the other; leave out --max_batch_size."
+        )
     read = _reader(argv[1:])
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
+    if FLAGS.document_cache:
+        check_options(options)
     tokenizer = options.tokenizer or load_tokenizer(options.folder)
     ids = read(tokenizer)
     requests = batches(
@@ -137,7 +155,7 @@ def main(argv: list[str]) -> None:
         ids,
         FLAGS.max_output_length,
         max_input_length=_max_input_length(options, len(ids)),
-        max_batch_size=FLAGS.max_batch_size,
+        max_batch_size=1 if FLAGS.document_cache else FLAGS.max_batch_size,
         sampling=_sampling(options, given),
         ignore_eos=FLAGS.ignore_eos,
         allow_untrained_length=FLAGS.allow_untrained_length,
@@ -151,7 +169,8 @@ def main(argv: list[str]) -> None:
         note(text)
     check_memory(options, requests[0])
     model = _load(options)
-    completions = [c for request in requests for c in _answer(model, request)]
+    answer = functools.partial(_answer_from_cache, kept) if FLAGS.document_cache else _answer
+    completions = [c for request in requests for c in answer(model, request)]
     batch = requests[0].num_real * FLAGS.num_samples
     stats = [completions[i].stats for i in range(0, len(completions), batch)]
     say(report.summary(report.combine(stats)))
@@ -245,18 +264,39 @@ def _answer(model: LanguageModel, request: Request):
     """Answers a batch and prints it: a single row as it is generated, several rows at the end."""
     longest = max(len(p) for p in request.prompts)
     bar = PrefillBar(model.config, longest, model.options.span(longest))
-    run = model.start(request, bar)
+    return _printed(model, request, model.start(request, bar))
+
+
+def _answer_from_cache(kept: dict[str, Any], model: LanguageModel, request: Request):
+    """Answers one prompt as `_answer`, all but its last token read with the document cache."""
+    prompt = request.prompts[0]
+    if len(prompt) == 1:
+        return _answer(model, request)
+    document = read_document(
+        model,
+        prompt[:-1],
+        **kept,
+        reserve=request.max_output_length + 1,  # as much as the prompt itself is settled for
+        allow_untrained_length=FLAGS.allow_untrained_length,
+    )
+    request = document.begin(request)
+    return _printed(model, request, model.start(request, document=document))
+
+
+def _printed(model: LanguageModel, request: Request, run: Run):
+    """Prints a run's answers as they come, and returns them."""
     single = len(request.numbers) == 1
     text = TextStream(model.tokenizer, request.stop)
     for new in run:
         if single:
             say(text.push(new[0]), end="")
+    completions = run.completions()
     if single:
         say(text.flush())
     else:
-        for completion in run.completions():
+        for completion in completions:
             say(f"--- {completion.prompt_tokens:,} tokens:\n{completion.text}")
-    return run.completions()
+    return completions
 
 
 def program() -> None:

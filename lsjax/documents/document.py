@@ -11,6 +11,7 @@ from lsjax.documents.prefill import save_cache
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
+from lsjax.inference.request import Request
 from lsjax.runtime.html import table
 
 
@@ -22,7 +23,8 @@ class Document:
       token_ids: ids of the whole text.
       cache: its keys and values; None before the document is read.
       settled_length: length in tokens, with question and answer, that the rotary scaling was chosen
-        for; None if the scaling does not depend on the length.
+        for, at least the trained length, up to which it is the same; None if it does not depend
+        on the length.
       fingerprint: what the keys and values depend on; see fingerprint.
       engine: engine of the model that has read it.
     """
@@ -51,6 +53,12 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def begin(self, request: Request) -> Request:
+        """Returns a request whose prompts, which begin with the document, are run after it."""
+        return dataclasses.replace(
+            request, shared=self.shared, cached=self.cached, settled_length=self.settled_length
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the document to a folder, which LanguageModel.open_document reads on any mesh.

@@ -193,11 +193,21 @@ class DocumentFolder:
         for write in self._pending:
             write.result()
         self._pending.clear()
-        self.manifest = dataclasses.replace(self.manifest, done=max(self.manifest.done, done))
-        self._save_manifest()
+        if done > self.manifest.done:
+            self.manifest = dataclasses.replace(self.manifest, done=done)
+            self._save_manifest()
 
-    def slices(self, done: int) -> Iterator[tuple[int, TokenSlice]]:
+    def copy_from(self, other: "DocumentFolder", tokens: int) -> None:
+        """Copies the first tokens of another document, in whole slices, to this empty one."""
+        done = min(tokens, self.manifest.cached) // self.manifest.slice * self.manifest.slice
+        for start, part in other.slices(done, self.manifest.slice):
+            self.append(part, start)
+        self.commit(done)
+
+    def slices(self, done: int, size: int | None = None) -> Iterator[tuple[int, TokenSlice]]:
         """Yields the start and the tokens of each slice of the first `done` tokens, in order.
+
+        `size` is the number of tokens to yield at a time; None for those that are stored together.
 
         Raises:
           UserError: a slice is missing or damaged.
@@ -206,11 +216,12 @@ class DocumentFolder:
             return
         try:
             stores = self._open_stores()
-            starts = range(0, done, self.manifest.slice)
+            size = size or self.manifest.slice
+            starts = range(0, done, size)
             reads: list[Any] = []
             for at in [*starts, None, None]:  # two are read ahead
                 if at is not None:
-                    stop = min(at + self.manifest.slice, done)
+                    stop = min(at + size, done)
                     reads.append((at, [x[:, :, :, at:stop].read() for x in _arrays(stores)]))
                 if reads and (len(reads) > 2 or at is None):
                     start, futures = reads.pop(0)

@@ -8,6 +8,8 @@ import os
 import shutil
 import time
 
+import numpy as np
+
 from lsjax.documents.document import Document
 from lsjax.documents.fingerprint import hash_of_ids
 from lsjax.documents.folder import DocumentFolder, Manifest
@@ -36,6 +38,28 @@ def document_path(root: str | os.PathLike[str], document: Document) -> str:
     facts = [document.fingerprint, document.settled_length, hash_of_ids(document.token_ids)]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return os.path.join(os.path.abspath(root), name)
+
+
+def longest_prefix(
+    root: str | os.PathLike[str], document: Document
+) -> tuple[DocumentFolder | None, int]:
+    """Returns the saved document that begins as this one for longest, and for how many tokens.
+
+    Only those of the same model, settings and settled length count, and only what is saved.
+    """
+    best: tuple[DocumentFolder | None, int] = None, 0
+    wanted = np.asarray(document.token_ids)
+    for saved in saved_documents(root) if os.path.isdir(root) else ():
+        held = saved.manifest
+        same = (held.fingerprint, held.settled_length)
+        if same != (document.fingerprint, document.settled_length) or held.done <= best[1]:
+            continue
+        folder = DocumentFolder.open(os.path.join(root, saved.name))
+        ids = np.asarray(folder.token_ids()[: min(len(wanted), held.done)])
+        differ = np.flatnonzero(ids != wanted[: len(ids)])
+        common = int(differ[0]) if len(differ) else len(ids)
+        best = max(best, (folder, common), key=lambda found: found[1])
+    return best
 
 
 def mark_used(path: str) -> None:

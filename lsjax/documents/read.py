@@ -1,5 +1,6 @@
 """Reading documents, and opening saved ones."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -25,14 +26,27 @@ def read_document(
     params: dict,
     document: Document,
     save_to: str | os.PathLike[str] | None = None,
+    begins_as: tuple[DocumentFolder | None, int] = (None, 0),
     on_prefill: Callable[[int], None] | None = None,
 ) -> Document:
-    """Reads a document that `unread_document` has returned; see LanguageModel.read."""
+    """Reads a document that `unread_document` has returned.
+
+    Args:
+      engine: engine of the model.
+      params: model parameters.
+      document: the document.
+      save_to: folder to save it to, and to go on from; None for none.
+      begins_as: a saved document that begins with as many of the same tokens, which are copied
+        instead of read; (None, 0) for none.
+      on_prefill: see prefill_document.
+    """
     if save_to is None:
         cache = prefill_document(engine, params, document, None, on_prefill)
         return dataclasses.replace(document, cache=cache)
-    folder = new_folder(save_to, document)
-    with folder.writing():
+    folder, (other, tokens) = new_folder(save_to, document), begins_as
+    with contextlib.nullcontext() if folder.complete else folder.writing():
+        if other is not None and not folder.manifest.done:
+            folder.copy_from(other, tokens)
         cache = prefill_document(engine, params, document, folder, on_prefill)
     return dataclasses.replace(document, cache=cache)
 
@@ -65,7 +79,7 @@ def unread_document(
     return Document(
         token_ids=ids,
         cache=None,
-        settled_length=len(ids) + room if by_length else None,
+        settled_length=max(len(ids) + room, trained) if by_length else None,
         fingerprint=fingerprint,
         engine=engine,
     )

@@ -157,6 +157,7 @@ def test_what_does_not_fit_is_refused(copy, tmp_path):
 
 
 def test_a_folder_that_is_being_written_is_left_alone(copy):
+    edit(copy, done=SLICE)
     with open(copy / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="being written by another process"):
@@ -202,3 +203,15 @@ def test_a_slice_is_about_a_chunk_and_64_mib_at_most():
     assert slice_tokens(6144, 96) == 64
     assert slice_tokens(114_688, 4096) == 512
     assert slice_tokens(10**7, 4096) == 256
+
+
+def test_a_document_that_begins_as_a_saved_one_is_read_from_there(copy):
+    """Up to the last whole slice that both have."""
+    lm, told = model(), []
+    other = [*DOCUMENT[:250], *[1] * 70]
+    document = lm.read(
+        other, document_cache=copy.parent, allow_untrained_length=True, on_prefill=told.append
+    )
+    assert told[0] == 250 // SLICE * SLICE and sum(told) == len(other)
+    plain = lm.read(other, allow_untrained_length=True)
+    assert answers(lm, document) == answers(lm, plain)

@@ -175,3 +175,18 @@ def test_as_a_process_it_ends_with_the_same_sentence():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "no/such/book.txt" in done.stderr and "no such file" in done.stderr
+
+
+def test_a_prompt_that_begins_as_an_earlier_one_is_read_from_there(tmp_path):
+    flags = ["--kv_cache_dtype", "float32", "--max_output_length", 4, "--document_cache", tmp_path]
+    text = "The grass is green. " * 20
+    run_pa("--input_texts", text, *flags)
+    longer = text + "The sky is blue. " * 4
+    plain = run_pa("--input_texts", longer, "--max_output_length", 4)
+    kept = run_pa("--input_texts", longer, *flags)
+    assert kept.returncode == 0, kept.stderr
+    answer = plain.stdout.split("cpu, mesh data=1,context=1,model=1\n")[1].splitlines()[0]
+    assert answer in kept.stdout.splitlines()
+    assert len(list(tmp_path.iterdir())) == 2
+    refused = run_pa("--input_texts", text, *flags, "--max_batch_size", 2)
+    assert refused.returncode == 2 and "one after the other" in refused.stderr

@@ -20,7 +20,7 @@ def alone():
     return answers(build("qwen3"), [PROMPT] * 4, max_batch_size=1)
 
 
-slow = pytest.mark.slow("two rows, and devices of two axes, are quick")
+slow = pytest.mark.slow("two rows are quick")
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=slow)])
@@ -29,7 +29,8 @@ def test_prompts_draw_for_themselves_whatever_the_batch(model, alone, size):
     assert answers(model("qwen3"), [PROMPT] * 4, max_batch_size=size) == alone
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=4", marks=slow), "context=2,model=2"])
+@pytest.mark.slow("a draw's key is of its row, and rows on meshes are quick, greedily")
+@pytest.mark.parametrize("mesh", ["data=4", "context=2,model=2"])
 def test_on_several_devices_too(model, alone, mesh):
     assert answers(model("qwen3", mesh=mesh), [PROMPT] * 4) == alone
 

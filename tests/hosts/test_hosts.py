@@ -44,6 +44,7 @@ def token_ids(file):
     return [r["token_ids"] for r in json.loads(Path(file).read_text())["results"]]
 
 
+@pytest.mark.slow("its parts are quick: eight devices of one process, and who calls and answers")
 def test_two_processes_of_four_devices_say_what_one_process_says(tmp_path):
     """On all axes, where one process has one device."""
     prompts = (SHORT, "The door was open. The key of the house is")

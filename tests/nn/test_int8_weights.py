@@ -89,6 +89,7 @@ def _rounded(params, like):
     return {k: _rounded(v, like[k]) if isinstance(v, dict) else v for k, v in params.items()}
 
 
+@pytest.mark.slow("products are quick, and so are tokens on a mesh and folders of floats")
 @pytest.mark.parametrize(("architecture", "devices"), [("GlmForCausalLM", "context=2,model=2")])
 def test_a_folder_is_quantized_while_it_is_read_saved_and_converted_back(
     tmp_path, architecture, devices

@@ -19,6 +19,7 @@ from lsjax.cli import inputs, report
 from lsjax.cli.flags import (
     define_document_cache_flags,
     define_model_flags,
+    define_progress_flag,
     define_rope_scaling_flag,
     document_cache_options,
     model_options,
@@ -44,6 +45,7 @@ _QUESTION = "\u241equestion\u241e"
 
 
 def define_flags() -> None:
+    define_progress_flag()
     define_model_flags()
     define_rope_scaling_flag()
     flags.DEFINE_string(

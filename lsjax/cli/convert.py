@@ -17,6 +17,7 @@ from lsjax.checkpoint import (
     convert_orbax_to_hf,
     is_orbax,
 )
+from lsjax.cli.flags import define_progress_flag
 from lsjax.cli.program import import_extra, run_program
 from lsjax.errors import UserError
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
@@ -26,6 +27,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    define_progress_flag()
     flags.DEFINE_string(
         "input_dir",
         None,

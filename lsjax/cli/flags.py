@@ -65,6 +65,16 @@ def define_rope_scaling_flag() -> None:
     )
 
 
+def define_progress_flag() -> None:
+    """Defines the flag that has a program's progress written as JSON; run_program heeds it."""
+    flags.DEFINE_string(
+        "progress_json",
+        None,
+        "File or pipe to write progress to, a JSON object per line: phase, done, total, unit, "
+        "seconds and remaining_seconds. Default: none.",
+    )
+
+
 def define_document_cache_flags() -> None:
     """Defines the flags that say where documents are kept that have been read."""
     flags.DEFINE_string(

@@ -16,6 +16,7 @@ from lsjax.cli.flags import connect
 from lsjax.errors import UserError
 from lsjax.runtime import notes
 from lsjax.runtime.primary import silence_other_processes
+from lsjax.runtime.progress import events_to
 
 
 def run_program(
@@ -46,7 +47,8 @@ def run_program(
                 raise UserError(f"{argv[1]!r} is not a flag; give every value as --name=value.")
             if "coordinator_address" in flags.FLAGS:
                 connect()
-            with silence_other_processes(), _notes_are_printed():
+            events = flags.FLAGS.progress_json if "progress_json" in flags.FLAGS else None
+            with silence_other_processes(), _notes_are_printed(), events_to(events):
                 return main(argv)
         except UserError as error:
             _fail(error)

@@ -17,6 +17,7 @@ from lsjax.cli import inputs, report
 from lsjax.cli.flags import (
     define_document_cache_flags,
     define_model_flags,
+    define_progress_flag,
     define_rope_scaling_flag,
     document_cache_options,
     model_options,
@@ -42,6 +43,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    define_progress_flag()
     define_model_flags()
     flags.DEFINE_multi_string(
         "input_texts",

@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from lsjax.cli.flags import define_mesh_flags, parse_lengths
+from lsjax.cli.flags import define_mesh_flags, define_progress_flag, parse_lengths
 from lsjax.cli.program import import_extra, run_program
 from lsjax.errors import UserError
 from lsjax.inference.options import COMPUTE_DTYPES
@@ -28,6 +28,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    define_progress_flag()
     flags.DEFINE_string(
         "output_dir",
         None,

@@ -190,3 +190,19 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_read_from_there(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     refused = run_pa("--input_texts", text, *flags, "--max_batch_size", 2)
     assert refused.returncode == 2 and "one after the other" in refused.stderr
+
+
+def test_progress_is_written_as_json_lines(tmp_path):
+    events = tmp_path / "events"
+    done = run_pa(
+        "--input_texts", "The sky. " * 30, "--max_output_length", 2, "--progress_json", events
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in events.read_text().splitlines()]
+    assert {event["phase"] for event in found} == {"tokenize", "load", "prefill"}
+    last = {event["phase"]: event for event in found}
+    for event in last.values():
+        assert event["done"] == event["total"] and event["remaining_seconds"] == 0
+    assert last["prefill"]["unit"] == "tokens" and last["prefill"]["total"] > 60
+    refused = run_pa("--input_texts", "The sky.", "--progress_json", tmp_path / "no" / "events")
+    assert refused.returncode == 2 and "cannot be written" in refused.stderr

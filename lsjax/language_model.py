@@ -344,16 +344,15 @@ class LanguageModel:
         if document is None:
             return batches(self.options, ids, max_output_length, **options)
         check_fingerprint("the document", document.fingerprint, self._fingerprint)
+        here, there = self.options, document.engine.settings
+        if (here.mesh, here.prefill_chunk) != (there.mesh, there.prefill_chunk):
+            raise UserError(
+                "the document was read on another mesh or in other chunks; save it, and open it "
+                "with this model."
+            )
         document.check_room(max(map(len, ids)) + max_output_length)
-        return batches(
-            self.options,
-            ids,
-            max_output_length,
-            shared=document.shared,
-            cached=document.cached,
-            settled_length=document.settled_length,
-            **options,
-        )
+        found = batches(self.options, ids, max_output_length, **options)
+        return [document.begin(request) for request in found]
 
     def start(
         self,

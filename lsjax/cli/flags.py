@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from absl import flags
 
 from lsjax.cache import CACHE_DTYPES
@@ -95,8 +96,10 @@ def document_cache_options() -> dict[str, Any]:
     """Returns define_document_cache_flags' values as arguments of LanguageModel.read.
 
     Raises:
-      UserError: a size is given, but no folder.
+      UserError: a size is given, but no folder; or several processes run.
     """
+    if flags.FLAGS.document_cache and jax.distributed.is_initialized():
+        raise UserError("--document_cache is for one process so far; leave it out.")
     if flags.FLAGS["document_cache_gib"].present and not flags.FLAGS.document_cache:
         raise UserError("--document_cache_gib bounds --document_cache; give that, too.")
     return {n: flags.FLAGS[n].value for n in ("document_cache", "document_cache_gib")}

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 
+import jax
+
 from lsjax.cache import DocumentCache
 from lsjax.config import ModelConfig
 from lsjax.documents.folder import DocumentFolder, slice_tokens
@@ -11,7 +13,7 @@ from lsjax.documents.prefill import save_cache
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
-from lsjax.inference.request import Request
+from lsjax.inference.request import Request, bucket
 from lsjax.runtime.html import table
 
 
@@ -56,8 +58,15 @@ class Document:
 
     def begin(self, request: Request) -> Request:
         """Returns a request whose prompts, which begin with the document, are run after it."""
+        longest = max(map(len, request.prompts))
+        padding = [(*self.token_ids, 0)] * (len(request.prompts) - request.num_real)
         return dataclasses.replace(
-            request, shared=self.shared, cached=self.cached, settled_length=self.settled_length
+            request,
+            prompts=(*request.prompts[: request.num_real], *padding),
+            prompt_capacity=self.shared + bucket(longest - self.shared),
+            shared=self.shared,
+            cached=self.cached,
+            settled_length=self.settled_length,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -98,7 +107,16 @@ class Document:
 
 
 def new_folder(path: str | os.PathLike[str], document: Document) -> DocumentFolder:
-    """Creates the folder of a document, or opens the one that was begun for it."""
+    """Creates the folder of a document, or opens the one that was begun for it.
+
+    Raises:
+      UserError: the folder holds something else, or several processes run the model.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            "several processes do not save documents yet; read the document without a folder, or "
+            "with one process."
+        )
     config, settings = document.engine.config, document.engine.settings
     spec = settings.cache_spec(1, document.cached or 1, 0)
     token_bytes = -(-spec.nbytes(config) // spec.capacity)

@@ -56,10 +56,11 @@ def hash_of_ids(ids: Sequence[int]) -> str:
 
 
 def _hash_of_weights(settings: EngineConfig, params: dict) -> str:
-    samples = jax.jit(_sample, out_shardings=sharding(settings.mesh, PartitionSpec()))(params)
     found = hashlib.sha256()
+    samples = jax.jit(_sample, out_shardings=sharding(settings.mesh, PartitionSpec()))(params)
+    shapes = {path: x.shape for path, x in flatten(params).items()}
     for path, x in sorted(flatten(samples).items()):
-        found.update(f"{path} {flatten(params)[path].shape}".encode())
+        found.update(f"{path} {shapes[path]}".encode())
         found.update(np.asarray(x, np.float32).tobytes())
     return found.hexdigest()[:16]
 

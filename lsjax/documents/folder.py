@@ -197,6 +197,12 @@ class DocumentFolder:
             self.manifest = dataclasses.replace(self.manifest, done=done)
             self._save_manifest()
 
+    def end(self, cached: int) -> None:
+        """Records that no more than `cached` tokens are saved: a mesh may share fewer of them."""
+        if cached < self.manifest.cached and self.manifest.done <= cached:
+            self.manifest = dataclasses.replace(self.manifest, cached=cached)
+            self._save_manifest()
+
     def copy_from(self, other: "DocumentFolder", tokens: int) -> None:
         """Copies the first tokens of another document, in whole slices, to this empty one."""
         done = min(tokens, self.manifest.cached) // self.manifest.slice * self.manifest.slice

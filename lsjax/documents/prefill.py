@@ -53,7 +53,7 @@ def prefill_document(
         start = cached if done >= cached else done // aligned * aligned
         for at, tokens in folder.slices(start):
             cache = engine.write_tokens(cache, tokens, at)
-        saver = _Saver(engine, folder, start, cached)
+        saver = _Saver(engine, folder, start, min(cached, folder.manifest.cached))
         if on_prefill and start:
             on_prefill(start)
     try:
@@ -137,7 +137,7 @@ class _Saver:
 
     def take(self, cache: KVCache, filled: int) -> None:
         """Takes all slices that end within the first `filled` tokens, or with the document."""
-        size = self._folder.manifest.slice
+        size, filled = self._folder.manifest.slice, min(filled, self._cached)
         while self.taken < filled and (self.taken + size <= filled or filled == self._cached):
             self._slices.append((self.taken, self._engine.read_tokens(cache, self.taken, size)))
             self.taken = min(self.taken + size, self._cached)
@@ -158,6 +158,8 @@ class _Saver:
             self.write(self._cached)
         finally:
             self._commit()
+        if self._written == self._cached:
+            self._folder.end(self._cached)
 
     def _commit(self) -> None:
         self._folder.commit(self._written)

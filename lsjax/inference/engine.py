@@ -77,9 +77,15 @@ class Engine:
         return steps.read_tokens(self._model, layers, np.int32(start), size=size)
 
     def write_tokens(self, cache: KVCache, tokens: TokenSlice, start: int) -> KVCache:
-        """Writes tokens that `read_tokens` has read to all rows; the cache is donated."""
-        where = self._model.replicated
-        tokens = jax.tree.map(lambda x: put_on_mesh(np.asarray(x), where), tokens)
+        """Writes tokens that `read_tokens` has read to all rows; the cache is donated.
+
+        bfloat16 may come as its bits.
+        """
+
+        def place(x: np.ndarray, held: jax.Array) -> jax.Array:
+            return put_on_mesh(np.asarray(x).view(held.dtype), self._model.replicated)
+
+        tokens = jax.tree.map(place, tokens, without_tails(cache)[0].k)
         return steps.write_tokens(self._model, cache, tokens, np.int32(start))
 
     def prefill(

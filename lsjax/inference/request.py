@@ -103,14 +103,11 @@ def batches(
     prompt_lookup_num_tokens: int = 0,
     num_samples: int = 1,
     stop: Sequence[str] = (),
-    shared: int = 0,
-    cached: int = 0,
-    settled_length: int | None = None,
 ) -> list[Request]:
     """Checks prompts and groups them into batches of one shape.
 
-    The arguments are those of LanguageModel.generate, and those of Request. Batches are padded with
-    rows, so that all have one size, a multiple of the data axis, and no other shape is compiled.
+    The arguments are those of LanguageModel.generate. Batches are padded with rows, so that all
+    have one size, a multiple of the data axis, and no other shape is compiled.
 
     Raises:
       UserError: a prompt or an argument cannot be served.
@@ -139,11 +136,10 @@ def batches(
     data = options.mesh.shape["data"]
     rows = -(-rows // data) * data
     groups = [ids[i : i + rows] for i in range(0, len(ids), rows)]
-    room = max_input_length or shared + bucket(max(len(p) for p in ids) - shared)
-    padding = (*ids[0][:shared], 0)
+    room = max_input_length or bucket(max(len(p) for p in ids))
     return [
         Request(
-            prompts=(*group, *(padding for _ in range(rows - len(group)))),
+            prompts=(*group, *((0,) for _ in range(rows - len(group)))),
             num_real=len(group),
             max_output_length=max_output_length,
             prompt_capacity=room,
@@ -153,9 +149,6 @@ def batches(
             first=i * rows,
             num_samples=num_samples,
             stop=tuple(stop),
-            shared=shared,
-            cached=cached,
-            settled_length=settled_length,
         )
         for i, group in enumerate(groups)
     ]

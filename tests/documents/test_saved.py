@@ -215,3 +215,24 @@ def test_a_document_that_begins_as_a_saved_one_is_read_from_there(copy):
     assert told[0] == 250 // SLICE * SLICE and sum(told) == len(other)
     plain = lm.read(other, allow_untrained_length=True)
     assert answers(lm, document) == answers(lm, plain)
+
+
+@pytest.mark.slow("meshes that share fewer tokens, and what is interrupted, are tested alone")
+def test_a_mesh_that_shares_fewer_tokens_goes_on_with_it(tmp_path):
+    """Zigzag blocks of eight devices are longer than blocks of the cache."""
+    lm, calls = model(chunk=128), []
+
+    def interrupt(tokens):
+        calls.append(tokens)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(lm, tmp_path, on_prefill=interrupt)
+    other = model("context=8", chunk=128)
+    document = read(other, tmp_path)
+    assert document.cached == 256 < lm.read(DOCUMENT, allow_untrained_length=True).cached
+    expected = answers(lm, lm.read(DOCUMENT, allow_untrained_length=True))
+    assert answers(other, document) == expected
+    assert answers(lm, lm.open_document(tmp_path)) == expected
+    with pytest.raises(UserError, match="on another mesh or in other chunks"):
+        lm.generate([1], 4, document=document)

@@ -45,8 +45,8 @@ FAULTS = (
     Fault(
         "a wrong slot in the zigzag",
         "lsjax/distributed/sequence_layout.py",
-        "rest - (2 * self.devices - 1 - device) * self._chunk_length, 0",
-        "rest - (2 * self.devices - 2 - device) * self._chunk_length, 0",
+        "rest - (2 * self.devices - 1 - device) * self.piece_length, 0",
+        "rest - (2 * self.devices - 2 - device) * self.piece_length, 0",
         "tests/attention/test_zigzag.py",
     ),
     Fault(

@@ -9,13 +9,18 @@
   prefill on a GPU.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from lsjax.attention import blockwise
-from lsjax.attention.blockwise import CPU_BLOCKS, Blocks, KeyRange, in_query_blocks
+from lsjax.attention.blockwise import (
+    CPU_BLOCKS,
+    MAX_DECODE_QUERIES,
+    Blocks,
+    KeyRange,
+    QueryBlocks,
+    in_query_blocks,
+)
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 
@@ -35,20 +40,22 @@ def attend(
     v: KVArray,
     key_range: KeyRange,
     slopes: jax.Array | None,
+    blocks: QueryBlocks | None = None,
 ) -> Partial:
     """Runs attention on `platform`: cpu, gpu (or cuda) or tpu.
 
-    See `blockwise.attend` for the other arguments and the result.
+    `blocks` is what is known of `key_range` when the program is compiled, or None. See
+    `blockwise.attend` for the other arguments and the result.
     """
     group, length = q.shape[2:4]
-    if slopes is None and k.data.dtype != jnp.uint8:
+    on_gpu, is_int4 = platform in ("gpu", "cuda"), k.data.dtype == jnp.uint8
+    if slopes is None and not is_int4:
         if platform == "tpu":
             return _on_tpu(q, k, v, key_range)
-        if platform in ("gpu", "cuda") and group * length <= _GPU_DECODE_QUERIES:
+        if on_gpu and group * length <= _GPU_DECODE_QUERIES:
             return _decode_on_gpu(q, k, v, key_range)
-        if platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16:
-            prefill = functools.partial(_prefill_on_gpu, k=k, v=v)
-            return in_query_blocks(prefill, q, key_range, _GPU_QUERIES)
+    if slopes is None and on_gpu and q.dtype == jnp.bfloat16 and length > MAX_DECODE_QUERIES:
+        return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
 
 
@@ -69,14 +76,22 @@ def _decode_on_gpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) ->
     return gpu.decode(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
 
 
-def _prefill_on_gpu(q: jax.Array, key_range: KeyRange, k: KVArray, v: KVArray) -> Partial:
+def _prefill_on_gpu(
+    q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange, blocks: QueryBlocks | None
+) -> Partial:
     from lsjax.attention import cudnn
 
-    def edges(begin: jax.Array, end: jax.Array) -> Partial:
-        among = KeyRange(begin, end, key_range.query_positions)
-        return blockwise.attend(q, k, v, among, blocks=_ACCELERATOR_BLOCKS)
+    if blocks is not None and (blocks.window or 0) <= cudnn.PIECE:
+        return cudnn.in_blocks(q, k, v, key_range, blocks)
 
-    return cudnn.prefill(q, k.data, v.data, k.scale, v.scale, *_range(key_range), edges)
+    def some(q: jax.Array, key_range: KeyRange) -> Partial:
+        def edges(begin: jax.Array, end: jax.Array) -> Partial:
+            among = KeyRange(begin, end, key_range.query_positions)
+            return blockwise.attend(q, k, v, among, blocks=_ACCELERATOR_BLOCKS)
+
+        return cudnn.in_general(q, k, v, *_range(key_range), edges)
+
+    return in_query_blocks(some, q, key_range, _GPU_QUERIES)
 
 
 def _range(key_range: KeyRange) -> tuple[jax.Array, jax.Array]:

@@ -74,7 +74,7 @@ class Engine:
           tables: rotary tables of the batch.
           cache: cache of the prompts up to `start`; donated.
           tokens: [batch, chunk] ids; arbitrary after a prompt's end.
-          start: position of the chunk's first token.
+          start: position of the chunk's first token, a multiple of settings.prefill_chunk.
           lengths: [batch] number of tokens in each prompt.
           last: [batch, hidden] hidden states returned for the previous chunk; None for the first
             chunk.
@@ -86,6 +86,7 @@ class Engine:
         if last is None:
             shape = tokens.shape[0], self.config.hidden_size
             last = jnp.zeros(shape, self.settings.dtype, device=self._model.rows)
+        self._check_chunk(tokens, start)
         tokens, lengths = self._place(tokens), self._place(lengths)
         return steps.prefill(
             self._model, params, tables, cache, tokens, np.int32(start), lengths, last
@@ -117,6 +118,7 @@ class Engine:
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: np.ndarray, start: int
     ) -> tuple[KVCache, jax.Array]:
         """Like `prefill`, but returns every position's logits: [batch, chunk, vocab] float32."""
+        self._check_chunk(tokens, start)
         return steps.score(self._model, params, tables, cache, self._place(tokens), np.int32(start))
 
     def for_samples(
@@ -251,6 +253,15 @@ class Engine:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
         return prefill, decode
+
+    def _check_chunk(self, tokens: np.ndarray, start: int) -> None:
+        """Refuses a chunk whose caches were compiled for others; see CacheSpec.chunk."""
+        chunk = self.settings.prefill_chunk
+        if start % chunk or tokens.shape[1] > chunk:
+            raise ValueError(
+                f"a chunk has at most {chunk} tokens and starts at a multiple of as many, not "
+                f"{tokens.shape[1]} tokens at {start}"
+            )
 
     def _place(self, rows: np.ndarray, dtype: type = np.int32) -> jax.Array:
         return put_on_mesh(np.asarray(rows, dtype), self._model.rows)

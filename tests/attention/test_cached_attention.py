@@ -7,6 +7,7 @@ and in chunks may be at most twice as far from the truth.
 import functools
 from typing import NamedTuple
 
+import helpers.cudnn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from helpers.oracle import attention, dequantised
 from helpers.plain_attention import causal_attention
 
+from lsjax.attention import cudnn, dispatch
 from lsjax.attention.blockwise import KeyRange, attend
 from lsjax.attention.hadamard import hadamard_matrix
 from lsjax.attention.kv_array import KVArray, empty_kv_array
@@ -49,7 +51,7 @@ def empty(case, batch, kv_heads):
     cache = kind(store, store, zigzag(case))
     if quantised(case):
         zeros = jnp.zeros((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype)
-        cache = FloatTail(cache, FloatBlock(zeros, zeros))
+        cache = FloatTail(cache, FloatBlock(zeros, zeros), case.chunk if case.chunk > 1 else 0)
     mesh = make_mesh(MESHES[case.mesh])
     specs = jax.tree.map(lambda s: sharding(mesh, s), cache.partition_specs())
     return jax.device_put(cache, specs)
@@ -211,6 +213,46 @@ def truth_and_plain(case, q, k, v, cache):
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
 def test_as_near_the_truth_as_plain_attention(case):
+    q, k, v = queries_keys_values(case)
+    got, cache = in_chunks(case, q, k, v)
+    truth, plain = truth_and_plain(case, q, k, v, cache)
+    error, plain_error = (np.max(np.abs(np.asarray(x, np.float64) - truth)) for x in (got, plain))
+    assert error <= 2 * plain_error + 1e-7
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Dispatches as on a GPU, with a stand-in for cuDNN that sees pieces of 24 slots."""
+    monkeypatch.setattr(cudnn, "dot_product_attention", helpers.cudnn.dot_product_attention)
+    monkeypatch.setattr(cudnn, "PIECE", 24)
+    monkeypatch.setattr(dispatch, "_GPU_DECODE_QUERIES", 0)
+    attend = dispatch.attend
+    monkeypatch.setattr(dispatch, "attend", lambda _, *args: attend("gpu", *args))
+
+
+def on_gpu(length, chunk, cache, mesh="111", **more):
+    return Case(length, 256, chunk, cache=cache, mesh=mesh, dtype="bfloat16", **more)
+
+
+# Chunks are of several blocks, of one, of half a block, and begin anywhere; the last one is short.
+ON_GPU = [on_gpu(150, 64, "int8"), on_gpu(70, 32, "bfloat16", mesh="121")]
+FORMATS = "int8", "bfloat16"
+MORE_ON_GPU = [
+    *(on_gpu(150, chunk, cache) for chunk in (48, 8, 16, 24, 128) for cache in FORMATS),
+    *(on_gpu(150, 64, cache, window=size) for size in (8, 20, 70, 200) for cache in FORMATS),
+    *(
+        on_gpu(190, chunk, cache, mesh)
+        for chunk, mesh in ((64, "121"), (32, "141"), (64, "181"), (16, "121"), (8, "141"))
+        for cache in FORMATS
+    ),
+    on_gpu(190, 32, "int8", "222"),
+    on_gpu(150, 64, "int4"),
+]
+MORE_ON_GPU = [pytest.param(case, marks=slow) for case in MORE_ON_GPU]
+
+
+@pytest.mark.parametrize("case", [*ON_GPU, *MORE_ON_GPU], ids=str)
+def test_on_a_gpu_as_near_the_truth_as_plain_attention(gpu, case):
     q, k, v = queries_keys_values(case)
     got, cache = in_chunks(case, q, k, v)
     truth, plain = truth_and_plain(case, q, k, v, cache)

@@ -99,7 +99,7 @@ class FloatTail:
         block, zigzag = self.block, self.zigzag
         starts_block = self.chunk > 0 and self.chunk % block == 0
         window = step.blocks and step.blocks.window
-        if step.blocks is None or (window is not None and (window < block or not starts_block)):
+        if step.blocks is None or (window is not None and (window <= block or not starts_block)):
             return None, None
         if step.around_ring(zigzag):
             size, whole = zigzag.piece_length, starts_block and length * zigzag.devices % block == 0

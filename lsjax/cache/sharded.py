@@ -111,5 +111,5 @@ def _blocks(length: int, zigzag: Zigzag, window: int | None) -> QueryBlocks | No
     if window is None:
         return QueryBlocks(length if zigzag.devices == 1 else zigzag.piece_length, causal=True)
     size = math.gcd(length, _WINDOW_QUERIES)
-    fits = zigzag.devices == 1 and window >= size
+    fits = zigzag.devices == 1 and window > size
     return QueryBlocks(size, causal=True, window=window) if fits else None

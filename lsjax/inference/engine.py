@@ -211,11 +211,22 @@ class Engine:
         )
 
     def compile_ahead(self, spec: CacheSpec) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-        """Compiles prefill of a chunk and decode of a segment, for devices that may be absent.
+        """Compiles what `lower_ahead` lowers.
 
         Returns:
           The prefill and the decode program. Their memory_analysis() gives the bytes needed per
-          device. If prompts are prefilled layer by layer, the prefill program runs a single layer.
+          device.
+        """
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            prefill, decode = pool.map(jax.stages.Lowered.compile, self.lower_ahead(spec))
+        return prefill, decode
+
+    def lower_ahead(self, spec: CacheSpec) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Lowers prefill of a chunk and decode of a segment, for devices that may be absent.
+
+        Returns:
+          The prefill and the decode program. If prompts are prefilled layer by layer, the prefill
+          program runs a single layer.
         """
         model = self._model
         whole = model.replicated
@@ -249,10 +260,7 @@ class Engine:
                 )
             static = {"steps": self.settings.segment, "drafted": 0}
             decode = steps.decode.lower(model, params, tables, state, Draw(), eos, **static)
-            lowered = prefill, decode
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
-        return prefill, decode
+            return prefill, decode
 
     def _check_chunk(self, tokens: np.ndarray, start: int) -> None:
         """Refuses a chunk whose caches were compiled for others; see CacheSpec.chunk."""

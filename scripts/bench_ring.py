@@ -236,11 +236,11 @@ def _busiest_over_mean(zigzag: Zigzag, length: int) -> float:
 
 
 def _bytes_sent(stored: int, devices: int, length: int, chunk: int) -> int:
-    """Returns bytes per device: per chunk, once around the ring, it and whole blocks before it."""
+    """Returns bytes per device: whole blocks of filled slots, once around the ring per chunk."""
     of_slot = stored / length
     size = ring.block_size(length // devices)
-    slots = sum(-(-start // devices // size) * size for start in range(0, length, chunk))
-    return int((devices - 1) * (slots + length // devices) * of_slot)
+    blocks = sum(-(-(end // devices) // size) for end in range(chunk, length + 1, chunk))
+    return int((devices - 1) * blocks * size * of_slot)
 
 
 def _errors(sampled: dict[int, np.ndarray], q, k, v) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from lsjax.attention.blockwise import (
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 
+_GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128
 # Queries per cuDNN call on a GPU. More queries dequantize keys less often. Fewer queries leave less
@@ -48,7 +49,7 @@ def attend(
     `blockwise.attend` for the other arguments and the result.
     """
     group, length = q.shape[2:4]
-    on_gpu, is_int4 = platform in ("gpu", "cuda"), k.data.dtype == jnp.uint8
+    on_gpu, is_int4 = platform in _GPU, k.data.dtype == jnp.uint8
     if slopes is None and not is_int4:
         if platform == "tpu":
             return _on_tpu(q, k, v, key_range)
@@ -57,6 +58,14 @@ def attend(
     if slopes is None and on_gpu and q.dtype == jnp.bfloat16 and length > MAX_DECODE_QUERIES:
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
+
+
+def takes_blocks(platform: str) -> bool:
+    """Returns whether prefill gains from what is known of its queries; see QueryBlocks.
+
+    A CPU and the TPU's kernel gain nothing: they read key ranges as they run.
+    """
+    return platform in _GPU
 
 
 def blocks_of(platform: str) -> Blocks:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from lsjax.attention import dispatch
 from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.head_layout import by_head, by_token
 from lsjax.cache.protocol import LayerCache, Step
@@ -89,12 +90,13 @@ def update_and_attend(
 def _on_device(q, k, v, positions, lengths, cache, slopes, tables, *, window, **static):
     dtype = v.dtype
     q, k, v = by_head(q, k, v)
+    in_blocks = dispatch.takes_blocks(static["platform"]) and not static["decode"]
     step = Step(
         positions=positions,
         lengths=lengths,
         begin=None if window is None else jnp.maximum(positions + 1 - window, 0),
         end=positions + 1,
-        blocks=None if static["decode"] else _blocks(q.shape[3], cache.zigzag, window),
+        blocks=_blocks(q.shape[3], cache.zigzag, window) if in_blocks else None,
         slopes=None if slopes is None else slopes.reshape(q.shape[1:3]),
         tables=tables,
         **static,

@@ -226,6 +226,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", helpers.cudnn.dot_product_attention)
     monkeypatch.setattr(cudnn, "PIECE", 24)
     monkeypatch.setattr(dispatch, "_GPU_DECODE_QUERIES", 0)
+    monkeypatch.setattr(dispatch, "takes_blocks", lambda _: True)
     attend = dispatch.attend
     monkeypatch.setattr(dispatch, "attend", lambda _, *args: attend("gpu", *args))
 

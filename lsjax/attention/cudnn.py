@@ -1,11 +1,15 @@
 """Prefill on a GPU: attention of many queries to the KV cache with cuDNN.
 
 cuDNN multiplies bfloat16, and knows two masks: a causal one, and one that hides keys past a length.
-Queries in blocks need no other. A block sees its own slots causally, and of the slots before it a
-number of its own: both are batches with a row per block. What all blocks see is one call for all
-queries, a piece of the cache at a time: int8 is dequantized for one piece only, and pieces past
-the last visible slot cost nothing. The Partials are merged. That loop over pieces is the only one
-whose number of iterations the compiler does not know. A GPU's host waits in every such iteration.
+Queries in blocks need no other, see QueryBlocks. A block sees its own slots causally, and of the
+slots before it a number of its own: both are batches with a row per block. The far end of a sliding
+window is causal in reverse order. (cuDNN's own sliding window counts from the first key as if it
+were the first query's, so that queries would be wasted on all keys before a chunk.) What all blocks
+see is one call for all queries, a piece of the cache at a time: int8 is dequantized for one piece
+only, and pieces past the last visible slot cost nothing. The Partials are merged.
+
+That loop over pieces is the only one whose number of iterations the compiler does not know, and a
+GPU waits for its host before each of them.
 """
 
 import functools
@@ -19,8 +23,8 @@ from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
 
-# Slots dequantized at a time: enough work to hide a kernel launch. Keys and values take 64 MiB for
-# 4 KV heads with a head_dim of 128.
+# Slots of all rows that are dequantized at a time: enough work to hide a kernel launch. Keys and
+# values take 64 MiB for 4 KV heads with a head_dim of 128.
 PIECE = 32768
 
 
@@ -31,7 +35,7 @@ def in_blocks(
 
     Args:
       q: [batch, kv_heads, group, length, head_dim] bfloat16, already scaled by 1/sqrt(head_dim).
-      k, v: int8 or float.
+      k, v: keys and values.
       key_range: range of slots that each query sees.
       blocks: what is known of the range.
 
@@ -83,7 +87,7 @@ def in_general(
     first = jnp.clip(jnp.max(begin), 0, k.capacity)
     last = jnp.clip(jnp.min(end), first, k.capacity)
     # A slice of a piece's size from `first` on must fit into the capacity.
-    last = jnp.where(first + min(PIECE, k.capacity) <= k.capacity, last, first)
+    last = jnp.where(first + _piece_size(k) <= k.capacity, last, first)
     partial = merge(edges(begin, jnp.minimum(end, first)), edges(jnp.maximum(begin, last), end))
     return _piece_by_piece(q, k, v, jnp.full(q.shape[0], last), partial, first)
 
@@ -171,7 +175,7 @@ def _piece_by_piece(
     begin: jax.Array | int = 0,
 ) -> Partial:
     """Adds to `partial` the slots from `begin` to before `end` [batch], which all queries see."""
-    folded, size = _fold(q, q.shape[3]), min(PIECE, k.capacity)
+    folded, size = _fold(q, q.shape[3]), _piece_size(k)
 
     def piece(start: jax.Array, stop: jax.Array) -> Partial:
         keys, values = (_bfloat16(x.block(None, start, size)) for x in (k, v))
@@ -192,6 +196,11 @@ def _piece_by_piece(
         nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
         partial, _ = jax.lax.optimization_barrier((nothing, q))
     return jax.lax.fori_loop(0, pieces, step, partial)
+
+
+def _piece_size(k: KVArray) -> int:
+    """Returns the slots per row that are dequantized at a time."""
+    return min(max(PIECE // k.data.shape[0], 1), k.capacity)
 
 
 def _slots_of_blocks(x: KVArray, first: jax.Array, size: int) -> jax.Array:
@@ -240,21 +249,21 @@ def _unfold(partial: Partial, shape: tuple[int, ...]) -> Partial:
 def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool = False
 ) -> Partial:
-    """Attends to the first `lengths` keys of each row, if causal each query i to the first i + 1.
+    """Attends to the first `lengths` keys of each row; if causal, query i to the first i + 1.
 
     Calls the function below jax.nn.dot_product_attention, which would round lse to bfloat16.
 
     Args:
       q: [rows, heads, queries, head_dim].
       k, v: [rows, kv_heads, keys, head_dim]; as many keys as queries if causal.
-      lengths: [rows], or None for all keys.
+      lengths: [rows]; None for all keys, if causal.
       causal: whether attention is causal.
     """
     attend = functools.partial(
         dot_product_attention, q, k, v, qkv_layout="BNTH", return_residual=True
     )
     if lengths is None:
-        values, lse = attend(mask_type=MaskType.CAUSAL if causal else MaskType.NO_MASK)
+        values, lse = attend(mask_type=MaskType.CAUSAL)
         return Partial(values.astype(jnp.float32), lse)
     values, lse = attend(
         q_seqlen=jnp.full(q.shape[0], q.shape[2], jnp.int32),

@@ -2,11 +2,15 @@
 
 - CPU: the blockwise loop. XLA has no faster attention there, and fuses the dequantization of int8.
 - GPU, decode: our own kernel, since no library's kernel reads int8.
-- GPU, prefill: cuDNN, the fastest for floats, over int8 that is dequantized piece by piece.
+- GPU, prefill: cuDNN, the fastest for floats, over int8 and int4 that are dequantized piece by
+  piece. Queries in blocks need nothing else, see QueryBlocks. The edges of other key ranges are
+  left to the blockwise loop: those of chunks that may begin within a block of a quantized cache, of
+  a window within which a block of queries does not fit or that is larger than a piece, of
+  StreamingLLM, and of windows around the ring.
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
-- Everywhere, the blockwise loop handles what these do not support: ALiBi, int4, and float32
-  prefill on a GPU.
+- Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
+  GPU, and float32 prefill on a GPU.
 """
 
 import jax
@@ -27,8 +31,8 @@ from lsjax.attention.partial import Partial
 _GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128
-# Queries per cuDNN call on a GPU. More queries dequantize keys less often. Fewer queries leave less
-# to the blockwise loop, which handles the keys among the queries themselves.
+# Queries per cuDNN call on a GPU where there are edges. More queries dequantize keys less often.
+# Fewer queries leave less to the blockwise loop, which handles the keys among the queries.
 _GPU_QUERIES = 1024
 # Accelerators prefer few large matmuls; the scores lie in device memory anyway.
 _ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512, decode_keys=9216)
@@ -55,7 +59,8 @@ def attend(
             return _on_tpu(q, k, v, key_range)
         if on_gpu and group * length <= _GPU_DECODE_QUERIES:
             return _decode_on_gpu(q, k, v, key_range)
-    if slopes is None and on_gpu and q.dtype == jnp.bfloat16 and length > MAX_DECODE_QUERIES:
+    by_cudnn = on_gpu and slopes is None and q.dtype == jnp.bfloat16
+    if by_cudnn and (not is_int4 or length > MAX_DECODE_QUERIES):
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
 

@@ -83,10 +83,10 @@ class Engine:
           The new cache, and [batch, hidden] hidden states of the prompts' last tokens. A row is
           valid once its prompt's last token has been run.
         """
+        self._check_chunk(tokens, start)
         if last is None:
             shape = tokens.shape[0], self.config.hidden_size
             last = jnp.zeros(shape, self.settings.dtype, device=self._model.rows)
-        self._check_chunk(tokens, start)
         tokens, lengths = self._place(tokens), self._place(lengths)
         return steps.prefill(
             self._model, params, tables, cache, tokens, np.int32(start), lengths, last

@@ -47,17 +47,17 @@ def in_blocks(
     own = key_range.stop[:, :: blocks.size] - blocks.causal  # [batch, count]: first slot of its own
     partial = _own_slots(q, k, v, own, blocks.size) if blocks.causal else None
     if blocks.window is not None:
-        return _merged(partial, _window(q, k, v, key_range.start, own, blocks))
+        return _window(q, k, v, key_range.start, own, blocks, partial)
     if blocks.before is not None:
         if not blocks.before:
             return partial
         start = key_range.start[:, :: blocks.size]
-        return _merged(partial, _by_block(q, k, v, start, own - start, blocks.before))
+        return _by_block(q, k, v, start, own - start, blocks.before, partial)
     span = min(length, k.capacity) if count > 1 else 0
     first = jnp.clip(jnp.min(own, axis=1), 0, k.capacity - span)
     if span:
         start = jnp.broadcast_to(first[:, None], own.shape)
-        partial = _merged(partial, _by_block(q, k, v, start, own - start, span))
+        partial = _by_block(q, k, v, start, own - start, span, partial)
     if partial is not None and k.capacity <= length:
         return partial  # no slot is before all blocks
     return _piece_by_piece(q, k, v, first, partial)
@@ -103,9 +103,15 @@ def _own_slots(q: jax.Array, k: KVArray, v: KVArray, first: jax.Array, size: int
 
 
 def _window(
-    q: jax.Array, k: KVArray, v: KVArray, start: jax.Array, own: jax.Array, blocks: QueryBlocks
+    q: jax.Array,
+    k: KVArray,
+    v: KVArray,
+    start: jax.Array,
+    own: jax.Array,
+    blocks: QueryBlocks,
+    partial: Partial | None,
 ) -> Partial:
-    """Attends to the slots before each block that a sliding window shows.
+    """Adds to `partial` the slots before each block that a sliding window shows.
 
     All queries of a block see the last `window - size - 1` of them. Of the `size` slots before
     those each query sees one fewer than the query before it. With queries and slots in reverse
@@ -127,43 +133,59 @@ def _window(
     keys, values = (_rows(jax.vmap(jax.vmap(of_block, (None, 0)))(x, slots)) for x in (k, v))
     queries = jnp.flip(_fold(q, size), axis=2)
     length = jnp.clip(oldest + size - lowest, 0, size).reshape(-1)
-    partial = _attend(queries, keys, values, length, causal=True)
-    partial = _unfold(jax.tree.map(lambda x: jnp.flip(x, axis=2), partial), q.shape)
+    found = _attend(queries, keys, values, length, causal=True)
+    found = _unfold(jax.tree.map(lambda x: jnp.flip(x, axis=2), found), q.shape)
+    partial = _merged(partial, found)
     shared = min(blocks.window - size - 1, k.capacity)
     if shared < 1:
         return partial
     first = jnp.maximum(oldest + size, lowest)
-    return merge(partial, _by_block(q, k, v, first, own - first, shared))
+    return _by_block(q, k, v, first, own - first, shared, partial)
 
 
 def _by_block(
-    q: jax.Array, k: KVArray, v: KVArray, first: jax.Array, lengths: jax.Array, size: int
+    q: jax.Array,
+    k: KVArray,
+    v: KVArray,
+    first: jax.Array,
+    lengths: jax.Array,
+    size: int,
+    partial: Partial | None,
 ) -> Partial:
-    """Attends to slots that differ from block to block: `lengths` from `first` on, at most `size`.
+    """Adds to `partial` slots that differ from block to block.
 
-    Both are [batch, count]. As many blocks are run at once as see a piece of slots together.
+    A block sees `lengths` slots from `first` on, at most `size`; both are [batch, count]. As many
+    blocks are run at once as see a piece of slots together.
     """
     batch, count = first.shape
     at_once = max(
         n for n in range(1, count + 1) if count % n == 0 and (n * batch * size <= PIECE or n == 1)
     )
-    per_block = q.shape[3] // count
+    queries = at_once * (q.shape[3] // count)
 
-    def some(i: jax.Array | int) -> Partial:
-        taken = jax.lax.dynamic_slice_in_dim(q, i * per_block, at_once * per_block, axis=3)
+    def some(i: jax.Array | int, partial: Partial | None) -> Partial:
+        taken = jax.lax.dynamic_slice_in_dim(q, i * queries, queries, axis=3)
         start, length = (
-            jax.lax.dynamic_slice_in_dim(x, i, at_once, axis=1) for x in (first, lengths)
+            jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once, axis=1) for x in (first, lengths)
         )
         keys, values = (_slots_of_blocks(x, start, size) for x in (k, v))
         length = jnp.clip(length, 0, size).reshape(-1)
-        return _unfold(_attend(_fold(taken, per_block), keys, values, length), taken.shape)
+        found = _attend(_fold(taken, queries // at_once), keys, values, length)
+        return _merged(partial, _unfold(found, taken.shape))
 
     if at_once == count:
-        return some(0)
-    partial = jax.lax.map(some, jnp.arange(0, count, at_once))
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 3).reshape(*q.shape[:4], *x.shape[5:]), partial
-    )
+        return some(0, partial)
+
+    def step(i: jax.Array, partial: Partial) -> Partial:
+        def take(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * queries, queries, axis=3)
+
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, i * queries, axis=3)
+
+        return jax.tree.map(put, partial, some(i, jax.tree.map(take, partial)))
+
+    return jax.lax.fori_loop(0, count // at_once, step, _nothing(q) if partial is None else partial)
 
 
 def _piece_by_piece(
@@ -191,11 +213,14 @@ def _piece_by_piece(
         stop = last - (pieces - 1 - i) * size  # only the first piece may be partial
         return merge(partial, piece(jnp.maximum(stop - size, begin), stop))
 
-    if partial is None:
-        # Without the barrier XLA allocates zeros for the loops of all layers at program start.
-        nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
-        partial, _ = jax.lax.optimization_barrier((nothing, q))
-    return jax.lax.fori_loop(0, pieces, step, partial)
+    return jax.lax.fori_loop(0, pieces, step, _nothing(q) if partial is None else partial)
+
+
+def _nothing(q: jax.Array) -> Partial:
+    """Returns the Partial of queries that see no slot, to add to."""
+    nothing = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+    # Without the barrier XLA allocates zeros for the loops of all layers at program start.
+    return jax.lax.optimization_barrier((nothing, q))[0]
 
 
 def _piece_size(k: KVArray) -> int:

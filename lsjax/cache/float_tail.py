@@ -92,9 +92,9 @@ class FloatTail:
     def _blocks(
         self, length: int, step: Step
     ) -> tuple[QueryBlocks, QueryBlocks] | tuple[None, None]:
-        """Returns how queries see earlier blocks, and their own one; see QueryBlocks.
+        """Returns what is known of the queries' view of earlier blocks, and of their own.
 
-        Nothing is known if some queries between which a block begins would be in one of `size`.
+        Both are None where a block of positions might begin among the queries of a QueryBlocks.
         """
         block, zigzag = self.block, self.zigzag
         starts_block = self.chunk > 0 and self.chunk % block == 0

@@ -213,6 +213,13 @@ FAULTS = (
         "tests/attention/test_gpu_kernels.py -k decode",
     ),
     Fault(
+        "a GPU's window shows one slot too few",
+        "lsjax/attention/cudnn.py",
+        "oldest = own + 1 - blocks.window",
+        "oldest = own + 2 - blocks.window",
+        "tests/attention/test_gpu_kernels.py -k in_blocks",
+    ),
+    Fault(
         "the TPU kernel forgets what it had at an edge",
         "lsjax/attention/tpu.py",
         "acc[h] = correction * acc[h] + added",

@@ -31,7 +31,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial, merge
@@ -179,7 +179,8 @@ def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[KVArray, K
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=heads, out_specs=heads, check_vma=False)
     def run(q: jax.Array, k: KVArray, v: KVArray) -> Partial:
-        return attend(platform, q, k, v, KeyRange(None, at + 1, at), None)
+        blocks = QueryBlocks(at.shape[1], causal=True)
+        return attend(platform, q, k, v, KeyRange(None, at + 1, at), None, blocks)
 
     ours = _our_queries(case, at.shape[1], dtype), *_our_cache(case, dtype)
     q, *cache = jax.device_put(ours, NamedSharding(mesh, heads))

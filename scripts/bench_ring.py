@@ -73,20 +73,20 @@ class Contiguous(Zigzag):
     """A layout to compare zigzag with: each device holds one contiguous chunk of each block."""
 
     @property
-    def _chunk_length(self) -> int:
+    def piece_length(self) -> int:
         return self.block_length // self.devices
 
     def num_local_slots_before(self, device, position):
         block, rest = position // self.block_length, position % self.block_length
-        own = jnp.clip(rest - device * self._chunk_length, 0, self._chunk_length)
-        return block * self._chunk_length + own
+        own = jnp.clip(rest - device * self.piece_length, 0, self.piece_length)
+        return block * self.piece_length + own
 
     def position(self, device, slot):
-        block, rest = slot // self._chunk_length, slot % self._chunk_length
-        return block * self.block_length + device * self._chunk_length + rest
+        block, rest = slot // self.piece_length, slot % self.piece_length
+        return block * self.block_length + device * self.piece_length + rest
 
     def permutation(self, length):
-        pieces = np.arange(length).reshape(-1, self.devices, self._chunk_length)
+        pieces = np.arange(length).reshape(-1, self.devices, self.piece_length)
         return pieces.swapaxes(0, 1).ravel()
 
 

@@ -45,8 +45,8 @@ FAULTS = (
     Fault(
         "a wrong slot in the zigzag",
         "lsjax/distributed/sequence_layout.py",
-        "rest - (2 * self.devices - 1 - device) * self._chunk_length, 0",
-        "rest - (2 * self.devices - 2 - device) * self._chunk_length, 0",
+        "rest - (2 * self.devices - 1 - device) * self.piece_length, 0",
+        "rest - (2 * self.devices - 2 - device) * self.piece_length, 0",
         "tests/attention/test_zigzag.py",
     ),
     Fault(
@@ -211,6 +211,13 @@ FAULTS = (
         "visible = (slots >= begin[:, None]) & (slots < end[:, None])",
         "visible = (slots >= begin[:, None]) & (slots <= end[:, None])",
         "tests/attention/test_gpu_kernels.py -k decode",
+    ),
+    Fault(
+        "a GPU's window shows one slot too few",
+        "lsjax/attention/cudnn.py",
+        "oldest = own + 1 - blocks.window",
+        "oldest = own + 2 - blocks.window",
+        "tests/attention/test_gpu_kernels.py -k in_blocks",
     ),
     Fault(
         "the TPU kernel forgets what it had at an edge",

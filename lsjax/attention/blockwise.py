@@ -64,6 +64,30 @@ class KeyRange(NamedTuple):
         )
 
 
+class QueryBlocks(NamedTuple):
+    """What is known of a KeyRange when a program is compiled: its queries come in blocks.
+
+    The slots before a block are those before `stop` that all of its queries see unless a window
+    hides them. With `causal` each query also sees the slots of the block itself up to its own: the
+    first query one slot more than those before the block, and each one more than the query before.
+
+    Attributes:
+      size: queries per block, a divisor of their number.
+      causal: whether queries see slots of their block.
+      before: number of slots before a block that it sees at most; `start` is the first of them, the
+        same for all of its queries. None if queries see from slot 0 (`start` is None); then the
+        numbers of slots before two blocks of a row differ by at most the number of queries.
+      window: sliding window, more than `size`, or None: query i of a block whose own slots are from
+        s on sees slots from s + i + 1 - window on, but none before the `start` of the block's first
+        query. `before` is None with it.
+    """
+
+    size: int
+    causal: bool
+    before: int | None = None
+    window: int | None = None
+
+
 def attend(
     q: jax.Array,
     k: KVArray,

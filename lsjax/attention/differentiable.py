@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lsjax.attention import backward, ring
 from lsjax.attention.blocking import even_block_size, local_key_range, loop_over_query_blocks
-from lsjax.attention.blockwise import Blocks, KeyRange
+from lsjax.attention.blockwise import Blocks, KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend, blocks_of
 from lsjax.attention.head_layout import by_head, by_token
 from lsjax.attention.kv_array import KVArray
@@ -66,9 +66,7 @@ def self_attention(
     Returns:
       Attention output, shaped as q in v's dtype. Gradients flow to q, k and v.
     """
-    batch, length = q.shape[:2]
-    if begin is None:
-        begin = jnp.zeros((batch, length), jnp.int32)
+    length = q.shape[1]
     context = mesh.shape["context"]
     # An AbstractMesh has no devices and serves shape inference only.
     platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "cpu"
@@ -100,9 +98,9 @@ def _on_device(q, k, v, begin, slopes, *, window, zigzag, platform, sizes):
     if slopes is not None:
         slopes = slopes.reshape(q.shape[1:3])
     at = zigzag.position(jax.lax.axis_index("context"), jnp.arange(q.shape[3]))
-    at = jnp.broadcast_to(at, begin.shape)
+    at = jnp.broadcast_to(at, (q.shape[0], q.shape[3]))
     if window is not None:
-        begin = jnp.maximum(begin, at + 1 - window)
+        begin = jnp.maximum(0 if begin is None else begin, at + 1 - window)
     key_range = KeyRange(begin, at + 1, at)
     return by_token(_attention(zigzag, platform, sizes, q, k, v, key_range, slopes))
 
@@ -120,16 +118,18 @@ def _attention(
 ) -> jax.Array:
     """Computes attention on scaled q and on k and v laid out by head.
 
-    `key_range` holds indices in the row. Returns [batch, kv_heads, group, length, head_dim] in v's
-    dtype.
+    `key_range` holds indices in the row; its `start` is None if all see from the first. Returns
+    [batch, kv_heads, group, length, head_dim] in v's dtype.
     """
     return _forward(zigzag, platform, sizes, q, k, v, key_range, slopes).values.astype(v.dtype)
 
 
 def _forward(zigzag, platform, sizes, q, k, v, key_range, slopes) -> Partial:
     if zigzag.devices == 1:
-        return attend(platform, q, KVArray(k, None), KVArray(v, None), key_range, slopes)
-    length = k.shape[2]
+        # A row of one document is one causal block.
+        blocks = QueryBlocks(q.shape[3], causal=True) if key_range.start is None else None
+        return attend(platform, q, KVArray(k, None), KVArray(v, None), key_range, slopes, blocks)
+    key_range, length = _from_first(key_range), k.shape[2]
     size = ring.block_size(length, sizes.slots)
     queries = even_block_size(q.shape[3], sizes.queries)
 
@@ -161,6 +161,12 @@ def _forward(zigzag, platform, sizes, q, k, v, key_range, slopes) -> Partial:
     return jax.lax.fori_loop(0, length // size, of_all_devices, nothing)
 
 
+def _from_first(key_range: KeyRange) -> KeyRange:
+    """Returns the same range with a `start` that is an array."""
+    start = jnp.zeros_like(key_range.stop) if key_range.start is None else key_range.start
+    return key_range._replace(start=start)
+
+
 def _forward_with_residuals(zigzag, platform, sizes, q, k, v, key_range, slopes):
     partial = _forward(zigzag, platform, sizes, q, k, v, key_range, slopes)
     out = partial.values.astype(v.dtype)
@@ -169,6 +175,7 @@ def _forward_with_residuals(zigzag, platform, sizes, q, k, v, key_range, slopes)
 
 def _gradients(zigzag, platform, sizes, residuals, d_out):
     q, k, v, out, lse, key_range, slopes = residuals
+    key_range = _from_first(key_range)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     queries = backward.Queries(q, d_out, lse, delta)
     slots = ring.block_size(k.shape[2], sizes.slots)

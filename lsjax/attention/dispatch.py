@@ -2,27 +2,37 @@
 
 - CPU: the blockwise loop. XLA has no faster attention there, and fuses the dequantization of int8.
 - GPU, decode: our own kernel, since no library's kernel reads int8.
-- GPU, prefill: cuDNN, the fastest for floats, over int8 that is dequantized piece by piece.
+- GPU, prefill: cuDNN, the fastest for floats, over int8 and int4 that are dequantized piece by
+  piece. Queries in blocks need nothing else, see QueryBlocks. The edges of other key ranges are
+  left to the blockwise loop: those of chunks that may begin within a block of a quantized cache, of
+  a window within which a block of queries does not fit or that is larger than a piece, of
+  StreamingLLM, and of windows around the ring.
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
-- Everywhere, the blockwise loop handles what these do not support: ALiBi, int4, and float32
-  prefill on a GPU.
+- Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
+  GPU, and float32 prefill on a GPU.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from lsjax.attention import blockwise
-from lsjax.attention.blockwise import CPU_BLOCKS, Blocks, KeyRange, in_query_blocks
+from lsjax.attention.blockwise import (
+    CPU_BLOCKS,
+    MAX_DECODE_QUERIES,
+    Blocks,
+    KeyRange,
+    QueryBlocks,
+    in_query_blocks,
+)
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 
+_GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128
-# Queries per cuDNN call on a GPU. More queries dequantize keys less often. Fewer queries leave less
-# to the blockwise loop, which handles the keys among the queries themselves.
+# Queries per cuDNN call on a GPU where there are edges. More queries dequantize keys less often.
+# Fewer queries leave less to the blockwise loop, which handles the keys among the queries.
 _GPU_QUERIES = 1024
 # Accelerators prefer few large matmuls; the scores lie in device memory anyway.
 _ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512, decode_keys=9216)
@@ -35,21 +45,32 @@ def attend(
     v: KVArray,
     key_range: KeyRange,
     slopes: jax.Array | None,
+    blocks: QueryBlocks | None = None,
 ) -> Partial:
     """Runs attention on `platform`: cpu, gpu (or cuda) or tpu.
 
-    See `blockwise.attend` for the other arguments and the result.
+    `blocks` is what is known of `key_range` when the program is compiled, or None. See
+    `blockwise.attend` for the other arguments and the result.
     """
     group, length = q.shape[2:4]
-    if slopes is None and k.data.dtype != jnp.uint8:
+    on_gpu, is_int4 = platform in _GPU, k.data.dtype == jnp.uint8
+    if slopes is None and not is_int4:
         if platform == "tpu":
             return _on_tpu(q, k, v, key_range)
-        if platform in ("gpu", "cuda") and group * length <= _GPU_DECODE_QUERIES:
+        if on_gpu and group * length <= _GPU_DECODE_QUERIES:
             return _decode_on_gpu(q, k, v, key_range)
-        if platform in ("gpu", "cuda") and q.dtype == jnp.bfloat16:
-            prefill = functools.partial(_prefill_on_gpu, k=k, v=v)
-            return in_query_blocks(prefill, q, key_range, _GPU_QUERIES)
+    by_cudnn = on_gpu and slopes is None and q.dtype == jnp.bfloat16
+    if by_cudnn and (not is_int4 or length > MAX_DECODE_QUERIES):
+        return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
+
+
+def takes_blocks(platform: str) -> bool:
+    """Returns whether prefill gains from what is known of its queries; see QueryBlocks.
+
+    A CPU and the TPU's kernel gain nothing: they read key ranges as they run.
+    """
+    return platform in _GPU
 
 
 def blocks_of(platform: str) -> Blocks:
@@ -69,14 +90,22 @@ def _decode_on_gpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) ->
     return gpu.decode(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
 
 
-def _prefill_on_gpu(q: jax.Array, key_range: KeyRange, k: KVArray, v: KVArray) -> Partial:
+def _prefill_on_gpu(
+    q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange, blocks: QueryBlocks | None
+) -> Partial:
     from lsjax.attention import cudnn
 
-    def edges(begin: jax.Array, end: jax.Array) -> Partial:
-        among = KeyRange(begin, end, key_range.query_positions)
-        return blockwise.attend(q, k, v, among, blocks=_ACCELERATOR_BLOCKS)
+    if blocks is not None and (blocks.window or 0) <= cudnn.PIECE:
+        return cudnn.in_blocks(q, k, v, key_range, blocks)
 
-    return cudnn.prefill(q, k.data, v.data, k.scale, v.scale, *_range(key_range), edges)
+    def some(q: jax.Array, key_range: KeyRange) -> Partial:
+        def edges(begin: jax.Array, end: jax.Array) -> Partial:
+            among = KeyRange(begin, end, key_range.query_positions)
+            return blockwise.attend(q, k, v, among, blocks=_ACCELERATOR_BLOCKS)
+
+        return cudnn.in_general(q, k, v, *_range(key_range), edges)
+
+    return in_query_blocks(some, q, key_range, _GPU_QUERIES)
 
 
 def _range(key_range: KeyRange) -> tuple[jax.Array, jax.Array]:

@@ -36,7 +36,7 @@ def attend(
     v: KVArray,
     zigzag: Zigzag,
     first: jax.Array,
-    count: jax.Array,
+    count: jax.Array | int,
     begin: jax.Array | None,
     end: jax.Array,
 ) -> Partial:
@@ -77,7 +77,7 @@ def attend(
     # Without the barrier XLA allocates zeros for the rings of all layers at program start.
     nothing, _ = jax.lax.optimization_barrier((nothing, q))
     begin_block = jnp.int32(0)
-    if begin is not None:  # keys before every query's window are not sent
+    if begin is not None and k.capacity > size:  # keys before every query's window are not sent
         earliest = jax.lax.pmin(jnp.min(zigzag.num_local_slots_before(device, begin)), "context")
         begin_block = jnp.maximum(earliest - first - zigzag.block_length // devices, 0) // size
     return jax.lax.fori_loop(begin_block, -(-count // size), slot_block_fn, nothing)

@@ -6,15 +6,18 @@ outputs do not depend on how the prompt is split into prefill chunks.
 Source of a float window beside a quantized cache: KIVI (arXiv 2402.02750).
 """
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.hadamard import hadamard_transform
 from lsjax.attention.kv_array import KVArray, write_tokens
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache.protocol import LayerCache, Step
-from lsjax.cache.slots import attend_to_slots
+from lsjax.cache.slots import attend_around_ring, attend_to_own_piece
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import FLOAT_TAIL_SPEC
 
@@ -52,10 +55,13 @@ class FloatTail:
     Attributes:
       inner: quantized cache of all blocks.
       tail: current block.
+      chunk: positions of which each prefill chunk's first one is a multiple, and at most that many
+        are in a chunk; 0 if chunks may start anywhere.
     """
 
     inner: LayerCache
     tail: FloatBlock
+    chunk: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def zigzag(self) -> Zigzag:
@@ -67,18 +73,51 @@ class FloatTail:
 
     def partition_specs(self) -> "FloatTail":
         tail = jax.tree.map(lambda _: FLOAT_TAIL_SPEC, self.tail)
-        return FloatTail(self.inner.partition_specs(), tail)
+        return self.replace(inner=self.inner.partition_specs(), tail=tail)
 
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
     ) -> tuple[Partial, "FloatTail"]:
         q, k = hadamard_transform(q).astype(q.dtype), hadamard_transform(k)
         block_begin = step.positions // self.block * self.block
-        far, inner = self.inner.update_and_attend(q, k, v, step.replace(end=block_begin))
+        far_blocks, near_blocks = self._blocks(k.shape[2], step)
+        far, inner = self.inner.update_and_attend(
+            q, k, v, step.replace(end=block_begin, blocks=far_blocks)
+        )
         begin = block_begin if step.begin is None else jnp.maximum(step.begin, block_begin)
         attend_tail = self._around_ring if step.around_ring(self.zigzag) else self._on_each_device
-        partial, tail = attend_tail(q, k, v, step, begin)
-        return merge(far, partial), FloatTail(inner, tail)
+        partial, tail = attend_tail(q, k, v, step.replace(blocks=near_blocks), begin)
+        return merge(far, partial), self.replace(inner=inner, tail=tail)
+
+    def _blocks(
+        self, length: int, step: Step
+    ) -> tuple[QueryBlocks, QueryBlocks] | tuple[None, None]:
+        """Returns what is known of the queries' view of earlier blocks, and of their own.
+
+        Both are None where a block of positions might begin among the queries of a QueryBlocks.
+        """
+        block, zigzag = self.block, self.zigzag
+        starts_block = self.chunk > 0 and self.chunk % block == 0
+        window = step.blocks and step.blocks.window
+        if step.blocks is None or (window is not None and (window <= block or not starts_block)):
+            return None, None
+        if step.around_ring(zigzag):
+            size, whole = zigzag.piece_length, starts_block and length * zigzag.devices % block == 0
+            # A device has a piece of each of the blocks, or several whole zigzag blocks.
+            if whole and block % zigzag.block_length == 0:
+                near = block // zigzag.devices
+            elif zigzag.block_length % (2 * block) == 0 and block % size == 0:
+                near = size
+            else:
+                return None, None
+        elif starts_block and (length % block == 0 or length < block):
+            size, near = min(length, block), 0
+        elif 0 < length <= self.chunk and block % self.chunk == 0:
+            size, near = length, block
+        else:
+            return None, None
+        far = QueryBlocks(size, causal=False, window=window)
+        return far, QueryBlocks(size, causal=True, before=near)
 
     def _on_each_device(self, q, k, v, step, begin):
         """Attends to the current block, which every device has; see update_and_attend."""
@@ -93,7 +132,8 @@ class FloatTail:
             tail = slice_current_block(run, first, self.tail, after)
         first = first[:, None]
         shifted = step.replace(positions=step.positions - first)
-        return shifted.attend(q, *run.arrays(), begin - first, step.end - first), tail
+        start, stop = begin - first, step.end - first
+        return shifted.attend(q, *run.arrays(), start, stop, blocks=step.blocks), tail
 
     def _around_ring(self, q, k, v, step, begin):
         """Attends to the blocks of a chunk that is sharded; see update_and_attend."""
@@ -101,10 +141,14 @@ class FloatTail:
         start = step.positions[0, 0] // zigzag.block_length * zigzag.block_length  # of the chunk
         slot = zigzag.num_local_slots_before(jax.lax.axis_index("context"), step.positions[0, 0])
         chunk = FloatBlock(k, v).arrays()
-        partial = attend_to_slots(
-            q, *chunk, step, zigzag, begin, step.end, count=length, first=slot
-        )
-        if zigzag.block_length % self.block:  # the chunk may begin within a block
+        end, blocks = step.end, step.blocks
+        if blocks:  # around the ring only what is before the queries' pieces
+            end = step.positions // blocks.size * blocks.size
+            blocks = blocks._replace(causal=False)
+        partial = attend_around_ring(q, *chunk, step, zigzag, begin, end, slot, length, blocks)
+        if blocks:
+            partial = merge(partial, attend_to_own_piece(q, *chunk, step, zigzag))
+        if math.lcm(zigzag.block_length, self.chunk or 1) % self.block:  # may begin within a block
             first = start // self.block * self.block
             shifted = step.replace(positions=step.positions - first)
             end = jnp.minimum(step.end, start) - first

@@ -6,7 +6,13 @@ import jax
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 from lsjax.cache.protocol import Step
-from lsjax.cache.slots import attend_to_slots, merge_devices, quantize_both, write_slots
+from lsjax.cache.slots import (
+    attend_by_chunk,
+    attend_to_slots,
+    merge_devices,
+    quantize_both,
+    write_slots,
+)
 from lsjax.distributed.sequence_layout import ONE_DEVICE, Zigzag
 from lsjax.distributed.sharding import CACHE_SPEC
 
@@ -40,6 +46,9 @@ class FullCache:
             k=write_slots(self.k, new_k, first, step, self.zigzag),
             v=write_slots(self.v, new_v, first, step, self.zigzag),
         )
+        if step.around_ring(self.zigzag) and step.blocks:
+            args = q, cache.k, cache.v, new_k, new_v, step, self.zigzag
+            return attend_by_chunk(*args), cache
         device = jax.lax.axis_index("context")
         count = self.zigzag.num_local_slots_before(device, first[0]) + k.shape[2]
         partial = attend_to_slots(

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 
 from lsjax.attention import dispatch
-from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 from lsjax.distributed.sequence_layout import Zigzag
@@ -22,6 +22,8 @@ class Step:
       lengths: [batch] total number of tokens in each row; later ones are padding. Or None.
       begin, end: [batch, length]; each query sees the positions begin .. end - 1. `begin` is None
         if all see from position 0.
+      blocks: what is known of `begin` and `end` when a program is compiled; None if nothing is. See
+        QueryBlocks.
       slopes: [kv_heads, group] ALiBi slopes, or None.
       tables: rotary tables that rotated the queries and keys; None with ALiBi.
       decode: whether these are the few tokens of a decode step, not a prefill chunk.
@@ -36,6 +38,7 @@ class Step:
     slopes: jax.Array | None
     tables: RotaryTables | None
     decode: bool = flax.struct.field(pytree_node=False)
+    blocks: QueryBlocks | None = flax.struct.field(pytree_node=False)
     rope_interleaved: bool = flax.struct.field(pytree_node=False)
     platform: str = flax.struct.field(pytree_node=False)
 
@@ -47,14 +50,15 @@ class Step:
         start: jax.Array | None,
         stop: jax.Array,
         positions: jax.Array | None = None,
+        blocks: QueryBlocks | None = None,
     ) -> Partial:
         """Attends to slots start .. stop - 1 of local arrays; `positions` are those of the slots.
 
-        See KeyRange. ALiBi is the only one to use the positions.
+        See KeyRange and QueryBlocks. ALiBi is the only one to use the positions.
         """
         positions = None if self.slopes is None else positions
         key_range = KeyRange(start, stop, self.positions, positions)
-        return dispatch.attend(self.platform, q, k, v, key_range, self.slopes)
+        return dispatch.attend(self.platform, q, k, v, key_range, self.slopes, blocks)
 
     def around_ring(self, zigzag: Zigzag) -> bool:
         """Returns whether the tokens are sharded over the context axis, as a prefill chunk is."""

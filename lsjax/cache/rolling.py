@@ -26,6 +26,8 @@ class RollingCache(FullCache):
         capacity = self.k.capacity * self.zigzag.devices
         lap = step.positions // capacity * capacity  # each token's lap, by its first position
         cache = self._written(k, v, step, lap, capacity)
+        if step.blocks:
+            return self._in_order(q, cache, step, capacity), cache
         # Around the ring: slots in use on each device, in this lap and in the one before.
         device, start = jax.lax.axis_index("context"), lap[0, 0]
         first = step.positions[0, 0] - start
@@ -44,6 +46,17 @@ class RollingCache(FullCache):
             attend(lap - capacity, jnp.minimum(step.end, lap), before),
         )
         return merge_devices(partial, step, self.zigzag), cache
+
+    def _in_order(self, q: jax.Array, cache: FullCache, step: Step, capacity: int) -> Partial:
+        """Attends to the slots in the order of positions, which take a copy of them."""
+        first = jnp.maximum(step.positions[0, -1] + 1 - capacity, 0)
+        k, v = (
+            jax.tree.map(lambda x: jnp.roll(x, -first, axis=2), store)
+            for store in (cache.k, cache.v)
+        )
+        positions = first + jnp.arange(capacity)
+        begin, end = step.begin - first, step.end - first
+        return step.attend(q, k, v, begin, end, positions, step.blocks)
 
     def _written(
         self, k: jax.Array, v: jax.Array, step: Step, lap: jax.Array, capacity: int

@@ -1,13 +1,17 @@
 """One step of attention with a KV cache, on a mesh: the only place where caches meet shard_map."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from lsjax.attention import dispatch
+from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.head_layout import by_head, by_token
 from lsjax.cache.protocol import LayerCache, Step
+from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import (
     CHUNK_QUERIES_SPEC,
     CHUNK_SPEC,
@@ -16,6 +20,10 @@ from lsjax.distributed.sharding import (
     TOKENS_SPEC,
 )
 from lsjax.positions.rotary import RotaryTables
+
+# Queries per block where there is a sliding window: enough for a kernel, while each block reads the
+# slots that its window shows anew.
+_WINDOW_QUERIES = 1024
 
 
 def update_and_attend(
@@ -82,14 +90,28 @@ def update_and_attend(
 def _on_device(q, k, v, positions, lengths, cache, slopes, tables, *, window, **static):
     dtype = v.dtype
     q, k, v = by_head(q, k, v)
+    in_blocks = dispatch.takes_blocks(static["platform"]) and not static["decode"]
     step = Step(
         positions=positions,
         lengths=lengths,
         begin=None if window is None else jnp.maximum(positions + 1 - window, 0),
         end=positions + 1,
+        blocks=_blocks(q.shape[3], cache.zigzag, window) if in_blocks else None,
         slopes=None if slopes is None else slopes.reshape(q.shape[1:3]),
         tables=tables,
         **static,
     )
     partial, cache = cache.update_and_attend(q, k, v, step)
     return by_token(partial.values).astype(dtype), cache
+
+
+def _blocks(length: int, zigzag: Zigzag, window: int | None) -> QueryBlocks | None:
+    """Returns the blocks of a device's consecutive positions of a chunk; None if there are none.
+
+    Without a window all of a lone device's queries are one block.
+    """
+    if window is None:
+        return QueryBlocks(length if zigzag.devices == 1 else zigzag.piece_length, causal=True)
+    size = math.gcd(length, _WINDOW_QUERIES)
+    fits = zigzag.devices == 1 and window > size
+    return QueryBlocks(size, causal=True, window=window) if fits else None

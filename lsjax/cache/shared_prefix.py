@@ -5,6 +5,7 @@ decode step reads the document once, however many rows there are. Each row's own
 Partial. Source: Hydragen (arXiv 2402.05099).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache.float_tail import FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import KVCache, LayerCache, Step
-from lsjax.cache.slots import attend_to_slots, merge_devices
+from lsjax.cache.slots import attend_around_ring, attend_to_slots, merge_devices
 from lsjax.cache.spec import CacheSpec, empty_layer
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
@@ -80,19 +82,17 @@ class SharedPrefix:
 
     def _attend_to_document(self, q: jax.Array, step: Step) -> Partial:
         batch, _, _, length, _ = q.shape
-        zigzag = self.document.zigzag
-        positions = step.positions.reshape(1, -1)
-        partial = attend_to_slots(
-            jnp.moveaxis(q, 0, 2).reshape(1, *q.shape[1:3], batch * length, -1),
-            self.document.k,
-            self.document.v,
-            step.replace(positions=positions),
-            zigzag,
-            begin=None,
-            end=jnp.broadcast_to(self.length, positions.shape),
-            count=zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length),
-        )
-        partial = merge_devices(partial, step, zigzag)
+        zigzag, rows = self.document.zigzag, batch * length
+        q = jnp.moveaxis(q, 0, 2).reshape(1, *q.shape[1:3], rows, -1)
+        blocks = QueryBlocks(rows, causal=False)  # all see the same slots
+        step = step.replace(positions=step.positions.reshape(1, -1), blocks=blocks)
+        end = jnp.broadcast_to(self.length, step.positions.shape)
+        args = q, self.document.k, self.document.v, step, zigzag, None, end
+        if step.around_ring(zigzag):
+            used = zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length)
+            partial = attend_around_ring(*args, 0, used, blocks)
+        else:
+            partial = merge_devices(attend_to_slots(*args, self.length), step, zigzag)
 
         def by_row(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x[0].reshape(*x.shape[1:3], batch, length, *x.shape[4:]), 2, 0)
@@ -133,11 +133,13 @@ def cache_after(
     """
 
     def layer(held: LayerCache, window: int | None) -> LayerCache:
-        empty = empty_layer(config, own if window is None else whole, platform, window)
+        empty = empty_layer(config, anywhere if window is None else whole, platform, window)
         if not isinstance(empty, FloatTail):
             return _copied(held, empty)
         tail = jax.tree.map(lambda x, rows: _repeated(x, rows.shape[0]), held.tail, empty.tail)
-        return FloatTail(_copied(held.inner, empty.inner), tail)
+        return empty.replace(inner=_copied(held.inner, empty.inner), tail=tail)
+
+    anywhere = dataclasses.replace(own, chunk=0)  # where a question's chunks may begin
 
     return tuple(map(layer, rest, config.windows))
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention import ring
+from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.kv_array import KVArray, write, write_tokens
-from lsjax.attention.partial import Partial, merge_over_axis
+from lsjax.attention.partial import Partial, merge, merge_over_axis
 from lsjax.cache.protocol import Step
 from lsjax.distributed.sequence_layout import Zigzag
 
@@ -62,7 +63,6 @@ def attend_to_slots(
     end: jax.Array,
     count: jax.Array,
     offset: jax.Array | int = 0,
-    first: jax.Array | int = 0,
 ) -> Partial:
     """Attends to slots: those of all devices if the step goes around the ring, else local ones.
 
@@ -75,19 +75,81 @@ def attend_to_slots(
         hold. `begin` is None for all before `end`.
       count: number of slots of `k` and `v` in use, the same on all devices; read around the ring.
       offset: what to add to the positions that slots hold in `zigzag`, for ALiBi.
-      first: local slot that `k` and `v` start with, the same on all devices.
     """
     if step.around_ring(zigzag):
-
-        def attend_block(k: KVArray, v: KVArray, begin, end, positions) -> Partial:
-            return step.attend(q, k, v, begin, end, offset + positions)
-
-        return ring.attend(attend_block, q, k, v, zigzag, jnp.int32(first), count, begin, end)
+        return attend_around_ring(q, k, v, step, zigzag, begin, end, 0, count, offset=offset)
     device = jax.lax.axis_index("context")
     positions = offset + zigzag.position(device, jnp.arange(k.capacity))
     if begin is not None:
         begin = zigzag.num_local_slots_before(device, begin)
-    return step.attend(q, k, v, begin, zigzag.num_local_slots_before(device, end), positions)
+    end = zigzag.num_local_slots_before(device, end)
+    return step.attend(q, k, v, begin, end, positions, step.blocks)
+
+
+def attend_by_chunk(
+    q: jax.Array,
+    k: KVArray,
+    v: KVArray,
+    new_k: KVArray,
+    new_v: KVArray,
+    step: Step,
+    zigzag: Zigzag,
+) -> Partial:
+    """Attends around the ring to the earlier chunks, then to the step's own.
+
+    So each call sees slots in blocks: all slots of earlier chunks, and of its own the pieces that
+    come before a piece of queries. Queries see all positions before `step.end`.
+
+    Args:
+      q: queries; see LayerCache.
+      k, v: local shard.
+      new_k, new_v: this device's keys and values of the chunk.
+      step: the step, with blocks.
+      zigzag: layout of positions.
+    """
+    length, positions = new_k.capacity, step.positions
+    start = positions[0, 0] // zigzag.block_length * zigzag.block_length  # of the chunk
+    first = zigzag.num_local_slots_before(jax.lax.axis_index("context"), start)
+    end = jnp.full_like(step.end, start)
+    whole = QueryBlocks(length, causal=False)
+    earlier = attend_around_ring(q, k, v, step, zigzag, None, end, 0, first, whole)
+    size, end = zigzag.piece_length, step.end
+    if step.blocks.causal:
+        end = positions // size * size
+        earlier = merge(earlier, attend_to_own_piece(q, new_k, new_v, step, zigzag))
+    pieces = QueryBlocks(size, causal=False)
+    own = attend_around_ring(q, new_k, new_v, step, zigzag, None, end, first, length, pieces)
+    return merge(earlier, own)
+
+
+def attend_around_ring(
+    q: jax.Array,
+    k: KVArray,
+    v: KVArray,
+    step: Step,
+    zigzag: Zigzag,
+    begin: jax.Array | None,
+    end: jax.Array,
+    first: jax.Array | int,
+    count: jax.Array | int,
+    blocks: QueryBlocks | None = None,
+    offset: jax.Array | int = 0,
+) -> Partial:
+    """Attends to the slots of all devices; see `attend_to_slots`."""
+
+    def attend_block(k: KVArray, v: KVArray, begin, end, positions) -> Partial:
+        return step.attend(q, k, v, begin, end, offset + positions, blocks)
+
+    return ring.attend(attend_block, q, k, v, zigzag, jnp.int32(first), count, begin, end)
+
+
+def attend_to_own_piece(
+    q: jax.Array, k: KVArray, v: KVArray, step: Step, zigzag: Zigzag
+) -> Partial:
+    """Attends to this device's keys and values of a chunk, each query to those of its own piece."""
+    size, at = zigzag.piece_length, jnp.arange(k.capacity)
+    start, stop = (jnp.broadcast_to(x, step.positions.shape) for x in (at // size * size, at + 1))
+    return step.attend(q, k, v, start, stop, step.positions[0], QueryBlocks(size, True, before=0))
 
 
 def merge_devices(partial: Partial, step: Step, zigzag: Zigzag) -> Partial:

@@ -42,8 +42,9 @@ class CacheSpec:
       compute_dtype: dtype of incoming keys and values, and of the FloatTail.
       zigzag: layout of positions along the mesh's context axis.
       block: positions per block of a quantized cache; queries attend to their own block in floats.
-      chunk: tokens of a prefill chunk, which a rolling cache has room for beside its window; 0 if
-        no cache is to roll.
+      chunk: tokens of a prefill chunk at most; each starts at a multiple of as many. A rolling
+        cache has room for them beside its window. 0 if chunks may start anywhere, so that no cache
+        can roll.
       prompt_capacity: longest prompt that a row can hold, in tokens.
       policy: what layers keep; None if they keep all that their queries see.
     """
@@ -111,7 +112,7 @@ def empty_layer(
     if spec.dtype not in _QUANTIZED:
         return cache
     zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
-    return FloatTail(cache, FloatBlock(zeros, zeros))
+    return FloatTail(cache, FloatBlock(zeros, zeros), spec.chunk)
 
 
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:

@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.hadamard import hadamard_transform
 from lsjax.attention.kv_array import KVArray, write_tokens
 from lsjax.attention.partial import Partial, merge, merge_over_axis
@@ -173,7 +174,8 @@ class WindowCache:
         held = jnp.clip(jnp.minimum(before, self.spec.slots) - first, 0, self.k.capacity)
         held = jnp.broadcast_to(held[:, None], all_tokens.positions.shape)
         positions = self.spec.positions(own_slots, before)
-        partial = all_tokens.attend(everyone, self.k, self.v, None, held, positions)
+        alike = QueryBlocks(everyone.shape[3], causal=False)
+        partial = all_tokens.attend(everyone, self.k, self.v, None, held, positions, alike)
         if self.zigzag.devices > 1:
             partial = merge_over_axis(partial, "context")
             order = self.zigzag.permutation(k.shape[2]).reshape(self.zigzag.devices, -1)
@@ -181,7 +183,8 @@ class WindowCache:
             partial = jax.tree.map(lambda x: jnp.take(x, local_order, axis=3), partial)
         chunk = KVArray(k, None), KVArray(v, None)
         end, positions = step.positions + 1 - start, start + jnp.arange(k.shape[2])
-        partial = merge(partial, step.attend(q, *chunk, None, end, positions))
+        blocks = QueryBlocks(k.shape[2], causal=True) if self.zigzag.devices == 1 else None
+        partial = merge(partial, step.attend(q, *chunk, None, end, positions, blocks))
         if self.compensation_token is not None:
             partial = merge(partial, attend_to_compensation_token(q, self.compensation_token))
         after = jnp.minimum(start + k.shape[2], step.lengths)

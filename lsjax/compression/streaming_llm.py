@@ -62,7 +62,7 @@ class SinkCache:
         sinks = self.k.shape[2]
         begin = jnp.maximum(step.positions + 1 - self.window, sinks)
         partial, last_tokens = self.last_tokens.update_and_attend(
-            q, k, v, step.replace(begin=begin)
+            q, k, v, step.replace(begin=begin, blocks=None)
         )
         if not sinks:
             return partial, self.replace(last_tokens=last_tokens)

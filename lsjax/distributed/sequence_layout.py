@@ -34,7 +34,8 @@ class Zigzag:
             raise ValueError(f"{self.devices} devices cannot share {self.block_length} positions")
 
     @property
-    def _chunk_length(self) -> int:
+    def piece_length(self) -> int:
+        """Number of consecutive positions that a device holds at least; 0 on a single device."""
         return self.block_length // (2 * self.devices)
 
     def num_local_slots_before(self, device: jax.Array | int, position: jax.Array) -> jax.Array:
@@ -45,24 +46,24 @@ class Zigzag:
         if self.devices == 1:
             return position
         block, rest = position // self.block_length, position % self.block_length
-        low = jnp.clip(rest - device * self._chunk_length, 0, self._chunk_length)
+        low = jnp.clip(rest - device * self.piece_length, 0, self.piece_length)
         high = jnp.clip(
-            rest - (2 * self.devices - 1 - device) * self._chunk_length, 0, self._chunk_length
+            rest - (2 * self.devices - 1 - device) * self.piece_length, 0, self.piece_length
         )
-        return block * 2 * self._chunk_length + low + high
+        return block * 2 * self.piece_length + low + high
 
     def position(self, device: jax.Array | int, slot: jax.Array) -> jax.Array:
         """Returns the position that a device's slot holds."""
         if self.devices == 1:
             return slot
-        block, rest = slot // (2 * self._chunk_length), slot % (2 * self._chunk_length)
-        chunk = jnp.where(rest < self._chunk_length, device, 2 * self.devices - 1 - device)
-        return block * self.block_length + chunk * self._chunk_length + rest % self._chunk_length
+        block, rest = slot // (2 * self.piece_length), slot % (2 * self.piece_length)
+        chunk = jnp.where(rest < self.piece_length, device, 2 * self.devices - 1 - device)
+        return block * self.block_length + chunk * self.piece_length + rest % self.piece_length
 
     def device(self, position: jax.Array) -> jax.Array:
         """Returns the device that holds a position."""
         chunk = (
-            position % self.block_length // self._chunk_length if self.devices > 1 else 0 * position
+            position % self.block_length // self.piece_length if self.devices > 1 else 0 * position
         )
         return jnp.minimum(chunk, 2 * self.devices - 1 - chunk)
 
@@ -77,7 +78,7 @@ class Zigzag:
         """
         if self.devices == 1:
             return np.arange(length)
-        chunks = np.arange(length).reshape(-1, 2 * self.devices, self._chunk_length)
+        chunks = np.arange(length).reshape(-1, 2 * self.devices, self.piece_length)
         own = [chunks[:, [i, 2 * self.devices - 1 - i]].ravel() for i in range(self.devices)]
         return np.concatenate(own)
 

@@ -1,5 +1,6 @@
 """Prefill of a document, saved while it goes on, and documents from and to the disk."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -47,8 +48,8 @@ def prefill_document(
     cache, start = _empty(engine, cached), 0
     saver = None
     if folder is not None:
-        # Chunks begin where those of a question may begin.
-        aligned = math.lcm(document.border, folder.manifest.slice)
+        chunk = engine.settings.prefill_chunk
+        aligned = math.lcm(document.border, folder.manifest.slice, chunk)
         done = folder.manifest.done
         start = cached if done >= cached else done // aligned * aligned
         for at, tokens in folder.slices(start):
@@ -62,17 +63,19 @@ def prefill_document(
         if saver:
             saver.finish()
     windows = engine.config.windows
+    empty = _empty(engine, shared - cached, chunk=0)  # which begins anywhere
     rest = tuple(
         own if window is None else layer
-        for own, layer, window in zip(_empty(engine, shared - cached), cache, windows, strict=True)
+        for own, layer, window in zip(empty, cache, windows, strict=True)
     )
     read = DocumentCache(shared_layers(cache, windows), np.int32(cached), ())
     return read.replace(rest=prefill(rest, cached, shared, document=read))
 
 
-def _empty(engine: Engine, tokens: int) -> KVCache:
+def _empty(engine: Engine, tokens: int, **changes: int) -> KVCache:
     rows = engine.settings.mesh.shape["data"]  # one on each device, all alike
-    return engine.new_cache(engine.settings.cache_spec(rows, max(tokens, 1), 0))
+    spec = engine.settings.cache_spec(rows, max(tokens, 1), 0)
+    return engine.new_cache(dataclasses.replace(spec, **changes))
 
 
 def _prefill(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray
 from lsjax.cache import empty_layer
@@ -116,7 +116,8 @@ def _scores(q: jax.Array, k: jax.Array, *, count: int, platform: str) -> jax.Arr
     q = (q * head_dim**-0.5).reshape(1, capacity, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     keys = KVArray(k.swapaxes(1, 2), None)
     at = jnp.arange(capacity)[None]
-    lse = attend(platform, q, keys, keys, KeyRange(None, at + 1, at), None).lse
+    key_range, blocks = KeyRange(None, at + 1, at), QueryBlocks(capacity, causal=True)
+    lse = attend(platform, q, keys, keys, key_range, None, blocks).lse
 
     def looked(back: int, on: int) -> jax.Array:
         """Returns [kv_heads, group] sums of the attention from token t to token t - back + on."""

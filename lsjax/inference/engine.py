@@ -1,6 +1,7 @@
 """The engine: runs a model's compiled steps on a mesh and compiles them ahead of time."""
 
 import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -106,7 +107,8 @@ class Engine:
           tables: rotary tables of the batch.
           cache: cache of the prompts up to `start`; donated.
           tokens: [batch, chunk] ids; arbitrary after a prompt's end.
-          start: position of the chunk's first token.
+          start: position of the chunk's first token, a multiple of settings.prefill_chunk unless
+            there is a document.
           lengths: [batch] number of tokens in each prompt.
           last: [batch, hidden] hidden states returned for the previous chunk; None for the first
             chunk.
@@ -116,6 +118,8 @@ class Engine:
           The new cache, and [batch, hidden] hidden states of the prompts' last tokens. A row is
           valid once its prompt's last token has been run.
         """
+        if document is None:
+            self._check_chunk(tokens, start)
         if last is None:
             shape = tokens.shape[0], self.config.hidden_size
             last = jnp.zeros(shape, self.settings.dtype, device=self._model.rows)
@@ -150,6 +154,7 @@ class Engine:
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: np.ndarray, start: int
     ) -> tuple[KVCache, jax.Array]:
         """Like `prefill`, but returns every position's logits: [batch, chunk, vocab] float32."""
+        self._check_chunk(tokens, start)
         return steps.score(self._model, params, tables, cache, self._place(tokens), np.int32(start))
 
     def for_samples(
@@ -247,15 +252,29 @@ class Engine:
     def compile_ahead(
         self, spec: CacheSpec, document: CacheSpec | None = None
     ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-        """Compiles prefill of a chunk and decode of a segment, for devices that may be absent.
+        """Compiles what `lower_ahead` lowers.
+
+        Returns:
+          The prefill and the decode program. Their memory_analysis() gives the bytes needed per
+          device.
+        """
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            lowered = self.lower_ahead(spec, document)
+            prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
+        return prefill, decode
+
+    def lower_ahead(
+        self, spec: CacheSpec, document: CacheSpec | None = None
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Lowers prefill of a chunk and decode of a segment, for devices that may be absent.
 
         Args:
           spec: spec of the cache.
           document: spec of the cache of a document that all rows begin with, or None.
 
         Returns:
-          The prefill and the decode program. Their memory_analysis() gives the bytes needed per
-          device. If prompts are prefilled layer by layer, the prefill program runs a single layer.
+          The prefill and the decode program. If prompts are prefilled layer by layer, the prefill
+          program runs a single layer.
         """
         model = self._model
         whole = model.replicated
@@ -272,12 +291,13 @@ class Engine:
         tables = jax.tree.map(
             lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)
         )
-        cache = cache_shapes(model.config, model.mesh, spec, model.platform)
         held = None
         if document is not None:
+            spec = dataclasses.replace(spec, chunk=0)  # questions begin anywhere
             layers = cache_shapes(model.config, model.mesh, document, model.platform)
             length = jax.ShapeDtypeStruct((), "int32", sharding=whole)
             held = DocumentCache(shared_layers(layers, self.config.windows), length, ())
+        cache = cache_shapes(model.config, model.mesh, spec, model.platform)
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         state = DecodeState(cache, token=rows(), position=rows(), last=rows(), step=count)
         eos = jax.ShapeDtypeStruct(_padded(()).shape, "int32", sharding=whole)
@@ -294,10 +314,16 @@ class Engine:
                 )
             static = {"steps": self.settings.segment, "drafted": 0}
             decode = steps.decode.lower(model, params, tables, state, Draw(), eos, held, **static)
-            lowered = prefill, decode
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
-        return prefill, decode
+            return prefill, decode
+
+    def _check_chunk(self, tokens: np.ndarray, start: int) -> None:
+        """Refuses a chunk whose caches were compiled for others; see CacheSpec.chunk."""
+        chunk = self.settings.prefill_chunk
+        if start % chunk or tokens.shape[1] > chunk:
+            raise ValueError(
+                f"a chunk has at most {chunk} tokens and starts at a multiple of as many, not "
+                f"{tokens.shape[1]} tokens at {start}"
+            )
 
     def _place(self, rows: np.ndarray, dtype: type = np.int32) -> jax.Array:
         return put_on_mesh(np.asarray(rows, dtype), self._model.rows)

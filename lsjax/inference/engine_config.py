@@ -47,13 +47,16 @@ class EngineConfig:
         """Returns how far apart positions get in a text of `length` tokens, at most."""
         return length if self.compression is None else self.compression.span(length)
 
-    def cache_spec(self, batch: int, prompt_capacity: int, output: int) -> CacheSpec:
+    def cache_spec(
+        self, batch: int, prompt_capacity: int, output: int, begun: int = 0
+    ) -> CacheSpec:
         """Returns the spec of a cache for `batch` prompts and their answers.
 
-        There is room for the last chunk's padding and for whole segments.
+        There is room for the last chunk's padding and for whole segments. The first chunk comes
+        after `begun` tokens, which are copied.
         """
         needed = max(
-            round_up(prompt_capacity, self.prefill_chunk),
+            begun + round_up(prompt_capacity - begun, self.prefill_chunk),
             prompt_capacity + round_up(output, self.segment),
         )
         granule = (

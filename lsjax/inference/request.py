@@ -82,8 +82,8 @@ class Request:
 
     def cache_spec(self, settings: EngineConfig) -> CacheSpec:
         """Returns the spec of the cache that the batch needs beside a document's."""
-        own = self.prompt_capacity - self.cached
-        return settings.cache_spec(len(self.prompts), own, self.output_capacity)
+        own, begun = self.prompt_capacity - self.cached, self.shared - self.cached
+        return settings.cache_spec(len(self.prompts), own, self.output_capacity, begun)
 
     def whole_cache_spec(self, settings: EngineConfig) -> CacheSpec:
         """Returns the spec of the cache that the batch would need if nothing was shared."""

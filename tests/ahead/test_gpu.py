@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lsjax.attention.cudnn import prefill
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
+from lsjax.attention.cudnn import in_blocks
 from lsjax.attention.gpu import decode
-from lsjax.attention.partial import Partial, merge_over_axis
+from lsjax.attention.kv_array import KVArray
+from lsjax.attention.partial import merge_over_axis
 from lsjax.planning import find_target, target_mesh
 
 GLM4_9B = {"kv_heads": 4, "group": 8, "head_dim": 128, "capacity": 1048576 + 4096}
@@ -62,13 +64,10 @@ def test_decode_compiles_and_copies_nothing(model, cache):
     assert share_of_cache(program, data, scale) < 0.1
 
 
-def nothing_at_the_edges(q):
-    values = jnp.zeros(q.shape, jnp.float32)
-    return lambda begin, end: Partial(values, jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
-
-
-def prefill_of_prefix(q, *args):
-    return prefill(q, *args, nothing_at_the_edges(q))
+def prefill_of_prefix(q, k, v, k_scale, v_scale, begin, end):
+    blocks = QueryBlocks(q.shape[3], causal=False)
+    key_range = KeyRange(None, end, end)
+    return in_blocks(q, KVArray(k, k_scale), KVArray(v, v_scale), key_range, blocks)
 
 
 @CACHES

@@ -5,13 +5,15 @@ are those of the whole model, or larger.
 """
 
 import dataclasses
+import re
 
 import pytest
 from helpers.deployments import deployment as deployment_of
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 from lsjax.compression import RazorConfig
-from lsjax.planning import find_target
+from lsjax.inference.engine import Engine
+from lsjax.planning import find_target, target_mesh
 from lsjax.planning.arithmetic import cache_bytes, hidden_bytes
 from lsjax.planning.compiled import compile_for
 
@@ -68,3 +70,25 @@ def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
     prefill = compile_for(config, find_target(target), deployment, 2**20)["prefill"]
     assert prefill.cache == pytest.approx(cache, rel=0.01)
     assert prefill.temporaries < 0.3 * layer
+
+
+@pytest.mark.parametrize(
+    ("path", "devices", "kv", "window"),
+    [(QWEN, 1, "int8", None), (QWEN, 1, "bfloat16", 4096), (QWEN, 8, "int8", None)],
+)
+def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, kv, window):
+    """The host decides after each iteration whether a loop goes on, unless their number is known to
+    the compiler."""
+    config = with_layers(path, 1)
+    config = dataclasses.replace(
+        config, layers=(dataclasses.replace(config.layers[0], window=window),)
+    )
+    deployment = deployment_of((1, devices, 1), "bfloat16", kv, 4096, 1, 256)
+    mesh = target_mesh(find_target(f"h100-80gb:{devices}"), deployment.sizes)
+    engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
+    prefill, _ = engine.lower_ahead(deployment.cache_spec_for(2**17))
+    text = prefill.compile().as_text()
+    assert "__cudnn$fmha" in text
+    loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
+    unknown = [line for line in loops if "known_trip_count" not in line]
+    assert len(unknown) == (1 if window is None else 0)

@@ -7,6 +7,7 @@ and in chunks may be at most twice as far from the truth.
 import functools
 from typing import NamedTuple
 
+import helpers.cudnn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 from helpers.oracle import attention, dequantised
 from helpers.plain_attention import causal_attention
 
+from lsjax.attention import cudnn, dispatch
 from lsjax.attention.blockwise import KeyRange, attend
 from lsjax.attention.hadamard import hadamard_matrix
 from lsjax.attention.kv_array import KVArray, empty_kv_array
-from lsjax.cache import FloatBlock, FloatTail, FullCache, RollingCache, update_and_attend
+from lsjax.cache import FloatBlock, FloatTail, FullCache, RollingCache, sharded, update_and_attend
 from lsjax.distributed.sequence_layout import Zigzag, round_up_to_blocks
 from lsjax.distributed.sharding import make_mesh, sharding
 
@@ -31,7 +33,8 @@ BLOCK = 16  # positions in a quantized cache's block, which its own queries atte
 
 
 class Case(NamedTuple):
-    """Tokens, slots of the cache, tokens a chunk; the last chunk is what remains."""
+    """Tokens, slots of the cache, tokens a chunk; the last chunk is what remains. A chunk is one
+    zigzag block unless `zigzag_block` says otherwise."""
 
     length: int
     capacity: int
@@ -41,6 +44,7 @@ class Case(NamedTuple):
     cache: str = "float32"
     mesh: str = "111"
     dtype: str = "float32"
+    zigzag_block: int | None = None
 
 
 def empty(case, batch, kv_heads):
@@ -49,16 +53,16 @@ def empty(case, batch, kv_heads):
     cache = kind(store, store, zigzag(case))
     if quantised(case):
         zeros = jnp.zeros((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype)
-        cache = FloatTail(cache, FloatBlock(zeros, zeros))
+        cache = FloatTail(cache, FloatBlock(zeros, zeros), case.chunk if case.chunk > 1 else 0)
     mesh = make_mesh(MESHES[case.mesh])
     specs = jax.tree.map(lambda s: sharding(mesh, s), cache.partition_specs())
     return jax.device_put(cache, specs)
 
 
 def zigzag(case):
-    """Returns the layout: a chunk is one block; single tokens work with any block length."""
+    """Returns the layout; single tokens work with any block length."""
     devices = MESHES[case.mesh]["context"]
-    return Zigzag(devices, round_up_to_blocks(case.chunk, devices))
+    return Zigzag(devices, case.zigzag_block or round_up_to_blocks(case.chunk, devices))
 
 
 def quantised(case):
@@ -106,7 +110,7 @@ def step_of(case, step, cache, q, k, v, start, lengths):
     end = min(start + case.chunk, case.length)
     order = np.arange(end - start)
     if zigzag(case).devices > 1 and case.chunk > 1:
-        order = zigzag(case).permutation(zigzag(case).block_length)
+        order = zigzag(case).permutation(round_up_to_blocks(case.chunk, zigzag(case).devices))
     given = [np.pad(x[:, start:end], ((0, 0), (0, len(order)), (0, 0), (0, 0))) for x in (q, k, v)]
     positions = np.tile(start + order, (q.shape[0], 1))
     y, cache = step(*(x[:, order] for x in given), positions, lengths, cache)
@@ -211,6 +215,46 @@ def truth_and_plain(case, q, k, v, cache):
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
 def test_as_near_the_truth_as_plain_attention(case):
+    q, k, v = queries_keys_values(case)
+    got, cache = in_chunks(case, q, k, v)
+    truth, plain = truth_and_plain(case, q, k, v, cache)
+    error, plain_error = (np.max(np.abs(np.asarray(x, np.float64) - truth)) for x in (got, plain))
+    assert error <= 2 * plain_error + 1e-7
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Dispatches as on a GPU, with a stand-in for cuDNN that sees pieces of 24 slots."""
+    monkeypatch.setattr(cudnn, "dot_product_attention", helpers.cudnn.dot_product_attention)
+    monkeypatch.setattr(cudnn, "PIECE", 24)
+    monkeypatch.setattr(dispatch, "_GPU_DECODE_QUERIES", 0)
+    monkeypatch.setattr(dispatch, "takes_blocks", lambda _: True)
+    monkeypatch.setattr(sharded, "_WINDOW_QUERIES", 8)
+    attend = dispatch.attend
+    monkeypatch.setattr(dispatch, "attend", lambda _, *args: attend("gpu", *args))
+
+
+def on_gpu(length, chunk, cache, mesh="111", **more):
+    return Case(length, 256, chunk, cache=cache, mesh=mesh, dtype="bfloat16", **more)
+
+
+# Chunks are of several blocks, of one, of half a block, and begin within one; the last is short.
+ON_GPU = [on_gpu(128, 64, "int8")]
+MORE_ON_GPU = [
+    on_gpu(150, 48, "bfloat16"),
+    on_gpu(70, 32, "bfloat16", "121"),
+    *(on_gpu(150, chunk, "int8") for chunk in (8, 16, 24)),
+    on_gpu(150, 64, "bfloat16", window=20),
+    on_gpu(150, 32, "int8", window=20),
+    *(on_gpu(128, chunk, "int8", mesh) for chunk, mesh in ((32, "141"), (64, "181"))),
+    on_gpu(128, 64, "int8", "121", zigzag_block=8),
+    on_gpu(70, 32, "int4", "222"),
+]
+MORE_ON_GPU = [pytest.param(case, marks=slow) for case in MORE_ON_GPU]
+
+
+@pytest.mark.parametrize("case", [*ON_GPU, *MORE_ON_GPU], ids=str)
+def test_on_a_gpu_as_near_the_truth_as_plain_attention(gpu, case):
     q, k, v = queries_keys_values(case)
     got, cache = in_chunks(case, q, k, v)
     truth, plain = truth_and_plain(case, q, k, v, cache)

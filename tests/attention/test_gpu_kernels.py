@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cudnn import dot_product_attention
 
 from lsjax.attention import cudnn
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.gpu import decode as decode_on_gpu
+from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 
 decode = jax.jit(functools.partial(decode_on_gpu, interpret=True))
@@ -186,22 +189,12 @@ def test_int8_keys_that_the_kernel_could_not_address_are_refused():
         jax.eval_shape(decode_on_gpu, q, store, store, scale, scale, bound, bound)
 
 
-def cudnn_stand_in(q, k, v, q_seqlen, kv_seqlen, mask_type, qkv_layout, return_residual):
-    """What is asked of cuDNN: bfloat16 values, a float32 log-sum-exp, nothing of value unasked."""
-    assert {x.dtype for x in (q, k, v)} == {jnp.dtype("bfloat16")}
-    batch, _, length, head_dim = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, length, head_dim)
-    begin, end = jnp.zeros((batch, length), jnp.int32), jnp.tile(kv_seqlen[:, None], (1, length))
-    partial = plain(grouped, k, v, None, None, begin, end)
-    values, lse = partial.values.reshape(q.shape), partial.lse.reshape(q.shape[:-1])
-    return values.astype(q.dtype), jnp.where(kv_seqlen[:, None, None] > 0, lse, jnp.nan)
-
-
 @jax.jit
-def prefill(q, *stores_begin_end):
+def prefill(q, k, v, k_scale, v_scale, begin, end):
     """On the stand-in, with plain attention at the edges."""
-    *stores, begin, end = stores_begin_end
-    return cudnn.prefill(q, *stores, begin, end, lambda b, e: plain(q, *stores, b, e))
+    stores = k, v, k_scale, v_scale
+    arrays = KVArray(k, k_scale), KVArray(v, v_scale)
+    return cudnn.in_general(q, *arrays, begin, end, lambda b, e: plain(q, *stores, b, e))
 
 
 def in_bfloat16(*args):
@@ -233,7 +226,7 @@ FLOATS = "bfloat16", pytest.mark.slow("int8 is widened to it; edges and rows are
 @pytest.mark.parametrize("name", PREFILLS)
 def test_prefill_is_as_near_the_truth_as_plain_attention(monkeypatch, name, cache):
     begin, end = (np.asarray(x, np.int32) for x in PREFILLS[name])
-    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_stand_in)
+    monkeypatch.setattr(cudnn, "dot_product_attention", dot_product_attention)
     rows = ((0, 0),) * len(begin)
     case = Case(rows, 16, 2, cache, "bfloat16", capacity=33024, kv_heads=1, length=48)
     q, *stores, _, _ = inputs(case)
@@ -242,7 +235,7 @@ def test_prefill_is_as_near_the_truth_as_plain_attention(monkeypatch, name, cach
 
 
 def test_what_all_queries_see_is_left_to_cudnn(monkeypatch):
-    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_stand_in)
+    monkeypatch.setattr(cudnn, "dot_product_attention", dot_product_attention)
     q, *stores, begin, end = args = inputs(
         Case(((0, 300), (0, 300)), 16, 2, "int8", "bfloat16", capacity=512, length=8)
     )
@@ -251,5 +244,57 @@ def test_what_all_queries_see_is_left_to_cudnn(monkeypatch):
         assert np.all(begin >= end)
         return plain(q, *stores, begin, end)
 
-    got = cudnn.prefill(q, *stores, begin, end, edges)
+    k, v, k_scale, v_scale = stores
+    arrays = KVArray(k, k_scale), KVArray(v, v_scale)
+    got = cudnn.in_general(q, *arrays, begin, end, edges)
     assert_as_near(got, in_bfloat16(*args), args)
+
+
+LENGTH, CAPACITY = 32, 256
+# What each block sees of the slots before it: all, its own alone, some, or what a window shows.
+BLOCKS = [
+    QueryBlocks(8, causal=True),
+    QueryBlocks(8, causal=True, window=21),
+    *(
+        pytest.param(blocks, marks=slow)
+        for blocks in (
+            QueryBlocks(32, causal=True),
+            QueryBlocks(32, causal=False),
+            QueryBlocks(8, causal=False),
+            QueryBlocks(8, causal=True, before=0),
+            QueryBlocks(32, causal=True, before=16),
+            QueryBlocks(8, causal=False, before=16),
+            QueryBlocks(8, causal=False, window=21),
+            QueryBlocks(8, causal=True, window=9),
+            QueryBlocks(8, causal=True, window=10),
+            QueryBlocks(16, causal=True, window=60),
+        )
+    ),
+]
+
+
+def ranges(blocks, at):
+    """Slots that queries from slot `at` on see, in two rows that differ where they may."""
+    queries = np.tile(np.arange(at, at + LENGTH), (2, 1))
+    own = queries - (queries - at) % blocks.size
+    stop = queries + 1 if blocks.causal else own
+    if blocks.window is not None:
+        return np.maximum(queries + 1 - blocks.window, 0), stop
+    if blocks.before is not None:
+        return own - np.minimum(own, blocks.before), stop
+    return None, np.maximum(stop - [[0], [at // 2]], 0)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_prefill_in_blocks_is_as_near_the_truth_from_every_start(monkeypatch, blocks):
+    monkeypatch.setattr(cudnn, "dot_product_attention", dot_product_attention)
+    monkeypatch.setattr(cudnn, "PIECE", 64)  # the blocks of a window are more than one piece
+    case = Case(((0, 0),) * 2, 16, 2, "int8", "bfloat16", CAPACITY, kv_heads=1, length=LENGTH)
+    q, k, v, k_scale, v_scale, _, _ = inputs(case)
+    arrays = KVArray(k, k_scale), KVArray(v, v_scale)
+    run = jax.jit(lambda key_range: cudnn.in_blocks(q, *arrays, key_range, blocks))
+    for at in (0, 1, 8, 13, 32, 64, 100, CAPACITY - LENGTH):
+        start, stop = ranges(blocks, at)
+        got = run(KeyRange(start, stop, stop))
+        args = q, k, v, k_scale, v_scale, np.zeros_like(stop) if start is None else start, stop
+        assert_as_near(got, in_bfloat16(*args), args)

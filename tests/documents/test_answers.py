@@ -86,3 +86,16 @@ def test_a_document_of_another_model_is_refused():
     other = build("glm4", layers=2, kv="int8")
     with pytest.raises(UserError, match="another kv_cache_dtype"):
         other.generate([1], 4, document=document)
+
+
+@pytest.mark.slow("questions whose chunks end within the capacity of the prompt are quick")
+def test_padding_of_a_question_has_room_behind_the_end_of_the_document():
+    """The chunk of 1,024 that a question of 700 tokens takes begins in the middle of a block."""
+    lm = build("glm4", kv="int8", chunk=1024, layers=1)
+    document = lm.read(ids(0, 2 * lm.options.cache_block + 63), allow_untrained_length=True)
+    question = ids(5, 700)
+    prompt = [*document.token_ids, *question]
+    (expected,) = lm.generate(prompt, OUTPUT, **OPTIONS)
+    assert lm.generate(question, OUTPUT, document=document, **OPTIONS)[0].token_ids == (
+        expected.token_ids
+    )

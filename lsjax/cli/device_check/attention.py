@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import HEADS, Heads, Sizes
@@ -84,7 +84,8 @@ def _prefill(
 
     @jax.jit
     def run(q, k, v, at):
-        return attend(platform, q, k, v, KeyRange(None, at + 1, at), None).values.astype(q.dtype)
+        key_range, blocks = KeyRange(None, at + 1, at), QueryBlocks(queries, causal=True)
+        return attend(platform, q, k, v, key_range, None, blocks).values.astype(q.dtype)
 
     first, seconds = first_and_median(lambda: run(q, k, v, at), min(sizes.rounds, 3))
     pairs = queries * keys - queries**2 / 2

@@ -5,6 +5,7 @@ be at most twice as large, plus a small constant in case plain attention happens
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.attention.blockwise import KeyRange
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial
@@ -27,6 +28,7 @@ _ALIGNED = (
     256  # longest block of keys that a kernel reads, if no higher power of 2 divides their number
 )
 _COMPILED_AT_ONCE = 8
+_QUERIES_PER_BLOCK = 260
 _SAMPLED_QUERIES = 64  # queries of a prefill that are checked, since float64 is slow
 
 
@@ -69,7 +71,9 @@ class Way(NamedTuple):
 def kernels(sizes: Sizes, record: Recorder) -> None:
     """Checks every case with every implementation that supports it, and records a row for each."""
     platform = jax.default_backend()
-    work = [(way, case) for way in _ways(platform) for case in _cases(sizes) if way.takes(case)]
+    work = [
+        (way, case) for way in _ways(platform, sizes) for case in _cases(sizes) if way.takes(case)
+    ]
 
     def checked(what: tuple[Way, Case]) -> dict[str, Any]:
         way, case = what
@@ -94,7 +98,7 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
             yield Case(head_dim, cache, 5, sizes.check_keys, window, dtype)
             if cache in ("int8", "bfloat16"):
                 yield Case(head_dim, cache, many, slots)
-        yield Case(head_dim, "bfloat16", many, slots, window=slots // 3)
+        yield Case(head_dim, "bfloat16", many, slots, window=_prefill_window(sizes))
     # Only two, since the decode kernel takes twenty seconds to compile for these.
     for head_dim in sizes.head_dims[::-2][:2]:
         yield Case(head_dim, "int8", 5, sizes.check_keys, dtype="float32")
@@ -102,16 +106,39 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
     yield Case(sizes.head_dims[0], "int4", many, sizes.check_keys)
 
 
-def _ways(platform: str) -> Iterator[Way]:
+def _ways(platform: str, sizes: Sizes) -> Iterator[Way]:
     def dispatched(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
         return attend(platform, q, k, v, key_range, None)
 
     in_place = {"gpu": _gpu_decode_takes, "tpu": _tpu_takes}.get(platform, lambda case: False)
     yield Way(f"attention on {platform}", dispatched, lambda case: True, in_place)
+    if platform == "gpu":
+        for window in (None, _prefill_window(sizes)):
+            yield _in_blocks(platform, window)
     if platform == "cpu":
         decode = "the GPU's decode kernel, interpreted"
         yield Way(decode, _gpu_decode, _gpu_decode_takes, _gpu_decode_takes)
         yield Way("the TPU's kernel, interpreted", _tpu_kernel, _tpu_takes, _tpu_takes)
+
+
+def _in_blocks(platform: str, window: int | None) -> Way:
+    """Returns prefill whose queries are known to come in blocks, as a model's are."""
+
+    def attend_in_blocks(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
+        size = math.gcd(q.shape[3], _QUERIES_PER_BLOCK)
+        blocks = QueryBlocks(size, causal=True, window=window)
+        start = None if window is None else key_range.start
+        return attend(platform, q, k, v, key_range._replace(start=start), None, blocks)
+
+    def takes(case: Case) -> bool:
+        return case.queries > 16 and case.window == window and case.dtype == "bfloat16"
+
+    name = f"attention in blocks on {platform}" + ("" if window is None else ", with a window")
+    return Way(name, attend_in_blocks, takes, lambda case: False)
+
+
+def _prefill_window(sizes: Sizes) -> int:
+    return sizes.check_prefill[1] // 3
 
 
 def _gpu_decode_takes(case: Case) -> bool:

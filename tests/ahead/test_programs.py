@@ -92,3 +92,20 @@ def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, 
     loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
     unknown = [line for line in loops if "known_trip_count" not in line]
     assert len(unknown) == (1 if window is None else 0)
+
+
+@pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 4, 2)), ("h100-80gb:1", (1, 1, 1))])
+def test_rows_of_a_document_copy_nothing_of_it(target, mesh):
+    config, target = with_layers(GLM, 1), find_target(target)
+    deployment = deployment_of(mesh, "bfloat16", "int8", 256, 8, 256)
+    engine = Engine(
+        config, dataclasses.replace(deployment, mesh=target_mesh(target, deployment.sizes))
+    )
+    document = engine.settings.cache_spec(1, 1_044_480, 0)
+    held = document.nbytes(config, deployment.mesh, target.platform)
+    prefill, decode = (
+        program.memory_analysis().temp_size_in_bytes
+        for program in engine.compile_ahead(deployment.cache_spec_for(3840), document)
+    )
+    assert decode < 0.1 * held
+    assert prefill < held

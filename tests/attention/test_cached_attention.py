@@ -19,7 +19,17 @@ from lsjax.attention import cudnn, dispatch
 from lsjax.attention.blockwise import KeyRange, attend
 from lsjax.attention.hadamard import hadamard_matrix
 from lsjax.attention.kv_array import KVArray, empty_kv_array
-from lsjax.cache import FloatBlock, FloatTail, FullCache, RollingCache, sharded, update_and_attend
+from lsjax.cache import (
+    DocumentCache,
+    FloatBlock,
+    FloatTail,
+    FullCache,
+    RollingCache,
+    attach,
+    detach,
+    sharded,
+    update_and_attend,
+)
 from lsjax.distributed.sequence_layout import Zigzag, round_up_to_blocks
 from lsjax.distributed.sharding import make_mesh, sharding
 
@@ -260,6 +270,77 @@ def test_on_a_gpu_as_near_the_truth_as_plain_attention(gpu, case):
     truth, plain = truth_and_plain(case, q, k, v, cache)
     error, plain_error = (np.max(np.abs(np.asarray(x, np.float64) - truth)) for x in (got, plain))
     assert error <= 2 * plain_error + 1e-7
+
+
+DOCUMENT = 3 * BLOCK  # positions of a document that all rows begin with
+
+
+def after_a_document(case, q, k, v):
+    """Outputs of the tokens after the document, which is kept once on each device."""
+    rows = MESHES[case.mesh]["data"]
+    whole = case._replace(length=DOCUMENT, chunk=DOCUMENT)
+    _, document = in_chunks(whole, *(x[:rows, :DOCUMENT] for x in (q, k, v)))
+    own = empty(case, q.shape[0], k.shape[2])
+    if quantised(case):
+        own = own.replace(chunk=0)
+    held = DocumentCache((arrays(document),), np.int32(DOCUMENT), ())
+    mesh = make_mesh(MESHES[case.mesh])
+
+    @jax.jit
+    def step(q, k, v, positions, lengths, own):
+        (cache,) = attach((own,), held)
+        y, cache = update_and_attend(mesh, q, k, v, positions, lengths, cache, case.chunk == 1)
+        return y, detach((cache,))[0]
+
+    outputs, lengths = [], np.full(q.shape[0], case.length)
+    for start in range(DOCUMENT, case.length, case.chunk):
+        y, own = step_of(case, step, own, q, k, v, start, lengths)
+        outputs.append(y)
+    return np.concatenate(outputs, axis=1).astype(np.float64)
+
+
+def check_after_a_document(case):
+    q, k, v = queries_keys_values(case)
+    for x in (q, k, v):
+        x[1, :DOCUMENT] = x[0, :DOCUMENT]
+    _, cache = in_chunks(case, q, k, v)
+    truth, plain = (x[:, DOCUMENT:] for x in truth_and_plain(case, q, k, v, cache))
+    got = after_a_document(case, q, k, v)
+    error, plain_error = (np.max(np.abs(np.asarray(x, np.float64) - truth)) for x in (got, plain))
+    assert error <= 2 * plain_error + 1e-7
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(79, 128, 10, cache="int8"),
+        *(
+            pytest.param(case, marks=slow)
+            for case in (
+                Case(79, 128, 1, cache="int8", group=3),
+                Case(79, 128, 16, mesh="222"),
+                Case(70, 128, 1, cache="int4", mesh="121"),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_after_a_document_as_near_the_truth_as_plain_attention(case):
+    check_after_a_document(case)
+
+
+@pytest.mark.slow("a document's Partial is quick on a CPU, and GPU prefill of other caches")
+@pytest.mark.parametrize(
+    "case",
+    [
+        on_gpu(79, 10, "int8"),
+        on_gpu(79, 31, "bfloat16"),
+        on_gpu(80, 16, "int8", "222"),
+    ],
+    ids=str,
+)
+def test_after_a_document_on_a_gpu(gpu, case):
+    check_after_a_document(case)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of one file run on one worker, where they share fixtures and programs in memory."""
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         slow = item.get_closest_marker("slow")
         if slow and not slow.args:
             raise pytest.UsageError(f"{item.nodeid} is slow, and does not say why that is no loss")

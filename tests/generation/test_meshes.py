@@ -66,7 +66,7 @@ def on_one_device(name, kv):
 def slow_or_quick(case):
     reason = "five seconds of compiling each; QUICK has each axis"
     marks = [] if case in QUICK else [pytest.mark.slow(reason)]
-    return pytest.param(*case, marks=[*marks, pytest.mark.xdist_group(case[0])])
+    return pytest.param(*case, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "kv", "mesh"), [slow_or_quick(case) for case in CASES])

@@ -177,6 +177,7 @@ def test_as_a_process_it_ends_with_the_same_sentence():
     assert "no/such/book.txt" in done.stderr and "no such file" in done.stderr
 
 
+@pytest.mark.slow("a document that begins as a saved one is quick, and so is ask with its cache")
 def test_a_prompt_that_begins_as_an_earlier_one_is_read_from_there(tmp_path):
     flags = ["--kv_cache_dtype", "float32", "--max_output_length", 4, "--document_cache", tmp_path]
     text = "The grass is green. " * 20

@@ -20,7 +20,7 @@ def prompts(length, count):
 
 def test_the_likeliest_token_is_nearly_always_the_same(pair):
     exact, small = pair
-    ids = [exact.tokenizer.encode(prompt) for prompt in prompts(1600, 4)]
+    ids = [exact.tokenizer.encode(prompt) for prompt in prompts(1600, 2)]
     same = exact.logits(ids).argmax(-1) == small.logits(ids).argmax(-1)
     assert same.mean() >= 0.99
 

@@ -350,6 +350,10 @@ class LanguageModel:
                 "the document was read on another mesh or in other chunks; save it, and open it "
                 "with this model."
             )
+        if empty := [i for i, prompt in enumerate(ids) if len(prompt) <= len(document)]:
+            raise UserError(
+                f"prompt {empty[0]} has no token after the document; give at least one."
+            )
         document.check_room(max(map(len, ids)) + max_output_length)
         found = batches(self.options, ids, max_output_length, **options)
         return [document.begin(request) for request in found]

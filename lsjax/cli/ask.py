@@ -117,7 +117,7 @@ def main(_: list[str]) -> None:
     if questions:
         answers = _answer_together(model, document, questions)
     else:
-        answers = [a for line in _lines() for a in _answer(model, document, line + after)]
+        answers = _answer_lines(model, document, after)
     if FLAGS.output_json:
         result = {
             "document_tokens": len(document),
@@ -163,18 +163,25 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
+def _answer_lines(model: LanguageModel, document: Document, after: str) -> list[Completion]:
+    """Answers the questions of the standard input; one that cannot be answered is not the last."""
+    answers = []
+    for line in _lines():
+        try:
+            answers += _answer(model, document, line + after)
+        except UserError as error:
+            say(f"error: {error}")
+    return answers
+
+
 def _answer(model: LanguageModel, document: Document, question: str) -> list[Completion]:
     """Answers one question, and prints the answer as it comes."""
-    try:
-        (request,) = model.requests(
-            [model.encode_after(document, question)],
-            FLAGS.max_output_length,
-            document,
-            allow_untrained_length=FLAGS.allow_untrained_length,
-        )
-    except UserError as error:  # the next question may be shorter
-        say(f"error: {error}")
-        return []
+    (request,) = model.requests(
+        [model.encode_after(document, question)],
+        FLAGS.max_output_length,
+        document,
+        allow_untrained_length=FLAGS.allow_untrained_length,
+    )
     run, text = model.start(request, document=document), TextStream(model.tokenizer, ())
     for new in run:
         say(text.push(new[0]), end="")
@@ -188,8 +195,6 @@ def _answer_together(
     """Answers all questions, and prints the answers: one as it comes, several at the end."""
     if len(questions) == 1:
         answers = _answer(model, document, questions[0])
-        if not answers:
-            sys.exit(2)
     else:
         answers = model.generate(
             questions,

@@ -80,12 +80,14 @@ def test_streamed_text_is_that_of_generate():
     assert again.token_ids == whole.token_ids
 
 
-def test_a_document_of_another_model_is_refused():
+def test_a_document_of_another_model_and_an_empty_question_are_refused():
     lm = build("glm4", layers=2)
     document = lm.read(DOCUMENT, allow_untrained_length=True)
     other = build("glm4", layers=2, kv="int8")
     with pytest.raises(UserError, match="another kv_cache_dtype"):
         other.generate([1], 4, document=document)
+    with pytest.raises(UserError, match="prompt 1 has no token after the document"):
+        lm.generate([[1], []], 4, document=document)
 
 
 @pytest.mark.slow("questions whose chunks end within the capacity of the prompt are quick")

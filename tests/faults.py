@@ -306,9 +306,9 @@ FAULTS = (
     Fault(
         "a document's last token left out",
         "lsjax/cache/shared_prefix.py",
-        "end=jnp.broadcast_to(self.length, positions.shape)",
-        "end=jnp.broadcast_to(self.length - 1, positions.shape)",
-        "tests/documents/test_answers.py -k plain_prompt",
+        "end = jnp.broadcast_to(self.length, step.positions.shape)",
+        "end = jnp.broadcast_to(self.length - 1, step.positions.shape)",
+        "tests/attention/test_cached_attention.py -k after_a_document",
     ),
     Fault(
         "rows begin without the end of their document",

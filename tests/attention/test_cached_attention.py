@@ -333,8 +333,7 @@ def test_after_a_document_as_near_the_truth_as_plain_attention(case):
 @pytest.mark.parametrize(
     "case",
     [
-        on_gpu(79, 10, "int8"),
-        on_gpu(79, 31, "bfloat16"),
+        on_gpu(79, 31, "int8"),
         on_gpu(80, 16, "int8", "222"),
     ],
     ids=str,

@@ -93,12 +93,6 @@ def test_tokens_of_a_row_by_itself_are_those_of_the_whole_cache(whole):
     assert tokens(twin(), PROMPTS[1:]) == tokens(whole, PROMPTS[1:])
 
 
-@pytest.mark.slow("ALiBi on meshes and compressed caches on meshes are quick, each by itself")
-def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks():
-    options = {"mesh": "data=2,context=2,model=2", "prefill_chunk": 96}
-    assert tokens(twin(kv_cache_dtype="int8", **options)) == tokens(twin(kv_cache_dtype="int8"))
-
-
 def test_heads_keep_what_they_reach_and_no_more(whole):
     used = [cache_bytes(lm, 8000) for lm in (whole, twin())]
     alibi_span = alibi_spans(whole.config, read_bounds(f"{ALIBI}/{HEAD_FILE}", whole.config), 1e-4)

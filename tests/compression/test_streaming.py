@@ -119,14 +119,6 @@ def test_many_pass_keys_are_read():
     assert passkeys(12, 2000, SMALL, prefill_chunk=128)[0] >= 11
 
 
-@pytest.mark.slow("what each layer computes on a mesh is tested quickly against float64")
-def test_tokens_do_not_depend_on_the_mesh():
-    options = {"prefill_chunk": 256, "kv_cache_dtype": "int8"}
-    expected = passkeys(2, 1300, SMALL, **options)
-    assert expected[0] == 2
-    assert passkeys(2, 1300, SMALL, **options, mesh="data=2,context=2,model=2") == expected
-
-
 @pytest.mark.slow("what heads of any reach keep is quick in test_reach")
 def test_with_alibi_nothing_is_lost():
     prompt = held_out_passages(1300, 1)[0].prompt

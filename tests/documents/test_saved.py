@@ -230,9 +230,7 @@ def test_a_mesh_that_shares_fewer_tokens_goes_on_with_it(tmp_path):
         read(lm, tmp_path, on_prefill=interrupt)
     other = model("context=8", chunk=128)
     document = read(other, tmp_path)
-    assert document.cached == 256 < lm.read(DOCUMENT, allow_untrained_length=True).cached
-    expected = answers(lm, lm.read(DOCUMENT, allow_untrained_length=True))
-    assert answers(other, document) == expected
-    assert answers(lm, lm.open_document(tmp_path)) == expected
+    assert document.cached == 256 < LENGTH // lm.options.cache_block * lm.options.cache_block
+    assert answers(lm, lm.open_document(tmp_path)) == answers(other, document)
     with pytest.raises(UserError, match="on another mesh or in other chunks"):
         lm.generate([1], 4, document=document)

@@ -149,12 +149,11 @@ def test_refuses_what_cannot_be_dealt_out(rows, length, said):
 
 
 @pytest.mark.slow("what it would miss is memory; results are as they were")
-def test_temporaries_of_a_device_halve_as_devices_double():
+def test_temporaries_of_a_device_shrink_as_devices_double():
     sizes = []
-    for context in (1, 2, 4):
+    for context in (1, 4):
         program = (
             trainer("rotary", f"context={context}", chunks=ChunkSizes()).lower(1, 2**18).compile()
         )
         sizes.append(program.memory_analysis().temp_size_in_bytes)
-    for more, fewer in itertools.pairwise(sizes):
-        assert 0.43 < fewer / more < 0.57, sizes
+    assert 0.18 < sizes[1] / sizes[0] < 0.33, sizes

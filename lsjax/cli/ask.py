@@ -16,6 +16,7 @@ from absl import flags
 
 from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
+from lsjax.cli.answers import print_answers
 from lsjax.cli.flags import (
     define_document_cache_flags,
     define_model_flags,
@@ -31,7 +32,6 @@ from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import batches
-from lsjax.inference.stop_strings import TextStream
 from lsjax.language_model import LanguageModel, load_from_options
 from lsjax.planning.check import check_memory
 from lsjax.runtime.compilation import enable_persistent_cache
@@ -182,11 +182,7 @@ def _answer(model: LanguageModel, document: Document, question: str) -> list[Com
         document,
         allow_untrained_length=FLAGS.allow_untrained_length,
     )
-    run, text = model.start(request, document=document), TextStream(model.tokenizer, ())
-    for new in run:
-        say(text.push(new[0]), end="")
-    say(text.flush())
-    return run.completions()
+    return print_answers(model, request, model.start(request, document=document))
 
 
 def _answer_together(

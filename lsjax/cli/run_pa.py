@@ -14,6 +14,7 @@ from absl import flags
 
 from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
+from lsjax.cli.answers import print_answers
 from lsjax.cli.flags import (
     define_document_cache_flags,
     define_model_flags,
@@ -26,11 +27,9 @@ from lsjax.cli.program import run_program, say
 from lsjax.cli.reading import read_document
 from lsjax.documents import check_options
 from lsjax.errors import UserError
-from lsjax.inference.generate import Run
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import Request, batches, caches_held
 from lsjax.inference.sampling import Sampling
-from lsjax.inference.stop_strings import TextStream
 from lsjax.language_model import LanguageModel, load_from_options
 from lsjax.planning.check import check_memory, longest_here
 from lsjax.runtime.compilation import enable_persistent_cache
@@ -266,7 +265,7 @@ def _answer(model: LanguageModel, request: Request):
     """Answers a batch and prints it: a single row as it is generated, several rows at the end."""
     longest = max(len(p) for p in request.prompts)
     bar = PrefillBar(model.config, longest, model.options.span(longest))
-    return _printed(model, request, model.start(request, bar))
+    return print_answers(model, request, model.start(request, bar))
 
 
 def _answer_from_cache(kept: dict[str, Any], model: LanguageModel, request: Request):
@@ -282,23 +281,7 @@ def _answer_from_cache(kept: dict[str, Any], model: LanguageModel, request: Requ
         allow_untrained_length=FLAGS.allow_untrained_length,
     )
     request = document.begin(request)
-    return _printed(model, request, model.start(request, document=document))
-
-
-def _printed(model: LanguageModel, request: Request, run: Run):
-    """Prints a run's answers as they come, and returns them."""
-    single = len(request.numbers) == 1
-    text = TextStream(model.tokenizer, request.stop)
-    for new in run:
-        if single:
-            say(text.push(new[0]), end="")
-    completions = run.completions()
-    if single:
-        say(text.flush())
-    else:
-        for completion in completions:
-            say(f"--- {completion.prompt_tokens:,} tokens:\n{completion.text}")
-    return completions
+    return print_answers(model, request, model.start(request, document=document))
 
 
 def program() -> None:

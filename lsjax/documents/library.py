@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,16 +22,31 @@ class SavedDocument:
     """A document in the folder.
 
     Attributes:
-      name: name of its own folder.
-      manifest: what is saved.
-      nbytes: size on disk.
+      folder: its own folder.
       used: time of its last use, in seconds since 1970.
     """
 
-    name: str
-    manifest: Manifest
-    nbytes: int
+    folder: DocumentFolder
     used: float
+
+    @property
+    def name(self) -> str:
+        """Name of its own folder."""
+        return os.path.basename(self.folder.path)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is saved."""
+        return self.folder.manifest
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return sum(
+            os.path.getsize(os.path.join(path, name))
+            for path, _, names in os.walk(self.folder.path)
+            for name in names
+        )
 
 
 def document_path(root: str | os.PathLike[str], document: Document) -> str:
@@ -54,11 +70,10 @@ def longest_prefix(
         same = (held.fingerprint, held.settled_length)
         if same != (document.fingerprint, document.settled_length) or held.done <= best[1]:
             continue
-        folder = DocumentFolder.open(os.path.join(root, saved.name))
-        ids = np.asarray(folder.token_ids()[: min(len(wanted), held.done)])
+        ids = np.asarray(saved.folder.token_ids()[: min(len(wanted), held.done)])
         differ = np.flatnonzero(ids != wanted[: len(ids)])
         common = int(differ[0]) if len(differ) else len(ids)
-        best = max(best, (folder, common), key=lambda found: found[1])
+        best = max(best, (saved.folder, common), key=lambda found: found[1])
     return best
 
 
@@ -71,18 +86,17 @@ def mark_used(path: str) -> None:
 def saved_documents(root: str | os.PathLike[str]) -> list[SavedDocument]:
     """Returns the documents in a folder, the one used least recently first.
 
+    What is no document of this version is left out.
+
     Raises:
-      UserError: there is no such folder, or a document in it is of another version.
+      UserError: there is no such folder.
     """
     if not os.path.isdir(root):
         raise UserError(f"{os.fspath(root)} is not a folder; name one that holds documents.")
     found = []
     for entry in os.scandir(root):
         with contextlib.suppress(UserError):
-            manifest = DocumentFolder.open(entry.path).manifest
-            found.append(
-                SavedDocument(entry.name, manifest, _size(entry.path), entry.stat().st_mtime)
-            )
+            found.append(SavedDocument(DocumentFolder.open(entry.path), entry.stat().st_mtime))
     return sorted(found, key=lambda saved: saved.used)
 
 
@@ -116,11 +130,3 @@ def prune(root: str | os.PathLike[str], most_bytes: float, keep: str) -> list[st
             deleted.append(saved.name)
             total -= saved.nbytes
     return deleted
-
-
-def _size(folder: str) -> int:
-    return sum(
-        os.path.getsize(os.path.join(path, name))
-        for path, _, names in os.walk(folder)
-        for name in names
-    )

@@ -156,7 +156,9 @@ class LanguageModel:
         Returns:
           [batch, length, vocab_size] float32, on the host.
         """
-        return np.concatenate([to_host(x) for x in self._scores(token_ids, chunk_size)], axis=1)
+        return np.concatenate(
+            [to_host(x) for x in self.logits_by_chunk(token_ids, chunk_size)], axis=1
+        )
 
     def token_nll(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
         """Computes the negative log-likelihood of every next token.
@@ -169,7 +171,7 @@ class LanguageModel:
           [batch, length - 1] float32; entry i is that of token i + 1, given tokens 0 to i.
         """
         ids = as_rows(token_ids)
-        return _token_nll(self._scores(ids, chunk_size), ids[:, 1:])
+        return _token_nll(self.logits_by_chunk(ids, chunk_size), ids[:, 1:])
 
     def teacher_forced_nll(self, token_ids: Any, prompt_length: int) -> np.ndarray:
         """Computes the negative log-likelihood of tokens that are decoded one by one.
@@ -213,8 +215,8 @@ class LanguageModel:
             check_ids(self.config, row)
         return ids.astype(np.int32)
 
-    def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
-        """Yields the logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
+    def logits_by_chunk(self, token_ids: Any, chunk_size: int | None = None) -> Iterator[jax.Array]:
+        """Yields what `logits` returns chunk by chunk, [batch, up to chunk, vocab_size] each."""
         if self.options.compression and not self.options.compression.scores_prompts:
             raise UserError(
                 "scores of a prompt's own tokens do not show what a compressed cache costs. Score "
@@ -343,7 +345,7 @@ class LanguageModel:
         """
         if document is None:
             return batches(self.options, ids, max_output_length, **options)
-        check_fingerprint("the document", document.fingerprint, self._fingerprint)
+        check_fingerprint("the document", document.fingerprint, self.fingerprint)
         here, there = self.options, document.engine.settings
         if (here.mesh, here.prefill_chunk) != (there.mesh, there.prefill_chunk):
             raise UserError(
@@ -401,7 +403,7 @@ class LanguageModel:
         """
         ids = self.encode(document)
         unread = unread_document(
-            *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
+            *(self.engine, self.options, self.fingerprint, ids, reserve, allow_untrained_length)
         )
         if document_cache is None:
             return read_document(self.engine, self.params, unread, save_to, on_prefill=on_prefill)
@@ -421,10 +423,11 @@ class LanguageModel:
           UserError: the folder holds no document, a part of one, one of another model, or a
             damaged one.
         """
-        return open_document(self.engine, self.params, self._fingerprint, folder)
+        return open_document(self.engine, self.params, self.fingerprint, folder)
 
     @functools.cached_property
-    def _fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
+        """What keys and values depend on: architecture, a sample of the weights, and options."""
         return fingerprint(self.config, self.options, self.params)
 
     def encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from lsjax.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from lsjax.language_model import LanguageModel
 
-_SLACK = 0.02  # share of its length by which a prompt may be shorter
+# Tokens by which a prompt may be shorter than asked for; prompts of like lengths share programs.
+_SLACK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +115,9 @@ def case_of(tokenizer: Tokenizer, task: str, length: int, seed: str) -> tuple[Ca
         prompts = prompts_of(tokenizer, case)
         if len(prompts) <= length and (best is None or len(prompts) > len(best[1])):
             best = case, prompts
-        if length * (1 - _SLACK) <= len(prompts) <= length:
+        if length - _SLACK <= len(prompts) <= length:
             break
-        fill = max(int(fill * (1 - _SLACK / 4) * length / len(prompts)), 1)
+        fill = max(int(fill * (length - _SLACK / 2) / len(prompts)), 1)
     if best is None:
         raise UserError(f"a text for {task} does not fit {length} tokens; ask for more.")
     return best

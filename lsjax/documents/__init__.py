@@ -5,18 +5,21 @@ them on disk, slice by slice, `library` keeps many of them, and `fingerprint` sa
 belong to.
 """
 
-from lsjax.documents.document import Document
-from lsjax.documents.fingerprint import check_fingerprint, fingerprint
+from lsjax.documents.document import Document, requests_after, sharing_borders
+from lsjax.documents.fingerprint import fingerprint
 from lsjax.documents.folder import DocumentFolder
+from lsjax.documents.library import read_kept
 from lsjax.documents.read import check_options, open_document, read_document, unread_document
 
 __all__ = [
     "Document",
     "DocumentFolder",
-    "check_fingerprint",
     "check_options",
     "fingerprint",
     "open_document",
     "read_document",
+    "read_kept",
+    "requests_after",
+    "sharing_borders",
     "unread_document",
 ]

@@ -297,7 +297,7 @@ class LanguageModel:
         if document is None:
             return batches(self.options, ids, max_output_length, **options)
         return requests_after(
-            document, self.options, self._fingerprint, ids, max_output_length, **options
+            document, self.options, self.fingerprint, ids, max_output_length, **options
         )
 
     def start(
@@ -343,7 +343,7 @@ class LanguageModel:
         """
         ids = self.encode(document)
         unread = unread_document(
-            *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
+            *(self.engine, self.options, self.fingerprint, ids, reserve, allow_untrained_length)
         )
         if document_cache is None:
             return read_document(self.engine, self.params, unread, save_to, on_prefill=on_prefill)
@@ -359,10 +359,11 @@ class LanguageModel:
           UserError: the folder holds no document, a part of one, one of another model, or a
             damaged one.
         """
-        return open_document(self.engine, self.params, self._fingerprint, folder)
+        return open_document(self.engine, self.params, self.fingerprint, folder)
 
     @functools.cached_property
-    def _fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
+        """What keys and values depend on: architecture, a sample of the weights, and options."""
         return fingerprint(self.config, self.options, self.params)
 
     def encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:

@@ -249,14 +249,14 @@ FAULTS = (
     ),
     Fault(
         "queries and keys left as llama.cpp orders them",
-        "lsjax/gguf/tensors.py",
+        "lsjax/checkpoint/gguf/tensors.py",
         "return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)",
         "return rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)",
         "tests/gguf/test_gguf_models.py -k come_back",
     ),
     Fault(
         "an unknown key of a GGUF file passed over",
-        "lsjax/gguf/model.py",
+        "lsjax/checkpoint/gguf/model.py",
         "    file.metadata.refuse_unread(",
         "    file.metadata.mark_known(",
         "tests/gguf/test_gguf_refusals.py -k named",

@@ -102,7 +102,7 @@ def main(_: list[str]) -> None:
         chat = FLAGS.is_chat_model
         ids = tokenizer.encode(frame.document, add_special_tokens=not chat, progress=bar.update)
     questions = [frame.ask(question) for question in FLAGS.question]
-    _check_memory(options, tokenizer, tuple(ids), questions)
+    _check_memory(options, tokenizer, len(ids), questions)
     with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
         model = load_from_options(options, bar.update)
     document = read_document(
@@ -132,13 +132,12 @@ def _frame(tokenizer: Tokenizer, document: str) -> ChatFrame:
 
 
 def _check_memory(
-    options: Options, tokenizer: Tokenizer, ids: tuple[int, ...], questions: list[str]
+    options: Options, tokenizer: Tokenizer, document_tokens: int, questions: list[str]
 ) -> None:
     """Refuses what does not fit, before the weights are loaded."""
-    own = [len(tokenizer.encode(q, add_special_tokens=False)) for q in questions] or [0]
-    output = sum(n + FLAGS.max_output_length for n in own)
-    (request,) = batches(options, [ids], output, allow_untrained_length=True)
-    check_memory(options, request)
+    own = [tokenizer.encode(q, add_special_tokens=False) or [0] for q in questions or [""]]
+    (request,) = batches(options, own, FLAGS.max_output_length, allow_untrained_length=True)
+    check_memory(options, request, document_tokens)
 
 
 def _lines() -> Iterator[str]:

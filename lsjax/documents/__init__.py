@@ -5,9 +5,10 @@ them on disk, slice by slice, `library` keeps many of them, `fingerprint` says w
 belong to, and `question` renders a chat about one.
 """
 
-from lsjax.documents.document import Document
-from lsjax.documents.fingerprint import check_fingerprint, fingerprint, hash_of_ids
+from lsjax.documents.document import Document, requests_after, sharing_borders
+from lsjax.documents.fingerprint import fingerprint, hash_of_ids
 from lsjax.documents.folder import DocumentFolder
+from lsjax.documents.library import read_kept
 from lsjax.documents.question import ChatFrame, chat_frame
 from lsjax.documents.read import check_options, open_document, read_document, unread_document
 
@@ -16,11 +17,13 @@ __all__ = [
     "Document",
     "DocumentFolder",
     "chat_frame",
-    "check_fingerprint",
     "check_options",
     "fingerprint",
     "hash_of_ids",
     "open_document",
     "read_document",
+    "read_kept",
+    "requests_after",
+    "sharing_borders",
     "unread_document",
 ]

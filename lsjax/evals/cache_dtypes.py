@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.distributed.multihost import to_host
+from lsjax.inference.scoring import prompt_logits
 
 if TYPE_CHECKING:
     from lsjax.language_model import LanguageModel
@@ -46,7 +47,7 @@ class Difference:
 def scores(model: "LanguageModel", token_ids: list[int]) -> Scores:
     """Computes a model's scores of a text, which it reads over its own cache chunk by chunk."""
     ids, at, found = np.asarray(token_ids, np.int32), 1, []
-    for logits in model.logits_by_chunk(token_ids):
+    for logits in prompt_logits(model.engine, model.params, token_ids, None):
         targets = ids[at : at + logits.shape[1]]
         found.append(to_host(_losses_and_top(logits[0, : len(targets)], targets)))
         at += len(targets)

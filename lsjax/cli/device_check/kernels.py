@@ -153,9 +153,8 @@ def _gpu_decode(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Pa
     from lsjax.attention import gpu
 
     k, v = _as_on_accelerators(k), _as_on_accelerators(v)
-    return gpu.decode(
-        q, k.data, v.data, k.scale, v.scale, key_range.start, key_range.stop, interpret=True
-    )
+    slots = gpu.Slots(k.data, v.data, k.scale, v.scale, key_range.start, key_range.stop)
+    return gpu.decode(q, slots, interpret=True)
 
 
 def _tpu_kernel(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:

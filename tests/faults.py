@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         "the GPU's decode kernel reads past a row's end",
         "lsjax/attention/gpu.py",
-        "visible = (slots >= begin[:, None]) & (slots < end[:, None])",
-        "visible = (slots >= begin[:, None]) & (slots <= end[:, None])",
+        "visible = (here >= begin[:, None]) & (here < end[:, None])",
+        "visible = (here >= begin[:, None]) & (here <= end[:, None])",
         "tests/attention/test_gpu_kernels.py -k decode",
     ),
     Fault(

@@ -7,12 +7,15 @@ and its FLOPs count only the causal half. The machine's limits (matrix products,
 memory) are measured in the same run, by JAX and by PyTorch. lsjax splits the KV heads over
 --devices, as a mesh's model axis does; set JAX_NUM_CPU_DEVICES to split a CPU into devices, such as
 one per core. A compressed cache is compared with a full one over several layers, since few heads
-keep everything; this runs on one device. The formulations are measured in turn, round after round,
+keep everything; this runs on one device. On an accelerator calls of decode cycle through several
+caches, so that none is still in the processor's own cache, and prefill is compared with bfloat16
+products. The formulations are measured in turn, round after round,
 and one side idles while the other runs. Ratios compare the fastest rounds.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import operator
@@ -84,8 +87,9 @@ flags.DEFINE_list(
 )
 flags.DEFINE_integer(
     "product_size",
-    2048,
-    "Rows of the square matrices whose product is timed for the machine's FLOP limit.",
+    None,
+    "Rows of the square matrices whose product is timed for the machine's FLOP limit: 2,048 on a "
+    "CPU and 8,192 elsewhere, if not given.",
     lower_bound=1,
 )
 flags.DEFINE_integer(
@@ -101,10 +105,10 @@ flags.DEFINE_string(
 flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
 flags.DEFINE_string("plot", None, "PNG file to plot the times in.")
 
-# The figure that "x SDPA" is relative to: PyTorch's own call for grouped queries.
-_SDPA = ("PyTorch", "sdpa float32")
 # Length of a measurement, which is filled with calls so that starting them does not count.
 _MEASUREMENT_SECONDS = 0.02
+# Bytes of caches that calls of decode cycle through: several times a GPU's L2 cache of 50 MB.
+_ROTATED_BYTES = 2**28
 # OpenMP threads spin for up to 200 ms after their last work.
 _SECONDS_TO_IDLE = 0.25
 # jax.nn.dot_product_attention holds all scores at once, some of them several times.
@@ -125,6 +129,7 @@ class Case:
     head_dim: int
     product_size: int
     array_size: int
+    rotated_bytes: int
 
     @property
     def flops(self) -> float:
@@ -162,17 +167,22 @@ class Figure:
 def our_decode(case: Case, dtype: str) -> tuple[Call, float]:
     """Returns decode of one token over a full cache, and the cache's bytes as its work."""
     call, cache = _ours(case, dtype, jnp.full((1, 1), case.length - 1))
-    return call, sum(x.nbytes for x in jax.tree.leaves(cache))
+    work = sum(x.nbytes for x in jax.tree.leaves(cache))
+    copies = [jax.tree.map(jnp.copy, cache) for _ in range(case.rotated_bytes // work)]
+    turns = itertools.cycle([cache, *copies])
+    return (lambda: call(next(turns))), work
 
 
 def our_prefill(case: Case, dtype: str) -> tuple[Call, float]:
     """Returns causal attention of a whole prompt in one call, and its FLOPs as its work."""
-    call, _ = _ours(case, dtype, jnp.arange(case.length)[None])
-    return call, case.flops
+    call, cache = _ours(case, dtype, jnp.arange(case.length)[None])
+    return (lambda: call(cache)), case.flops
 
 
-def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[KVArray, KVArray]]:
-    """Returns attention of tokens at positions `at` [1, length] to a full cache, and the cache."""
+def _ours(
+    case: Case, dtype: str, at: jax.Array
+) -> tuple[Callable[[tuple[KVArray, KVArray]], Partial], tuple[KVArray, KVArray]]:
+    """Returns attention of tokens at positions `at` [1, length] to a full cache, and a cache."""
     platform = jax.devices()[0].platform
     mesh, heads = _mesh(), P(None, "model")
 
@@ -184,7 +194,7 @@ def _ours(case: Case, dtype: str, at: jax.Array) -> tuple[Call, tuple[KVArray, K
 
     ours = _our_queries(case, at.shape[1], dtype), *_our_cache(case, dtype)
     q, *cache = jax.device_put(ours, NamedSharding(mesh, heads))
-    return (lambda: run(q, *cache)), tuple(cache)
+    return (lambda cache: run(q, *cache)), tuple(cache)
 
 
 def _mesh() -> Mesh:
@@ -413,7 +423,11 @@ def _cases() -> Iterator[Case]:
         raise UserError(f"--devices={FLAGS.devices} does not divide --kv_heads={FLAGS.kv_heads}.")
     if not (FLAGS.decode_lengths or FLAGS.prefill_lengths):
         raise UserError("--decode_lengths and --prefill_lengths are both empty.")
-    shape = (FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim, FLAGS.product_size, FLAGS.array_size)
+    on_cpu = jax.default_backend() == "cpu"
+    product_size = FLAGS.product_size or (2048 if on_cpu else 8192)
+    rotated_bytes = 0 if on_cpu else _ROTATED_BYTES
+    heads = FLAGS.heads, FLAGS.kv_heads, FLAGS.head_dim
+    shape = (*heads, product_size, FLAGS.array_size, rotated_bytes)
     yield Case("limits", 0, *shape)
     for kind, flag in (
         ("decode", "decode_lengths"),
@@ -456,14 +470,19 @@ def _ratios(figure: Figure, figures: list[Figure]) -> dict[str, float]:
         return {
             "times_whole": seconds[figure.name.removesuffix(" compressed")] / figure.seconds_min
         }
-    theirs = {(f.side, f.name): f.seconds_min for f in figures if f.side == "PyTorch"}
-    if _SDPA not in theirs:
+    theirs = {f.name: f.seconds_min for f in figures if f.side == "PyTorch"}
+    sdpa = f"sdpa {_product_dtype()}"  # PyTorch's own call for grouped queries
+    if sdpa not in theirs:
         return {}
-    best = min(theirs.values())
     return {
-        "times_best_pytorch": best / figure.seconds_min,
-        "times_sdpa": theirs[_SDPA] / figure.seconds_min,
+        "times_best_pytorch": min(theirs.values()) / figure.seconds_min,
+        "times_sdpa": theirs[sdpa] / figure.seconds_min,
     }
+
+
+def _product_dtype() -> str:
+    """Returns the dtype whose products and PyTorch calls are compared with."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _show(case: Case, figures: list[Figure], limits: dict[str, float]) -> None:
@@ -482,7 +501,8 @@ def _show(case: Case, figures: list[Figure], limits: dict[str, float]) -> None:
         times = f"{figure.seconds_min * 1e3:>10,.2f}{figure.seconds_median * 1e3:>11,.2f}"
         line = f"{figure.label:<52}{times}{figure.rate:>10,.1f}"
         if case.kind != "limits":
-            limit = limits["product float32" if case.kind == "prefill" else "read"]
+            product = f"product {_product_dtype()}"
+            limit = limits[product if case.kind == "prefill" else "read"]
             line += f"{figure.rate / limit:>10.0%}"
         ratios = _ratios(figure, figures)
         if "times_whole" in ratios:

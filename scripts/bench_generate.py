@@ -9,7 +9,8 @@
 With --config the weights are random and written on the spot. All sides load the same files. Each
 measurement runs in its own process, so that its peak memory is its own, after a run that is not
 counted (in transformers, of 64 tokens). The sides run in turn, and each one's ratio to the first is
-printed, below what the machine reaches in a float32 product and in copying memory.
+printed, below what the machine reaches in a product (float32 on a CPU, else bfloat16) and in
+copying memory.
 """
 
 import json
@@ -22,7 +23,6 @@ from absl import flags
 from lsjax.checkpoint.random_weights import write_random_checkpoint
 from lsjax.cli.program import run_program
 from lsjax.errors import UserError
-from lsjax.planning.speed import measured_rates
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.text_files import check_writable, write_atomically
 
@@ -111,17 +111,23 @@ import json, resource, sys, time
 import torch, transformers
 folder, dtype, length, output = json.loads(sys.argv[1])[:4]
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-ids = torch.randint(0, model.config.vocab_size, (1, length))
+on_gpu = torch.cuda.is_available()
+model = model.to("cuda" if on_gpu else "cpu")
+ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+wait = torch.cuda.synchronize if on_gpu else lambda: None
 with torch.inference_mode():
     model(ids[:, :64], logits_to_keep=1)
     start = time.perf_counter()
     out = model(ids, use_cache=True, logits_to_keep=1)
+    wait()
     prefill = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(output - 1):
         token = out.logits[:, -1:].argmax(-1)
         out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    wait()
     decode = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({
     "prefill_tokens_per_second": length / prefill,
     "decode_tokens_per_second": (output - 1) / decode,
@@ -148,8 +154,27 @@ decode = time.perf_counter() - start
 print(json.dumps({
     "prefill_tokens_per_second": length / prefill,
     "decode_tokens_per_second": (output - 1) / decode,
-    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
 }))
+"""
+
+# Not in this process, which would keep a GPU's memory from the sides.
+_RATES = """
+import json, time
+import jax, jax.numpy as jnp
+from lsjax.planning.speed import measured_rates
+def seconds(f, *x):
+    jax.block_until_ready(f(*x))
+    start = time.perf_counter()
+    jax.block_until_ready([f(*x) for _ in range(10)])
+    return (time.perf_counter() - start) / 10
+if jax.default_backend() == "cpu":
+    rates = measured_rates(1)
+    print(json.dumps(["float32", rates.flops, rates.bandwidth]))
+else:
+    a, x = jnp.ones((8192, 8192), "bfloat16"), jnp.ones(2**28)
+    flops = 2 * 8192**3 / seconds(jax.jit(jnp.matmul), a, a)
+    print(json.dumps(["bfloat16", flops, 2 * x.nbytes / seconds(jax.jit(jnp.negative), x)]))
 """
 
 
@@ -169,10 +194,11 @@ def main(argv: list[str]) -> None:
             sides[f"transformers {dtype}"] = (FLAGS.transformers_python, _TRANSFORMERS, dtype)
     if FLAGS.llama_cpp_python:
         sides["llama.cpp"] = (FLAGS.llama_cpp_python, _LLAMA_CPP, FLAGS.gguf)
-    rates = measured_rates(1)
+    done = subprocess.run([sys.executable, "-c", _RATES], check=True, capture_output=True)
+    dtype, flops, bandwidth = json.loads(done.stdout)
     print(
-        f"this machine: {rates.flops / 1e9:,.0f} GFLOP/s of float32 products, "
-        f"{rates.bandwidth / 1e9:,.1f} GB/s copied"
+        f"this machine: {flops / 1e9:,.0f} GFLOP/s of {dtype} products, "
+        f"{bandwidth / 1e9:,.1f} GB/s copied"
     )
     rows = []
     heads = "prefill tok/s", "ratio", "decode tok/s", "ratio", "peak memory", "ratio"

@@ -6,12 +6,15 @@ Reads requests from stdin and answers each on stdout, one JSON object per line:
     {"run": name, "calls": n}  -> seconds that n calls took
 """
 
+import functools
+import itertools
 import json
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _DTYPES = ("float32", "bfloat16")
@@ -35,17 +38,26 @@ def _decode(case):
     found = {}
     for dtype in _DTYPES:
         q = _random(1, heads, 1, head_dim, dtype=dtype)
-        k, v = (_random(1, kv_heads, case["length"], head_dim, dtype=dtype) for _ in range(2))
+        shape = 1, kv_heads, case["length"], head_dim
+        k, v = (_random(*shape, dtype=dtype) for _ in range(2))
         rows = q.view(1, kv_heads, heads // kv_heads, head_dim)
         calls = {
-            "sdpa": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-            "sdpa, group as rows": lambda q=rows, k=k, v=v: F.scaled_dot_product_attention(q, k, v),
-            "matmul, softmax, matmul": lambda q=rows, k=k, v=v: (
-                torch.softmax(q @ k.mT * head_dim**-0.5, dim=-1) @ v
-            ),
+            name: functools.partial(call, q)
+            for name, call in _backends("sdpa", dtype, enable_gqa=True).items()
         }
+        for name, call in _backends("sdpa, group as rows", dtype).items():
+            calls[name] = functools.partial(call, rows)
+        calls["matmul, softmax, matmul"] = lambda k, v, q=rows: (
+            torch.softmax(q @ k.mT * head_dim**-0.5, dim=-1) @ v
+        )
         work = k.nbytes + v.nbytes
-        found |= {f"{name} {dtype}": (call, work) for name, call in calls.items()}
+        copies = [(k.clone(), v.clone()) for _ in range(case["rotated_bytes"] // work)]
+        turns = itertools.cycle([(k, v), *copies])
+        for name, call in calls.items():
+            found[f"{name} {dtype}"] = (
+                (lambda call=call, turns=turns: call(*next(turns))),
+                work,
+            )
     return found
 
 
@@ -57,24 +69,40 @@ def _prefill(case):
         k, v = (
             _random(1, kv_heads, case["length"], case["head_dim"], dtype=dtype) for _ in range(2)
         )
-        found[f"sdpa {dtype}"] = (
-            (
-                lambda q=q, k=k, v=v: F.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, enable_gqa=True
-                )
-            ),
-            case["flops"],
-        )
+        for name, call in _backends("sdpa", dtype, is_causal=True, enable_gqa=True).items():
+            found[f"{name} {dtype}"] = functools.partial(call, q, k, v), case["flops"]
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-        found[f"sdpa, keys repeated {dtype}"] = (
-            (lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-            case["flops"],
-        )
+        for name, call in _backends("sdpa, keys repeated", dtype, is_causal=True).items():
+            found[f"{name} {dtype}"] = functools.partial(call, q, k, v), case["flops"]
+    return found
+
+
+def _backends(name, dtype, **options):
+    """Attention as PyTorch chooses it and, on a GPU in bfloat16, by the backends that it has."""
+
+    def by(backend, *qkv):
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(*qkv, **options)
+
+    found = {name: functools.partial(F.scaled_dot_product_attention, **options)}
+    if _DEVICE == "cuda" and dtype == "bfloat16":
+        found[f"{name}, flash"] = functools.partial(by, SDPBackend.FLASH_ATTENTION)
+        found[f"{name}, cuDNN"] = functools.partial(by, SDPBackend.CUDNN_ATTENTION)
     return found
 
 
 def _random(*shape, dtype):
     return torch.randn(shape, device=_DEVICE).to(getattr(torch, dtype))
+
+
+def _runs(name, call):
+    """Whether a call runs: not every backend has a kernel for every case."""
+    try:
+        call()
+    except RuntimeError as error:
+        print(f"left out: {name}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _seconds(call, calls):
@@ -94,7 +122,8 @@ def main():
             request = json.loads(line)
             if "prepare" in request:
                 found.clear()  # before the next case is made
-                found |= kinds[request["prepare"]["kind"]](request["prepare"])
+                made = kinds[request["prepare"]["kind"]](request["prepare"])
+                found |= {name: x for name, x in made.items() if _runs(name, x[0])}
                 answer = {name: work for name, (_, work) in found.items()}
             else:
                 answer = _seconds(found[request["run"]][0], request["calls"])

@@ -208,9 +208,30 @@ FAULTS = (
     Fault(
         "the GPU's decode kernel reads past a row's end",
         "lsjax/attention/gpu.py",
-        "visible = (slots >= begin[:, None]) & (slots < end[:, None])",
-        "visible = (slots >= begin[:, None]) & (slots <= end[:, None])",
+        "visible = (here >= begin[:, None]) & (here < end[:, None])",
+        "visible = (here >= begin[:, None]) & (here <= end[:, None])",
         "tests/attention/test_gpu_kernels.py -k decode",
+    ),
+    Fault(
+        "a GPU writes a token's key without its Hadamard transform",
+        "lsjax/attention/gpu_token.py",
+        "    k = jnp.sum(jnp.where((row == group)[:, None], transformed, 0), axis=0)",
+        "    k = k.astype(jnp.float32)",
+        "tests/attention/test_gpu_token.py",
+    ),
+    Fault(
+        "a GPU takes odd channels for even ones",
+        "lsjax/attention/gpu.py",
+        "return [((pairs << 8) >> 8).astype(dtype), (pairs >> 8).astype(dtype)]",
+        "return [(pairs >> 8).astype(dtype), ((pairs << 8) >> 8).astype(dtype)]",
+        "tests/attention/test_gpu_kernels.py -k decode",
+    ),
+    Fault(
+        "a segment dispatched ahead is lost",
+        "lsjax/inference/segments.py",
+        "            state, found = ahead.result()\n",
+        "            state, found = ahead.result()\n            state, found = decode(state)\n",
+        "tests/generation/test_ending.py -k ahead",
     ),
     Fault(
         "a GPU's window shows one slot too few",

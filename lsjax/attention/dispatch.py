@@ -65,12 +65,61 @@ def attend(
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
 
 
+def on_gpu(platform: str) -> bool:
+    """Returns whether a platform, as JAX names it, is a GPU."""
+    return platform in _GPU
+
+
 def takes_blocks(platform: str) -> bool:
     """Returns whether prefill gains from what is known of its queries; see QueryBlocks.
 
     A CPU and the TPU's kernel gain nothing: they read key ranges as they run.
     """
-    return platform in _GPU
+    return on_gpu(platform)
+
+
+def takes_token(
+    platform: str, q: jax.Array, k: KVArray, near: KVArray, slopes: jax.Array | None
+) -> bool:
+    """Returns whether `write_and_attend` takes a decode step."""
+    one = q.shape[3] == 1 and q.shape[2] <= _GPU_DECODE_QUERIES
+    formats = k.data.dtype == jnp.int8 and near.data.dtype == q.dtype
+    return platform in _GPU and slopes is None and one and formats
+
+
+def write_and_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: tuple[KVArray, KVArray],
+    near: tuple[KVArray, KVArray],
+    key_range: KeyRange,
+    near_range: KeyRange,
+) -> tuple[Partial, tuple[KVArray, KVArray], tuple[KVArray, KVArray]]:
+    """Writes one token per row to an int8 cache and to floats beside it, and attends to both.
+
+    On a GPU these are three kernels.
+
+    Args:
+      q: [batch, kv_heads, group, 1, head_dim], already scaled, not yet Hadamard-transformed.
+      k, v: [batch, kv_heads, 1, head_dim], keys not yet Hadamard-transformed.
+      cache: keys and values in int8; slots are the query positions of `key_range`.
+      near: keys and values in floats; slots are the query positions of `near_range`.
+      key_range, near_range: range of slots that each query sees in them.
+
+    Returns:
+      Partial over both, with values in q's dtype, and both with the token written.
+    """
+    from lsjax.attention import gpu, gpu_token
+
+    stores = gpu_token.Stores(*jax.tree.leaves(cache), *jax.tree.leaves(near))
+    slot, near_slot = (x.query_positions[:, 0] for x in (key_range, near_range))
+    q, written = gpu_token.write_token(q, k, v, stores, slot, near_slot)
+    far = gpu.Slots(written.k, written.v, written.k_scale, written.v_scale, *_range(key_range))
+    beside = gpu.Slots(written.near_k, written.near_v, None, None, *_range(near_range))
+    both = KVArray(written.k, written.k_scale), KVArray(written.v, written.v_scale)
+    floats = KVArray(written.near_k, None), KVArray(written.near_v, None)
+    return gpu.decode(q, far, beside, q.dtype), both, floats
 
 
 def blocks_of(platform: str) -> Blocks:
@@ -87,7 +136,7 @@ def _on_tpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partia
 def _decode_on_gpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
     from lsjax.attention import gpu
 
-    return gpu.decode(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
+    return gpu.decode(q, gpu.Slots(k.data, v.data, k.scale, v.scale, *_range(key_range)))
 
 
 def _prefill_on_gpu(

@@ -19,10 +19,14 @@ from lsjax.runtime.precision import einsum
 
 def hadamard_transform(x: jax.Array) -> jax.Array:
     """Transforms [..., head_dim] to float32 of the same shape; dot products are preserved."""
-    signs = jnp.asarray(hadamard_matrix(x.shape[-1]))
-    if np.all(np.abs(hadamard_matrix(x.shape[-1])) == 1):
-        signs = signs.astype(x.dtype)  # exact in any dtype
+    signs = hadamard_signs(x.shape[-1], x.dtype)
     return einsum("...d,de->...e", x, signs) * x.shape[-1] ** -0.5
+
+
+def hadamard_signs(width: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns hadamard_matrix, in `dtype` if it is exact there, else in float32."""
+    matrix = hadamard_matrix(width)
+    return jnp.asarray(matrix, dtype if np.all(np.abs(matrix) == 1) else jnp.float32)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from lsjax.attention.storage import from_storage, narrow_dtype, to_storage, with
 _GROUP = 32
 # Step sizes to try, relative to the one that just represents the largest entry. With the few steps
 # of int4 it pays to clip the largest entry, because the others then become more accurate.
-_BYTE_SIZES = tuple(1 + i / 64 for i in range(8))
+BYTE_SIZES = tuple(1 + i / 64 for i in range(8))
 _HALF_BYTE_SIZES = tuple(1 + i / 64 for i in range(-10, 6, 2))
 
 
@@ -41,7 +41,7 @@ class KVArray:
     def quantize(self, x: jax.Array) -> "KVArray":
         """Converts floats [batch, kv_heads, length, head_dim] to the format of this array."""
         if self.data.dtype == jnp.int8:
-            steps, scale = _quantize(x, _to_byte, 127, _BYTE_SIZES)
+            steps, scale = _quantize(x, _to_byte, 127, BYTE_SIZES)
             return KVArray(steps.astype(jnp.int8), to_storage(scale, self.scale.dtype))
         if self.data.dtype == jnp.uint8:
             grouped = x.reshape(*x.shape[:-1], self.scale.shape[-1], -1)

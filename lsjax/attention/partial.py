@@ -16,7 +16,7 @@ class Partial:
 
     Attributes:
       values: [..., head_dim] float32, softmax-weighted mean of these keys' values; 0 where no key
-        is visible.
+        is visible. Where nothing is left to merge it may be in the queries' dtype.
       lse: [...] float32, log-sum-exp of the scores; -inf where no key is visible.
     """
 

@@ -12,10 +12,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lsjax.attention.blockwise import QueryBlocks
+from lsjax.attention import dispatch
+from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.hadamard import hadamard_transform
 from lsjax.attention.kv_array import KVArray, write_tokens
 from lsjax.attention.partial import Partial, merge
+from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import LayerCache, Step
 from lsjax.cache.slots import attend_around_ring, attend_to_own_piece
 from lsjax.distributed.sequence_layout import Zigzag
@@ -78,6 +80,8 @@ class FloatTail:
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
     ) -> tuple[Partial, "FloatTail"]:
+        if self._takes_token(q, step):
+            return self._write_and_attend(q, k, v, step)
         q, k = hadamard_transform(q).astype(q.dtype), hadamard_transform(k)
         block_begin = step.positions // self.block * self.block
         far_blocks, near_blocks = self._blocks(k.shape[2], step)
@@ -88,6 +92,29 @@ class FloatTail:
         attend_tail = self._around_ring if step.around_ring(self.zigzag) else self._on_each_device
         partial, tail = attend_tail(q, k, v, step.replace(blocks=near_blocks), begin)
         return merge(far, partial), self.replace(inner=inner, tail=tail)
+
+    def _takes_token(self, q: jax.Array, step: Step) -> bool:
+        """Returns whether a step is one token per row, of which both are told at once."""
+        alone = type(self.inner) is FullCache and self.zigzag.devices == 1
+        return (
+            step.decode
+            and alone
+            and dispatch.takes_token(
+                step.platform, q, self.inner.k, self.tail.arrays()[0], step.slopes
+            )
+        )
+
+    def _write_and_attend(self, q, k, v, step):
+        """Runs a decode step over the cache and the tail at once; see update_and_attend."""
+        block_begin = step.positions // self.block * self.block
+        begin = block_begin if step.begin is None else jnp.maximum(step.begin, block_begin)
+        partial, (far_k, far_v), (near_k, near_v) = dispatch.write_and_attend(
+            *(q, k, v, (self.inner.k, self.inner.v), self.tail.arrays()),
+            KeyRange(step.begin, block_begin, step.positions),
+            KeyRange(begin - block_begin, step.end - block_begin, step.positions - block_begin),
+        )
+        inner = self.inner.replace(k=far_k, v=far_v)
+        return partial, self.replace(inner=inner, tail=FloatBlock(near_k.data, near_v.data))
 
     def _blocks(
         self, length: int, step: Step

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from lsjax.attention import dispatch
 from lsjax.cache import (
     CacheSpec,
     DocumentCache,
@@ -53,6 +54,14 @@ class Engine:
     def by_layer(self) -> bool:
         """Whether prompts are prefilled layer by layer, see layerwise_prefill."""
         return self.settings.compression is not None and self.settings.compression.by_layer
+
+    @property
+    def dispatches_ahead(self) -> bool:
+        """Whether a segment is dispatched before the tokens of the one before it are read.
+
+        Several processes would have to dispatch everything else in the same order.
+        """
+        return dispatch.on_gpu(self._model.platform) and jax.process_count() == 1
 
     @property
     def decoder(self) -> Decoder:

@@ -1,6 +1,7 @@
 """Generation: chunked prefill, then decode segments until every row has ended."""
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import time
@@ -16,6 +17,8 @@ from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import Request, chunks
 from lsjax.inference.sampling import NOT_A_NUMBER
+from lsjax.inference.segments import Segment, segments, segments_ahead
+from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
 from lsjax.runtime.flops import prefill_cost
@@ -99,21 +102,26 @@ def generate(
     timing.compile = CLOCK.seconds - compile_before
     yield new
 
+    def decode(state: DecodeState) -> tuple[DecodeState, Segment]:
+        return engine.decode(params, tables, state, draw, eos, drafted, document)
+
     start, compile_before = time.perf_counter(), CLOCK.seconds
-    while not rows.ended:
-        state, found = engine.decode(params, tables, state, draw, eos, drafted, document)
-        tokens, counts, steps = map(to_host, found)
-        decoded = accepted_tokens(tokens[:, :steps], counts[:, :steps])
-        if not steps:
-            raise RuntimeError("no step was run: rows are done on the device, but not here")
-        new = rows.consume(decoded)
-        compiling = CLOCK.seconds - compile_before
-        timing.decoded += max(map(len, decoded))
-        timing.steps += int(steps)
-        timing.decode += time.perf_counter() - start - compiling
-        timing.compile += compiling
-        yield new
-        start, compile_before = time.perf_counter(), CLOCK.seconds
+    follow = segments_ahead if engine.dispatches_ahead else segments
+    with contextlib.closing(follow(decode, state)) as found:
+        del state
+        while not rows.ended:
+            tokens, counts, steps = map(to_host, next(found))
+            decoded = accepted_tokens(tokens[:, :steps], counts[:, :steps])
+            if not steps:
+                raise RuntimeError("no step was run: rows are done on the device, but not here")
+            new = rows.consume(decoded)
+            compiling = CLOCK.seconds - compile_before
+            timing.decoded += max(map(len, decoded))
+            timing.steps += int(steps)
+            timing.decode += time.perf_counter() - start - compiling
+            timing.compile += compiling
+            yield new
+            start, compile_before = time.perf_counter(), CLOCK.seconds
 
 
 def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[jax.Array]:

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.cudnn import in_blocks
-from lsjax.attention.gpu import decode
+from lsjax.attention.gpu import Slots
+from lsjax.attention.gpu import decode as decode_on_gpu
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import merge_over_axis
 from lsjax.planning import find_target, target_mesh
@@ -45,6 +46,10 @@ def queries(mesh, model, batch, length):
 def compiled(mesh, f, *args, **options):
     with jax.set_mesh(mesh):  # tells Pallas what GPU it is for
         return jax.jit(f, **options).lower(*args).compile()
+
+
+def decode(q, *slots):
+    return decode_on_gpu(q, Slots(*slots))
 
 
 def share_of_cache(program, data, scale):

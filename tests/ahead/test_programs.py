@@ -9,6 +9,7 @@ import re
 
 import pytest
 from helpers.deployments import deployment as deployment_of
+from helpers.kernels import between_calls
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 from lsjax.compression import RazorConfig
@@ -92,6 +93,19 @@ def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, 
     loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
     unknown = [line for line in loops if "known_trip_count" not in line]
     assert len(unknown) == (1 if window is None else 0)
+
+
+@pytest.mark.as_users_compile
+def test_a_layer_of_decode_on_a_gpu_is_a_short_chain_of_kernels():
+    """Each kernel of a chain costs a few microseconds, however little it does."""
+    config = with_layers(GLM, 2)
+    deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 512, 1, 256)
+    mesh = target_mesh(find_target("h100-80gb:1"), deployment.sizes)
+    engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
+    _, decode = engine.lower_ahead(deployment.cache_spec_for(2**17))
+    kernels, chain = between_calls(decode.compile().as_text(), "decode_attention")
+    assert len(kernels) <= 19
+    assert len(chain) <= 15
 
 
 @pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 4, 2)), ("h100-80gb:1", (1, 1, 1))])

@@ -15,11 +15,16 @@ from helpers.cudnn import dot_product_attention
 
 from lsjax.attention import cudnn
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
+from lsjax.attention.gpu import Slots
 from lsjax.attention.gpu import decode as decode_on_gpu
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 
-decode = jax.jit(functools.partial(decode_on_gpu, interpret=True))
+
+@jax.jit
+def decode(q, *slots):
+    return decode_on_gpu(q, Slots(*slots), interpret=True)
+
 
 ALIGNED = 256  # a capacity is a multiple of this, and no block that is read is longer
 
@@ -186,7 +191,7 @@ def test_int8_keys_that_the_kernel_could_not_address_are_refused():
     store, scale = of((5, 4, 2**20, 128), "int8"), of((5, 4, 2**20), "bfloat16")
     q, bound = of((5, 4, 8, 1, 128), "bfloat16"), of((5, 1), "int32")
     with pytest.raises(ValueError, match="split the cache"):
-        jax.eval_shape(decode_on_gpu, q, store, store, scale, scale, bound, bound)
+        jax.eval_shape(decode_on_gpu, q, Slots(store, store, scale, scale, bound, bound))
 
 
 @jax.jit

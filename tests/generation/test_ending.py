@@ -3,6 +3,7 @@
 import pytest
 
 from lsjax import UserError
+from lsjax.inference.engine import Engine
 
 
 def test_an_answer_ends_with_its_first_end_of_sequence(model):
@@ -65,3 +66,24 @@ def test_what_cannot_be_served_is_refused(model):
     ):
         with pytest.raises(UserError, match=words):
             lm.generate(**{"max_output_length": 4} | arguments)
+
+
+def test_segments_dispatched_ahead_change_no_answer_and_a_stopped_stream_loses_nothing(
+    model, monkeypatch
+):
+    lm = model("qwen3", segment=4)
+    usual = [c.token_ids for c in lm.generate([[1, 2, 3], [9, 8]], 11)]
+    eos = usual[0][6]
+    cut = usual[0][: usual[0].index(eos) + 1]
+    monkeypatch.setattr(Engine, "dispatches_ahead", True)
+    assert [c.token_ids for c in lm.generate([[1, 2, 3], [9, 8]], 11)] == usual
+    assert model("qwen3", segment=4, eos=(eos,)).generate([[1, 2, 3]], 11)[0].token_ids == cut
+    dispatched, decode = [], Engine.decode
+    monkeypatch.setattr(Engine, "decode", lambda *a, **b: dispatched.append(0) or decode(*a, **b))
+    (request,) = lm.requests([(1, 2, 3)], 11)
+    stream = iter(lm.start(request))
+    first, second = next(stream)[0], next(stream)[0]
+    assert tuple(first + second) == usual[0][:5]
+    assert len(dispatched) == 2  # the next segment runs while these are read
+    stream.close()
+    assert lm.generate([[1, 2, 3]], 11)[0].token_ids == usual[0]

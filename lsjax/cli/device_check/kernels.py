@@ -21,6 +21,7 @@ from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import Sizes
+from lsjax.cli.device_check.token_step import check_token
 
 Attend = Callable[[jax.Array, KVArray, KVArray, KeyRange], Partial]
 
@@ -86,6 +87,10 @@ def kernels(sizes: Sizes, record: Recorder) -> None:
     with ThreadPoolExecutor(min(os.cpu_count(), _COMPILED_AT_ONCE)) as pool:
         for row in pool.map(checked, work):
             record(**row)
+    if platform != "tpu":
+        for head_dim in sizes.head_dims:
+            row = {"check": "the GPU's kernel that writes a token", "case": {"head_dim": head_dim}}
+            record(**row, **check_token(head_dim, interpret=platform == "cpu"))
 
 
 def _cases(sizes: Sizes) -> Iterator[Case]:
@@ -115,6 +120,9 @@ def _ways(platform: str, sizes: Sizes) -> Iterator[Way]:
     if platform == "gpu":
         for window in (None, _prefill_window(sizes)):
             yield _in_blocks(platform, window)
+    if platform != "tpu":
+        beside = functools.partial(_gpu_decode_beside_floats, interpret=platform == "cpu")
+        yield Way("the GPU's decode kernel, floats beside int8", beside, _is_token, _no)
     if platform == "cpu":
         decode = "the GPU's decode kernel, interpreted"
         yield Way(decode, _gpu_decode, _gpu_decode_takes, _gpu_decode_takes)
@@ -145,6 +153,14 @@ def _gpu_decode_takes(case: Case) -> bool:
     return case.cache != "int4" and case.queries <= 16
 
 
+def _is_token(case: Case) -> bool:
+    return case.cache == "int8" and case.queries == 1
+
+
+def _no(case: Case) -> bool:
+    return False
+
+
 def _tpu_takes(case: Case) -> bool:
     return case.cache != "int4"
 
@@ -153,9 +169,22 @@ def _gpu_decode(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Pa
     from lsjax.attention import gpu
 
     k, v = _as_on_accelerators(k), _as_on_accelerators(v)
-    return gpu.decode(
-        q, k.data, v.data, k.scale, v.scale, key_range.start, key_range.stop, interpret=True
-    )
+    slots = gpu.Slots(k.data, v.data, k.scale, v.scale, key_range.start, key_range.stop)
+    return gpu.decode(q, slots, interpret=True)
+
+
+def _gpu_decode_beside_floats(
+    q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange, interpret: bool
+) -> Partial:
+    """Attends to the first slots as floats, as to the block beside a quantized cache."""
+    from lsjax.attention import gpu
+
+    k, v = _as_on_accelerators(k), _as_on_accelerators(v)
+    begin, end, count = key_range.start, key_range.stop, k.capacity // 2
+    far = gpu.Slots(k.data, v.data, k.scale, v.scale, jnp.maximum(begin, count), end)
+    floats = (x.block(None, 0, count).dequantize().astype(q.dtype) for x in (k, v))
+    near = gpu.Slots(*floats, None, None, begin, jnp.minimum(end, count))
+    return gpu.decode(q, far, near, interpret=interpret)
 
 
 def _tpu_kernel(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:

@@ -36,8 +36,9 @@ def launch_decode_kernel() -> None:
     k, v = random_kv_array(shape, "int8", 0), random_kv_array(shape, "int8", 1)
     q = random_array((1, heads.kv_heads, heads.group, 1, heads.head_dim), "bfloat16", 2)
     end = jnp.full((1, 1), _KEYS, jnp.int32)
+    slots = gpu.Slots(k.data, v.data, k.scale, v.scale, 0 * end, end)
     for _ in range(4):
-        jax.block_until_ready(gpu.decode(q, k.data, v.data, k.scale, v.scale, 0 * end, end))
+        jax.block_until_ready(gpu.decode(q, slots))
 
 
 if __name__ == "__main__":

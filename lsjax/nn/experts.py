@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.config import Experts
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, parameter_spec
+from lsjax.runtime.precision import einsum
 
 _AXES = ("experts", None, None)
 # Rows of the left array are sorted by expert, and a matrix is [expert, out, in] as in checkpoints.
@@ -141,17 +142,33 @@ def _run_chosen(x, ids, weights):
     """Runs x [tokens, hidden] through the experts `ids` [tokens * per_token] of a device.
 
     The result is [tokens * per_token, hidden] float32, and without meaning where an id is past the
-    last expert. A product is written as a sum, into which XLA fuses the reading of the matrices:
-    a product of matrices would copy them first.
+    last expert.
     """
     ids = jnp.minimum(ids, weights[0][0].shape[0] - 1)
 
     def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
-        rows = weight[ids].astype(jnp.float32) * x.astype(jnp.float32)[:, None]
-        y = jnp.sum(rows, axis=-1)
+        y = jax.lax.platform_dependent(x, weight, ids, cuda=_by_gather, default=_by_slice)
         return y if scale is None else y * scale[ids]
 
     return _gated(project, jnp.repeat(x, ids.size // x.shape[0], axis=0), weights)
+
+
+def _by_gather(x, weight, ids):
+    """Multiplies each x by the matrix of its expert, [n, in] to [n, out] float32.
+
+    The product is written as a sum, into which XLA for a GPU fuses the reading of the matrices.
+    """
+    return jnp.sum(weight[ids].astype(jnp.float32) * x.astype(jnp.float32)[:, None], axis=-1)
+
+
+def _by_slice(x, weight, ids):
+    """Does what `_by_gather` does, one matrix at a time. XLA for a TPU would gather a copy of all."""
+
+    def one(of: tuple[jax.Array, jax.Array]) -> jax.Array:
+        matrix = jax.lax.dynamic_index_in_dim(weight, of[1], keepdims=False)
+        return einsum("i,oi->o", of[0], matrix.astype(x.dtype))
+
+    return jax.lax.map(one, (x, ids))
 
 
 def _run_sorted(x, ids, weights):

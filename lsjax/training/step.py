@@ -44,7 +44,7 @@ class Metrics:
     """Metrics of one step.
 
     Attributes:
-      loss: [] float32 weighted mean loss of the targets, in nats, plus the routers' loss of experts.
+      loss: [] float32 weighted mean loss of the targets, in nats, plus that of the routers.
       grad_norm: [] float32 global norm of the gradients, before the optimizer clips them.
       tokens: [] int32 number of targets with a weight above 0.
     """

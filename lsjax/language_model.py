@@ -7,32 +7,30 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.compression import CompressionSettings
 from lsjax.distributed.multihost import to_host
-from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.documents import (
     Document,
-    check_fingerprint,
     fingerprint,
     open_document,
     read_document,
+    read_kept,
+    requests_after,
     unread_document,
 )
-from lsjax.documents.library import document_path, longest_prefix, mark_used, prune
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
-from lsjax.inference.generate import Run, teacher_forced_scores
+from lsjax.inference.generate import Run
 from lsjax.inference.options import Options, resolve_options
-from lsjax.inference.prompts import Prompt, as_prompts, as_rows
-from lsjax.inference.request import Request, batches, check_ids
+from lsjax.inference.prompts import Prompt, as_prompts
+from lsjax.inference.request import Request, batches
 from lsjax.inference.sampling import Sampling
+from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.shipped import shipped_model_path
@@ -156,7 +154,8 @@ class LanguageModel:
         Returns:
           [batch, length, vocab_size] float32, on the host.
         """
-        return np.concatenate([to_host(x) for x in self._scores(token_ids, chunk_size)], axis=1)
+        parts = prompt_logits(self.engine, self.params, token_ids, chunk_size)
+        return np.concatenate([to_host(x) for x in parts], axis=1)
 
     def token_nll(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
         """Computes the negative log-likelihood of every next token.
@@ -168,8 +167,7 @@ class LanguageModel:
         Returns:
           [batch, length - 1] float32; entry i is that of token i + 1, given tokens 0 to i.
         """
-        ids = as_rows(token_ids)
-        return _token_nll(self._scores(ids, chunk_size), ids[:, 1:])
+        return prompt_nll(self.engine, self.params, token_ids, chunk_size)
 
     def teacher_forced_nll(self, token_ids: Any, prompt_length: int) -> np.ndarray:
         """Computes the negative log-likelihood of tokens that are decoded one by one.
@@ -188,52 +186,7 @@ class LanguageModel:
           UserError: the model has no embedding for an id, or fewer than two tokens are left to
             decode.
         """
-        ids = self._rows(token_ids)
-        length = ids.shape[1]
-        if not 0 < prompt_length < length - 1:
-            raise UserError(
-                f"prompt_length must be from 1 to {length - 2} for {length} tokens, of which two "
-                f"at least are decoded, not {prompt_length}."
-            )
-        request = Request(
-            prompts=tuple(tuple(row.tolist()) for row in ids),
-            num_real=len(ids),
-            max_output_length=length - prompt_length,
-            prompt_capacity=prompt_length,
-            sampling=Sampling(),
-            eos_token_ids=frozenset(),
-        )
-        scores = teacher_forced_scores(self.engine, self.params, request)
-        return _token_nll(scores, ids[:, prompt_length + 1 :])
-
-    def _rows(self, token_ids: Any) -> np.ndarray:
-        """Converts ids to [batch, length] int32, and checks that they are in the vocabulary."""
-        ids = as_rows(token_ids)
-        for row in ids:
-            check_ids(self.config, row)
-        return ids.astype(np.int32)
-
-    def _scores(self, token_ids: Any, chunk_size: int | None) -> Iterator[jax.Array]:
-        """Yields the logits of each chunk in turn, [batch, up to chunk, vocab_size] float32."""
-        if self.options.compression and not self.options.compression.scores_prompts:
-            raise UserError(
-                "scores of a prompt's own tokens do not show what a compressed cache costs. Score "
-                "what is decoded after a prompt (teacher_forced_nll, --prompt_length), or leave "
-                "out kv_compression."
-            )
-        ids = self._rows(token_ids)
-        batch, length = ids.shape
-        chunk = min(chunk_size or self.options.prefill_chunk, length)
-        chunk = round_up_to_blocks(chunk, self.options.mesh.shape["context"])
-        settings = dataclasses.replace(self.options, prefill_chunk=chunk)
-        engine = Engine(self.config, settings)
-        cache = engine.new_cache(settings.cache_spec(batch, length, 0))
-        tables = engine.tables([length] * batch)
-        for at in range(0, length, chunk):
-            part = ids[:, at : at + chunk]
-            tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
-            cache, scores = engine.score(self.params, tables, cache, tokens, at)
-            yield scores[:, : part.shape[1]]
+        return decoded_nll(self.engine, self.params, token_ids, prompt_length)
 
     def generate(
         self,
@@ -343,20 +296,9 @@ class LanguageModel:
         """
         if document is None:
             return batches(self.options, ids, max_output_length, **options)
-        check_fingerprint("the document", document.fingerprint, self._fingerprint)
-        here, there = self.options, document.engine.settings
-        if (here.mesh, here.prefill_chunk) != (there.mesh, there.prefill_chunk):
-            raise UserError(
-                "the document was read on another mesh or in other chunks; save it, and open it "
-                "with this model."
-            )
-        if empty := [i for i, prompt in enumerate(ids) if len(prompt) <= len(document)]:
-            raise UserError(
-                f"prompt {empty[0]} has no token after the document; give at least one."
-            )
-        document.check_room(max(map(len, ids)) + max_output_length)
-        found = batches(self.options, ids, max_output_length, **options)
-        return [document.begin(request) for request in found]
+        return requests_after(
+            document, self.options, self.fingerprint, ids, max_output_length, **options
+        )
 
     def start(
         self,
@@ -401,18 +343,14 @@ class LanguageModel:
         """
         ids = self.encode(document)
         unread = unread_document(
-            *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
+            *(self.engine, self.options, self.fingerprint, ids, reserve, allow_untrained_length)
         )
         if document_cache is None:
             return read_document(self.engine, self.params, unread, save_to, on_prefill=on_prefill)
         if save_to is not None:
             raise UserError("save_to names one document's folder, document_cache many; give one.")
-        path = document_path(document_cache, unread)
-        begins_as = longest_prefix(document_cache, unread)
-        found = read_document(self.engine, self.params, unread, path, begins_as, on_prefill)
-        mark_used(path)
-        prune(document_cache, document_cache_gib * 2**30, keep=path)
-        return found
+        most_bytes = document_cache_gib * 2**30
+        return read_kept(self.engine, self.params, unread, document_cache, most_bytes, on_prefill)
 
     def open_document(self, folder: str | os.PathLike[str]) -> Document:
         """Opens a saved document, on any mesh.
@@ -421,10 +359,11 @@ class LanguageModel:
           UserError: the folder holds no document, a part of one, one of another model, or a
             damaged one.
         """
-        return open_document(self.engine, self.params, self._fingerprint, folder)
+        return open_document(self.engine, self.params, self.fingerprint, folder)
 
     @functools.cached_property
-    def _fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
+        """What keys and values depend on: architecture, a sample of the weights, and options."""
         return fingerprint(self.config, self.options, self.params)
 
     def encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:
@@ -434,28 +373,3 @@ class LanguageModel:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False)
         return (*document.token_ids, *map(int, prompt))
-
-
-def _token_nll(parts: Iterator[jax.Array], targets: np.ndarray) -> np.ndarray:
-    """Computes the negative log-likelihood of target ids.
-
-    Args:
-      parts: logits of consecutive chunks, [batch, chunk, vocab] float32 each.
-      targets: [batch, length] ids that the logits are to predict.
-
-    Returns:
-      [batch, length] float32.
-    """
-    found, at = [], 0
-    for scores in parts:
-        these = targets[:, at : at + scores.shape[1]]
-        found.append(to_host(_negative_log_likelihood(scores[:, : these.shape[1]], these)))
-        at += scores.shape[1]
-    return np.concatenate(found, axis=1)
-
-
-@jax.jit
-def _negative_log_likelihood(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """[batch, length, vocab] logits and [batch, length] ids -> [batch, length] losses."""
-    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(scores, axis=-1) - chosen

@@ -1,4 +1,4 @@
-"""The layout that docs/design.md shows: no module imports from a floor above its own."""
+"""The layout that docs/design.md shows: floors, and sizes that one can read."""
 
 import ast
 import graphlib
@@ -15,13 +15,13 @@ FLOORS = (
     "cache",
     "nn",
     "checkpoint compression",
-    "gguf",
     "inference",
     "documents",
     "evals planning shipped training",
     "cli language_model",
     "__init__",
 )
+MOST_ENTRIES, MOST_LINES = 20, 400
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.split()}
 
 
@@ -70,3 +70,13 @@ def test_no_folders_import_each_other_in_a_circle():
 def test_every_file_and_folder_has_a_floor():
     present = {p.name.removesuffix(".py") for p in ROOT.iterdir() if not p.name.startswith("__p")}
     assert present == FLOOR_OF.keys()
+
+
+def test_folders_and_files_stay_small():
+    modules = list(ROOT.rglob("*.py"))
+    for folder in {file.parent for file in modules}:
+        entries = {p.name for p in folder.iterdir()} - {"__init__.py", "__pycache__"}
+        assert len(entries) <= MOST_ENTRIES, f"{folder} has {len(entries)} files and folders"
+    for file in modules:
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        assert lines <= MOST_LINES, f"{file} has {lines} lines"

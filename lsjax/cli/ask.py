@@ -27,7 +27,7 @@ from lsjax.cli.flags import (
 )
 from lsjax.cli.program import run_program, say
 from lsjax.cli.reading import read_document
-from lsjax.documents import Document, check_options
+from lsjax.documents import ChatFrame, Document, chat_frame, check_options
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
@@ -40,8 +40,6 @@ from lsjax.runtime.text_files import STDIN, check_writable, write_atomically
 from lsjax.tokenizer import Tokenizer, load_tokenizer
 
 FLAGS = flags.FLAGS
-# Stands for the question while a chat template is rendered.
-_QUESTION = "\u241equestion\u241e"
 
 
 def define_flags() -> None:
@@ -99,12 +97,12 @@ def main(_: list[str]) -> None:
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
     check_options(options)
     tokenizer = options.tokenizer or load_tokenizer(options.folder)
-    before, after = _around_question(tokenizer, text)
-    with character_bar("tokenize", len(before)) as bar:
+    frame = _frame(tokenizer, text)
+    with character_bar("tokenize", len(frame.document)) as bar:
         chat = FLAGS.is_chat_model
-        ids = tokenizer.encode(before, add_special_tokens=not chat, progress=bar.update)
-    questions = [question + after for question in FLAGS.question]
-    _check_memory(options, tokenizer, tuple(ids), questions)
+        ids = tokenizer.encode(frame.document, add_special_tokens=not chat, progress=bar.update)
+    questions = [frame.ask(question) for question in FLAGS.question]
+    _check_memory(options, tokenizer, len(ids), questions)
     with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
         model = load_from_options(options, bar.update)
     document = read_document(
@@ -117,7 +115,7 @@ def main(_: list[str]) -> None:
     if questions:
         answers = _answer_together(model, document, questions)
     else:
-        answers = _answer_lines(model, document, after)
+        answers = _answer_lines(model, document, frame)
     if FLAGS.output_json:
         result = {
             "document_tokens": len(document),
@@ -126,29 +124,20 @@ def main(_: list[str]) -> None:
         write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
 
 
-def _around_question(tokenizer: Tokenizer, document: str) -> tuple[str, str]:
-    """Returns the texts before and after a question."""
+def _frame(tokenizer: Tokenizer, document: str) -> ChatFrame:
     if not FLAGS.is_chat_model:
-        return document, ""
+        return ChatFrame(document, "", "")
     template = FLAGS.chat_template and inputs.read_chat_template(FLAGS.chat_template)
-    chat = inputs.as_chat(f"{document}\n\n{_QUESTION}")
-    before, *after = tokenizer.render_chat(chat, chat_template=template).split(_QUESTION)
-    if len(after) != 1:
-        raise UserError(
-            "this chat template does not write a message once as it is, so the document cannot be "
-            "told from the question; give another --chat_template, or leave out --is_chat_model."
-        )
-    return before, after[0]
+    return chat_frame(tokenizer, document, template)
 
 
 def _check_memory(
-    options: Options, tokenizer: Tokenizer, ids: tuple[int, ...], questions: list[str]
+    options: Options, tokenizer: Tokenizer, document_tokens: int, questions: list[str]
 ) -> None:
     """Refuses what does not fit, before the weights are loaded."""
-    own = [len(tokenizer.encode(q, add_special_tokens=False)) for q in questions] or [0]
-    output = sum(n + FLAGS.max_output_length for n in own)
-    (request,) = batches(options, [ids], output, allow_untrained_length=True)
-    check_memory(options, request)
+    own = [tokenizer.encode(q, add_special_tokens=False) or [0] for q in questions or [""]]
+    (request,) = batches(options, own, FLAGS.max_output_length, allow_untrained_length=True)
+    check_memory(options, request, document_tokens)
 
 
 def _lines() -> Iterator[str]:
@@ -163,12 +152,12 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def _answer_lines(model: LanguageModel, document: Document, after: str) -> list[Completion]:
+def _answer_lines(model: LanguageModel, document: Document, frame: ChatFrame) -> list[Completion]:
     """Answers the questions of the standard input; one that cannot be answered is not the last."""
     answers = []
     for line in _lines():
         try:
-            answers += _answer(model, document, line + after)
+            answers += _answer(model, document, frame.ask(line))
         except UserError as error:
             say(f"error: {error}")
     return answers

@@ -86,7 +86,7 @@ def to_hf(_: list[str]) -> None:
 def from_gguf(_: list[str]) -> None:
     _refuse_weight_dtype()
     jax.config.update("jax_platforms", "cpu")
-    gguf = import_extra("gguf", "lsjax.gguf")
+    gguf = import_extra("gguf", "lsjax.checkpoint.gguf")
     check_free(FLAGS.output_dir)
     model = gguf.read_gguf(FLAGS.input_dir, FLAGS.dtype)
     with byte_bar("converting", model.nbytes) as bar:

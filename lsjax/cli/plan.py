@@ -20,6 +20,7 @@ from lsjax.evals.plots import plot_plan
 from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.planning import Plan, plan
+from lsjax.planning.shared_document import DocumentPlan
 from lsjax.planning.speed import ASSUMED
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.text_files import check_writable, write_atomically
@@ -41,8 +42,20 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "max_input_length",
         None,
-        "Prompt length in tokens. Default: the longest that fits.",
+        "Prompt length in tokens, without the document. Default: the longest that fits.",
         lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "document_length",
+        0,
+        "Tokens of a document that all prompts begin with: read once, kept once. 0 for none.",
+        lower_bound=0,
+    )
+    flags.DEFINE_float(
+        "disk_gb_per_second",
+        1.0,
+        "Rate at which a saved document is read from disk, in GB (1e9 bytes) per second.",
+        lower_bound=0.001,
     )
     flags.DEFINE_integer("max_output_length", 256, "Number of tokens to generate.", lower_bound=1)
     flags.DEFINE_integer("max_batch_size", 1, "Number of prompts answered together.", lower_bound=1)
@@ -99,7 +112,7 @@ def main(_) -> None:
         check_writable(file)
     options = (
         "max_input_length max_output_length max_batch_size mesh dtype weight_dtype kv_cache_dtype "
-        "kv_compression prefill_chunk rope_scaling allow_untrained_length compile"
+        "kv_compression prefill_chunk rope_scaling allow_untrained_length document_length compile"
     )
     found = plan(
         FLAGS.config, FLAGS.target, **{name: FLAGS[name].value for name in options.split()}
@@ -117,6 +130,8 @@ def _print(p: Plan) -> None:
         f"{p.config.architecture} on {p.target.name}: {p.length:,} tokens and "
         f"{deployment.output_length:,} of output {'fit' if p.fits else 'DO NOT FIT'}"
     )
+    if p.document:
+        _print_document(p.document)
     if p.max_length:
         print(f"longest    {p.max_length:,} tokens; more is kept out by {p.limited_by}")
     else:
@@ -150,8 +165,17 @@ def _print(p: Plan) -> None:
     for length, needs in p.table.items():
         prefill, decode = needs["prefill"], needs["decode"]
         parts = (decode.cache, prefill.total, decode.total)
-        fits = "" if max(prefill.total, decode.total) <= p.target.memory else "   does not fit"
+        fits = "" if max(n.total for n in needs.values()) <= p.target.memory else "   does not fit"
         print(f"{length:9,}" + "".join(f"{human_bytes(b):>12}" for b in parts) + fits)
+
+
+def _print_document(document: DocumentPlan) -> None:
+    rate = FLAGS.disk_gb_per_second
+    print(
+        f"document   {document.tokens:,} tokens, {human_bytes(document.saved_bytes)} when saved, "
+        f"loaded in {document.load_seconds(rate * 1e9):,.3g} s at {rate:g} GB/s"
+    )
+    print(f"questions  {document.questions:,} fit side by side, by arithmetic")
 
 
 def program() -> None:

@@ -3,17 +3,21 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
 from lsjax.cache import DocumentCache
 from lsjax.config import ModelConfig
+from lsjax.documents.fingerprint import check_fingerprint
 from lsjax.documents.folder import DocumentFolder, slice_tokens
 from lsjax.documents.prefill import save_cache
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
-from lsjax.inference.request import Request, bucket
+from lsjax.inference.options import Options
+from lsjax.inference.request import Request, batches, bucket
 from lsjax.runtime.html import table
 
 
@@ -104,6 +108,42 @@ class Document:
                 **self.fingerprint,
             }
         )
+
+
+def requests_after(
+    document: Document,
+    options: Options,
+    fingerprint: Mapping[str, str],
+    ids: Sequence[tuple[int, ...]],
+    max_output_length: int,
+    **limits: Any,
+) -> list[Request]:
+    """Groups prompts that begin with a document into batches; see `batches`.
+
+    Args:
+      document: the document.
+      options: options of the model that answers.
+      fingerprint: that of the model that answers.
+      ids: token ids of the prompts, the document's included.
+      max_output_length: maximum number of tokens to generate.
+      **limits: further arguments of `batches`.
+
+    Raises:
+      UserError: the document belongs to another model, a prompt has nothing after it, or see
+        `batches`.
+    """
+    check_fingerprint("the document", document.fingerprint, fingerprint)
+    there = document.engine.settings
+    if (options.mesh, options.prefill_chunk) != (there.mesh, there.prefill_chunk):
+        raise UserError(
+            "the document was read on another mesh or in other chunks; save it, and open it with "
+            "this model."
+        )
+    if empty := [i for i, prompt in enumerate(ids) if len(prompt) <= len(document)]:
+        raise UserError(f"prompt {empty[0]} has no token after the document; give at least one.")
+    document.check_room(max(map(len, ids)) + max_output_length)
+    found = batches(options, ids, max_output_length, **limits)
+    return [document.begin(request) for request in found]
 
 
 def new_folder(path: str | os.PathLike[str], document: Document) -> DocumentFolder:

@@ -8,13 +8,16 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from lsjax.documents.document import Document
 from lsjax.documents.fingerprint import hash_of_ids
 from lsjax.documents.folder import DocumentFolder, Manifest
+from lsjax.documents.read import read_document
 from lsjax.errors import UserError
+from lsjax.inference.engine import Engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,31 @@ class SavedDocument:
             for path, _, names in os.walk(self.folder.path)
             for name in names
         )
+
+
+def read_kept(
+    engine: Engine,
+    params: dict,
+    document: Document,
+    root: str | os.PathLike[str],
+    most_bytes: float,
+    on_prefill: Callable[[int], None] | None = None,
+) -> Document:
+    """Reads a document into a folder of many, from where it differs from those that are there.
+
+    Args:
+      engine: engine of the model.
+      params: model parameters.
+      document: document that `unread_document` has returned.
+      root: folder of saved documents.
+      most_bytes: size that `root` is kept below.
+      on_prefill: see prefill_document.
+    """
+    path, begins_as = document_path(root, document), longest_prefix(root, document)
+    found = read_document(engine, params, document, path, begins_as, on_prefill)
+    mark_used(path)
+    prune(root, most_bytes, keep=path)
+    return found
 
 
 def document_path(root: str | os.PathLike[str], document: Document) -> str:

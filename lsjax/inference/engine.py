@@ -291,13 +291,18 @@ class Engine:
         tables = jax.tree.map(
             lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)
         )
-        held = None
+        whole_spec, held = spec, None
         if document is not None:
+            whole_spec = dataclasses.replace(spec, capacity=spec.capacity + document.capacity)
             spec = dataclasses.replace(spec, chunk=0)  # questions begin anywhere
             layers = cache_shapes(model.config, model.mesh, document, model.platform)
             length = jax.ShapeDtypeStruct((), "int32", sharding=whole)
             held = DocumentCache(shared_layers(layers, self.config.windows), length, ())
-        cache = cache_shapes(model.config, model.mesh, spec, model.platform)
+        own, windowed = (
+            cache_shapes(model.config, model.mesh, s, model.platform) for s in (spec, whole_spec)
+        )
+        windows = self.config.windows
+        cache = tuple(x if w is None else y for w, x, y in zip(windows, own, windowed, strict=True))
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         state = DecodeState(cache, token=rows(), position=rows(), last=rows(), step=count)
         eos = jax.ShapeDtypeStruct(_padded(()).shape, "int32", sharding=whole)

@@ -162,7 +162,7 @@ def _by_gather(x, weight, ids):
 
 
 def _by_slice(x, weight, ids):
-    """Does what `_by_gather` does, one matrix at a time. XLA for a TPU would gather a copy of all."""
+    """Does what `_by_gather` does, one matrix at a time: XLA for a TPU would copy them all."""
 
     def one(of: tuple[jax.Array, jax.Array]) -> jax.Array:
         matrix = jax.lax.dynamic_index_in_dim(weight, of[1], keepdims=False)

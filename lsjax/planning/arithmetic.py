@@ -16,6 +16,7 @@ from lsjax.config import LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
+from lsjax.planning.shared_document import document_specs, held_bytes, own_bytes
 
 # What a prefill program holds beside weights and cache: this many vectors per token of a chunk, of
 # the MLP's size (split over the model axis) and of the hidden size; and this share of a layer's
@@ -29,13 +30,13 @@ _TPU_CODE_BYTES = 2 * 2**20  # of a layer's code, which lies in the memory of th
 def needs_of(
     config: ModelConfig, platform: str, deployment: Deployment, input_length: int
 ) -> dict[str, MemoryUsage]:
-    """Returns the memory per device that "prefill" and "decode" need.
+    """Returns the memory per device that "prefill" and "decode" need, and "read" of a document.
 
     Args:
       config: model configuration.
       platform: "cpu", "gpu" or "tpu".
       deployment: layout of the model on the devices.
-      input_length: prompt length in tokens.
+      input_length: prompt length in tokens, without the document.
     """
     layers, rest = weight_bytes(config, deployment.mesh, deployment.dtype, deployment.weight_dtype)
     weights = sum(layers) + rest
@@ -47,10 +48,17 @@ def needs_of(
         one = dataclasses.replace(config, layers=config.layers[:1])
         prefill += spec.nbytes(one, deployment.mesh, platform)
         prefill += hidden_bytes(config, deployment, input_length)
-    return {
+    programs = {
         "prefill": MemoryUsage(weights, cache, prefill),
         "decode": MemoryUsage(weights, cache, decode),
     }
+    if not deployment.document_length:
+        return programs
+    alone = dataclasses.replace(deployment, batch=deployment.sizes["data"])
+    document = document_specs(config, deployment, 1).document
+    cache = document.nbytes(config, deployment.mesh, platform)
+    read = _prefill_temporaries(config, platform, alone, layers)
+    return {"read": MemoryUsage(weights, cache, read), **programs}
 
 
 @functools.lru_cache
@@ -101,7 +109,10 @@ def _sum_by_layer(
 def cache_bytes(
     config: ModelConfig, platform: str, deployment: Deployment, input_length: int
 ) -> int:
-    """Returns the bytes per device of the whole cache."""
+    """Returns the bytes per device of the whole cache, with that of the document."""
+    if deployment.document_length:
+        own = own_bytes(config, platform, deployment, input_length)
+        return held_bytes(config, platform, deployment) + own
     return deployment.cache_spec_for(input_length).nbytes(config, deployment.mesh, platform)
 
 

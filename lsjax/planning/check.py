@@ -18,8 +18,13 @@ from lsjax.planning.targets import Target, find_target
 from lsjax.runtime.memory import device_memory_bytes, human_bytes
 
 
-def check_memory(options: Options, request: Request) -> None:
+def check_memory(options: Options, request: Request, document_length: int = 0) -> None:
     """Refuses a request that the local devices cannot hold, by arithmetic.
+
+    Args:
+      options: options of the model.
+      request: the request, without the document.
+      document_length: tokens of a document that all prompts begin with; 0 for none.
 
     Raises:
       UserError: the request does not fit; the message gives the memory needed, the memory
@@ -27,7 +32,7 @@ def check_memory(options: Options, request: Request) -> None:
     """
     target, config = local_target(options), options.config
     batch = len(request.prompts) * caches_held(request.num_samples)
-    deployment = _layout(options, batch, request.output_capacity)
+    deployment = _layout(options, batch, request.output_capacity, document_length)
     length = request.prompt_capacity
     programs = needs_of(config, target.platform, deployment, length)
     if fits(target, programs):
@@ -38,8 +43,9 @@ def check_memory(options: Options, request: Request) -> None:
     if longest:
         ways.insert(0, f"prompts of at most {longest:,} tokens")
     out = f"these would fit: {'; or '.join(ways)}" if ways else "no setting makes it fit"
+    document = f"a document of {document_length:,} tokens, " if document_length else ""
     raise UserError(
-        f"{length:,} tokens of prompt and {request.max_output_length:,} of output, "
+        f"{document}{length:,} tokens of prompt and {request.max_output_length:,} of output, "
         f"{deployment.batch} together, need {human_bytes(most.total)} of each device (weights "
         f"{human_bytes(most.weights)}, cache {human_bytes(most.cache)}, the rest "
         f"{human_bytes(most.temporaries)}), but each has {human_bytes(target.memory)}; {out}."
@@ -67,10 +73,14 @@ def local_target(options: Options) -> Target:
     return dataclasses.replace(find_target("here"), memory=memory)
 
 
-def _layout(options: Options, batch: int, output_length: int) -> Deployment:
+def _layout(
+    options: Options, batch: int, output_length: int, document_length: int = 0
+) -> Deployment:
     settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(EngineConfig)}
     settings["mesh"] = abstract_mesh(tuple(options.mesh.shape[axis] for axis in AXES))
-    return Deployment(**settings, batch=batch, output_length=output_length)
+    return Deployment(
+        **settings, batch=batch, output_length=output_length, document_length=document_length
+    )
 
 
 def _that_fit(

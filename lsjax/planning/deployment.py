@@ -14,11 +14,14 @@ class Deployment(EngineConfig):
 
     Attributes:
       batch: number of prompts answered together.
+      document_length: tokens of a document that all prompts begin with, which is kept once; a
+        prompt's length is then that of its question. 0 for none.
       output_length: number of tokens to generate.
     """
 
     batch: int
     output_length: int
+    document_length: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:

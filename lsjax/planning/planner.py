@@ -1,6 +1,6 @@
 """The planner: whether a model fits a target, the longest prompt that does, and the best layout."""
 
-import concurrent.futures
+import bisect
 import dataclasses
 import itertools
 import os
@@ -18,25 +18,24 @@ from lsjax.compression import (
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import abstract_mesh, check_fits_mesh, parse_mesh
+from lsjax.documents import check_options
 from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.inference.options import COMPUTE_DTYPES, one_of
 from lsjax.inference.request import check_exact_length, check_total
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
-from lsjax.planning.arithmetic import cache_bytes, needs_of
-from lsjax.planning.compiled import TooLargeError, compile_for
+from lsjax.planning.arithmetic import needs_of
+from lsjax.planning.compiled import ask_compiler
 from lsjax.planning.deployment import Deployment, MemoryUsage
 from lsjax.planning.result import Plan, fits
+from lsjax.planning.shared_document import DocumentPlan, saved_bytes
 from lsjax.planning.speed import expected_speed
 from lsjax.planning.targets import Target, find_target
 from lsjax.positions.scaling import override_rope_scaling
 
-# With the compiler, the search ends once at most this share of the length is unused. A compilation
-# takes a minute, so the first guess should be close.
-_TIGHT = 0.04
-_ROUNDS = 4
 # Prefill chunks that are compared, in tokens; rounded up where a context axis needs it.
 _CHUNKS = (4096, 8192, 16384, 32768)
+_MOST_ROWS = 4096  # on each device of the data axis
 
 
 def plan(
@@ -54,6 +53,7 @@ def plan(
     prefill_chunk: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     allow_untrained_length: bool = False,
+    document_length: int = 0,
     compile: bool = False,
 ) -> Plan:
     """Plans what a model needs on devices that need not be present, before any weight is read.
@@ -62,7 +62,8 @@ def plan(
       config: config.json, a model folder, or a ModelConfig.
       target: devices to plan for, such as "v5e:2x4", "h100-80gb:8", "cpu:8" or "here"; the error
         for an unknown name lists all of them.
-      max_input_length: prompt length in tokens; None for the longest that fits.
+      max_input_length: prompt length in tokens, without the document; None for the longest that
+        fits.
       max_output_length: number of tokens to generate.
       max_batch_size: number of prompts answered together.
       mesh: devices per mesh axis, as in `lsjax.load`; "" for the best found.
@@ -75,6 +76,8 @@ def plan(
       prefill_chunk: prompt tokens per prefill step; None for the best found.
       rope_scaling: RoPE scaling, as in `lsjax.load`.
       allow_untrained_length: whether to allow sequences longer than the model serves.
+      document_length: tokens of a document that all prompts begin with, see LanguageModel.read; 0
+        for none.
       compile: whether to take memory from the target's compiler (minutes) instead of from
         arithmetic (immediate).
 
@@ -94,17 +97,20 @@ def plan(
     compression = parse_compression(kv_compression)
     kept = compression and compression.estimate(config, 1)
     if max_input_length is not None:
-        check_exact_length(config, max_input_length + max_output_length)
+        prompt = document_length + max_input_length
+        check_exact_length(config, prompt + max_output_length)
         if not allow_untrained_length:
-            check_total(config, max_input_length + max_output_length, max_input_length, kept)
-    bound = longest_served(config, max_output_length, allow_untrained_length, kept)
+            check_total(config, prompt + max_output_length, prompt, kept)
+    output = document_length + max_output_length
+    bound = longest_served(config, output, allow_untrained_length, kept)
     if dtype == "auto":
         dtype = "float32" if target.platform == "cpu" else "bfloat16"
     one_of("dtype", dtype, COMPUTE_DTYPES)
     if kv_cache_dtype != "auto":
         one_of("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
     free = SearchSpace(
-        config, target, dtype, weight_dtype, max_batch_size, max_output_length, compression
+        *(config, target, dtype, weight_dtype, max_batch_size, max_output_length, compression),
+        document_length,
     )
     asked = dataclasses.replace(
         free,
@@ -113,10 +119,12 @@ def plan(
         prefill_chunk=prefill_chunk,
     )
     deployment = asked.best(max_input_length, bound)
+    if document_length:
+        check_options(deployment)
     recommended = deployment if asked == free else free.best(max_input_length, bound)
     longest = longest_that_fits(config, target, deployment, bound)
     if compile:
-        programs, longest = _ask_compiler(
+        programs, longest = ask_compiler(
             config, target, deployment, max_input_length, longest, bound
         )
     length = max_input_length or max(longest, 1)
@@ -135,6 +143,27 @@ def plan(
         table=table,
         speed=expected_speed(config, target, deployment, length),
         compiled=compile,
+        document=_document_plan(config, target, deployment, length) if document_length else None,
+    )
+
+
+def _document_plan(
+    config: ModelConfig, target: Target, deployment: Deployment, length: int
+) -> DocumentPlan:
+    """Returns what a document takes, and how many questions of `length` tokens fit, by arithmetic.
+
+    The number is a multiple of the data axis.
+    """
+    rows = deployment.sizes["data"]
+
+    def too_many(n: int) -> bool:
+        more = dataclasses.replace(deployment, batch=n * rows)
+        return not fits(target, needs_of(config, target.platform, more, length))
+
+    return DocumentPlan(
+        tokens=deployment.document_length,
+        saved_bytes=saved_bytes(config, deployment),
+        questions=rows * bisect.bisect_left(range(1, _MOST_ROWS), True, key=too_many),
     )
 
 
@@ -175,56 +204,6 @@ def longest_that_fits(
     return low
 
 
-def _ask_compiler(
-    config: ModelConfig,
-    target: Target,
-    deployment: Deployment,
-    length: int | None,
-    longest: int,
-    bound: int,
-) -> tuple[dict[str, MemoryUsage], int]:
-    """Returns the memory needed according to the compiler, and the longest prompt that fits.
-
-    Args:
-      config: model configuration.
-      target: devices to plan for.
-      deployment: layout of the model on the devices.
-      length: prompt length to report the memory of; None for the longest.
-      longest: longest prompt by arithmetic, from which the search starts.
-      bound: upper bound on the longest prompt.
-    """
-
-    def ask(n: int) -> dict[str, MemoryUsage] | None:
-        try:
-            return compile_for(config, target, deployment, n)
-        except TooLargeError:
-            return None
-
-    guess = max(longest if longest == bound else int(longest * (1 - _TIGHT / 2)), 1)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        wanted = sorted({length or guess, guess})
-        answers = dict(zip(wanted, pool.map(ask, wanted), strict=True))
-    far = guess + 2**20
-    sizes = [cache_bytes(config, target.platform, deployment, n) for n in (guess, far)]
-    step = max((sizes[1] - sizes[0]) / (far - guess), 1.0)  # bytes per token
-    best = 0
-    for _ in range(_ROUNDS):
-        if guess not in answers:
-            answers[guess] = ask(guess)
-        found = answers[guess]
-        if found is None:  # the compiler refused and does not say by how much
-            guess = max(1, int(guess * (1 - _TIGHT)))
-            continue
-        room = (target.memory - max(n.total for n in found.values())) / step
-        if room >= 0:
-            best = max(best, guess)
-        if 0 <= room <= _TIGHT * guess or (room >= 0 and guess == bound):
-            break
-        guess = min(bound, max(1, int(guess + room - _TIGHT / 2 * guess)))
-    length = length or best or guess
-    return answers[length] or needs_of(config, target.platform, deployment, length), best
-
-
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
     """The layouts to choose from; a setting that is None is free.
@@ -233,8 +212,8 @@ class SearchSpace:
       config: model configuration.
       target: devices to plan for.
       compression: settings of KV compression, or None for none.
-      dtype, weight_dtype, batch, output_length, mesh, kv_cache_dtype, prefill_chunk: settings of
-        the layouts, see Deployment.
+      dtype, weight_dtype, batch, output_length, document_length, mesh, kv_cache_dtype,
+        prefill_chunk: settings of the layouts, see Deployment.
     """
 
     config: ModelConfig
@@ -244,6 +223,7 @@ class SearchSpace:
     batch: int
     output_length: int
     compression: CompressionSettings | None
+    document_length: int = 0
     mesh: tuple[int, int, int] | None = None
     kv_cache_dtype: str | None = None
     prefill_chunk: int | None = None
@@ -305,6 +285,7 @@ class SearchSpace:
                     compression=compression,
                     batch=self.batch,
                     output_length=self.output_length,
+                    document_length=self.document_length,
                 )
 
     def meshes(self) -> list[tuple[int, int, int]]:

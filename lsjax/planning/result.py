@@ -6,6 +6,7 @@ from typing import Any
 
 from lsjax.config import ModelConfig
 from lsjax.planning.deployment import Deployment, MemoryUsage
+from lsjax.planning.shared_document import DocumentPlan
 from lsjax.planning.speed import Speed
 from lsjax.planning.targets import Target
 from lsjax.runtime.html import grid, table
@@ -21,7 +22,8 @@ class Plan:
       target: devices that were planned for.
       deployment: layout with the requested settings; settings not given are the best found.
       length: requested prompt length in tokens, or the longest that fits.
-      programs: memory per device that "prefill" and "decode" need at that length.
+      programs: memory per device that "prefill" and "decode" need at that length, and "read" of a
+        document.
       max_length: longest prompt that fits, in tokens; 0 if none does.
       limited_by: what limits max_length: "memory", or the model's "positions".
       recommended: best layout if every setting is free.
@@ -30,6 +32,7 @@ class Plan:
       speed: speed expected at `length`, calculated and not measured; None if the target's rates
         are unknown.
       compiled: whether `programs` and `max_length` come from the compiler instead of arithmetic.
+      document: document that all prompts begin with; None for none. Lengths are then without it.
     """
 
     config: ModelConfig
@@ -44,6 +47,7 @@ class Plan:
     table: dict[int, dict[str, MemoryUsage]]
     speed: Speed | None
     compiled: bool
+    document: DocumentPlan | None = None
 
     @property
     def fits(self) -> bool:
@@ -62,6 +66,7 @@ class Plan:
             "devices": self.target.devices,
             "length": self.length,
             "settings": _as_flags(self.deployment),
+            "document": self.document and dataclasses.asdict(self.document),
             "compiled": self.compiled,
             "expected": self.speed and dataclasses.asdict(self.speed),
             "table": [
@@ -81,6 +86,12 @@ class Plan:
             "longest prompt": f"{self.max_length:,} tokens, limited by {self.limited_by}",
             "settings": ", ".join(f"{k} {v}" for k, v in _as_flags(deployment).items()),
         }
+        if self.document:
+            d = self.document
+            summary["document"] = (
+                f"{d.tokens:,} tokens, saved {human_bytes(d.saved_bytes)}, {d.questions:,} "
+                "questions fit side by side"
+            )
         if self.speed:
             summary["expected"] = (
                 f"prefill {self.speed.prefill_seconds:,.3g} s, decode "

@@ -32,7 +32,7 @@ class Speed:
     """Speed of a full batch, expected and not measured.
 
     Attributes:
-      prefill_seconds: seconds to prefill prompts of the planned length.
+      prefill_seconds: seconds to prefill prompts of the planned length, and to read a document.
       decode_tokens_per_second: decode rate after such prompts, summed over all rows.
     """
 
@@ -49,7 +49,7 @@ def expected_speed(
       config: model configuration.
       target: devices to plan for; the rates of a CPU are measured on this machine.
       deployment: layout of the model on the devices.
-      input_length: prompt length in tokens.
+      input_length: prompt length in tokens, without the document.
     """
     rates = measured_rates(target.devices) if target.platform == "cpu" else target.rates
     if rates is None:
@@ -62,11 +62,14 @@ def expected_speed(
     formats = deployment.mesh, deployment.dtype, deployment.weight_dtype
     layers, rest = weight_bytes(config, *formats)
     whole_layers = sum(layers) * context  # bytes per shard of the model axis
-    chunks = -(-input_length // deployment.prefill_chunk)
-    tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch
+    document = deployment.document_length
+    chunks = sum(-(-n // deployment.prefill_chunk) for n in (document, input_length))
+    tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch + document * data
 
     products = 2 * tokens * numbers
-    pairs = deployment.batch * _pairs(config, input_length, deployment.span(input_length))
+    total = document + input_length
+    pairs = deployment.batch * _pairs(config, total, deployment.span(total))
+    pairs -= (deployment.batch - data) * _pairs(config, document, deployment.span(document))
     attention = 4 * config.num_heads * config.head_dim * pairs
     computing = (products + attention) / (devices * rates.flops * _OF_FLOPS)
     of_each = tokens / (devices / model) * config.hidden_size * itemsize

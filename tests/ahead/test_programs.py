@@ -14,7 +14,7 @@ from helpers.published import CONFIGS, GLM, QWEN, with_layers
 from lsjax.compression import RazorConfig
 from lsjax.inference.engine import Engine
 from lsjax.planning import find_target, target_mesh
-from lsjax.planning.arithmetic import cache_bytes, hidden_bytes
+from lsjax.planning.arithmetic import cache_bytes, hidden_bytes, needs_of
 from lsjax.planning.compiled import compile_for
 
 
@@ -98,17 +98,15 @@ def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, 
 def test_rows_of_a_document_copy_nothing_of_it(target, mesh):
     config, target = with_layers(GLM, 1), find_target(target)
     deployment = deployment_of(mesh, "bfloat16", "int8", 256, 8, 256)
-    engine = Engine(
-        config, dataclasses.replace(deployment, mesh=target_mesh(target, deployment.sizes))
-    )
-    document = engine.settings.cache_spec(1, 1_044_480, 0)
-    held = document.nbytes(config, deployment.mesh, target.platform)
-    prefill, decode = (
-        program.memory_analysis().temp_size_in_bytes
-        for program in engine.compile_ahead(deployment.cache_spec_for(3840), document)
-    )
-    assert decode < 0.1 * held
-    assert prefill < held
+    deployment = dataclasses.replace(deployment, document_length=1_044_480)
+    compiled = compile_for(config, target, deployment, 3840)
+    guessed = needs_of(config, target.platform, deployment, 3840)
+    held = guessed["read"].cache
+    assert compiled["decode"].temporaries < 0.1 * held
+    assert compiled["prefill"].temporaries < held
+    for name, needs in compiled.items():
+        assert guessed[name].cache == pytest.approx(needs.cache, rel=0.02), name
+        assert guessed[name].weights == pytest.approx(needs.weights, rel=0.02), name
 
 
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100-80gb:1"])

@@ -1,5 +1,6 @@
 """Saved documents: read on with after any end, opened on any mesh, refused when damaged."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -7,13 +8,16 @@ import os
 import shutil
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
+from helpers.deployments import deployment as deployment_of
 from helpers.golden_models import build
 
 from lsjax import UserError
 from lsjax.documents.folder import DocumentFolder, slice_tokens
 from lsjax.documents.library import delete, prune, saved_documents
+from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes
 
 LENGTH, SLICE = 330, 64  # as long as a chunk
 DOCUMENT = np.random.default_rng(0).integers(0, 64, LENGTH).tolist()
@@ -24,11 +28,14 @@ def read(lm, folder, **options):
     return lm.read(DOCUMENT, save_to=folder, allow_untrained_length=True, **options)
 
 
-def answers(lm, document):
-    done = lm.generate(
+def ask(lm, document):
+    return lm.generate(
         QUESTIONS, 12, document=document, allow_untrained_length=True, ignore_eos=True
     )
-    return [c.token_ids for c in done]
+
+
+def answers(lm, document):
+    return [c.token_ids for c in ask(lm, document)]
 
 
 def model(mesh="", chunk=64, kv="int8", name="glm4"):
@@ -49,8 +56,8 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved[0], tmp_path / "copy")
 
 
-def slice_file(folder, number):
-    return folder / "entries" / "c" / "0" / "0" / "0" / str(number) / "0"
+def slice_file(folder, number, array="entries"):
+    return folder / array / "c" / "0" / "0" / "0" / str(number) / "0"
 
 
 def test_opened_it_gives_the_same_answers(saved):
@@ -59,6 +66,23 @@ def test_opened_it_gives_the_same_answers(saved):
     document = lm.open_document(folder)
     assert document.token_ids == tuple(DOCUMENT)
     assert answers(lm, document) == expected
+
+
+def test_it_takes_what_is_planned(saved):
+    """To the byte: on disk beside checksums and document.json, in memory, and beside questions."""
+    folder, lm = saved[0], model()
+    document = lm.open_document(folder)
+    plan = deployment_of((1, 1, 1), "float32", "int8", 64, len(QUESTIONS), 12)
+    plan = dataclasses.replace(plan, cache_block=lm.options.cache_block, document_length=LENGTH)
+    files = [slice_file(folder, i, name) for i in range(5) for name in ("entries", "scales")]
+    checksums = 4 * len(files)
+    sizes = [os.path.getsize(file) for file in [*files, folder / "ids.bin"]]
+    assert saved_bytes(lm.config, plan) == sum(sizes) - checksums
+    arrays = jax.tree.leaves((document.cache.layers, document.cache.rest))
+    assert held_bytes(lm.config, "cpu", plan) == sum(x.nbytes for x in arrays)
+    (first, _) = ask(lm, document)
+    longest = max(map(len, QUESTIONS))
+    assert own_bytes(lm.config, "cpu", plan, longest) == first.stats.cache_bytes
 
 
 @pytest.mark.slow("slices of a sharded cache are written and read as those of one device")

@@ -15,12 +15,12 @@ from helpers.programs import run
 from safetensors.numpy import load_file
 
 import lsjax
+from lsjax.checkpoint.gguf import read_gguf
+from lsjax.checkpoint.gguf import tensors as gguf_tensors
+from lsjax.checkpoint.gguf.config import hf_config
+from lsjax.checkpoint.gguf.file import open_gguf
 from lsjax.errors import UserError
 from lsjax.families import parse_config, read_config
-from lsjax.gguf import read_gguf
-from lsjax.gguf import tensors as gguf_tensors
-from lsjax.gguf.config import hf_config
-from lsjax.gguf.file import open_gguf
 
 MODELS = ("llama", "llama_biases", "qwen2_tied", "qwen3", "glm4")
 

@@ -9,8 +9,8 @@ from helpers.gguf_files import golden_config, write_gguf
 from helpers.programs import run
 
 import lsjax
+from lsjax.checkpoint.gguf import read_gguf
 from lsjax.errors import UserError
-from lsjax.gguf import read_gguf
 
 RAW = golden_config("qwen3")
 
@@ -79,7 +79,7 @@ def test_the_program_refuses_what_does_not_fit(tmp_path, model):
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, model, monkeypatch):
-    for name in [n for n in sys.modules if n == "gguf" or n.startswith("lsjax.gguf")]:
+    for name in [n for n in sys.modules if n == "gguf" or n.startswith("lsjax.checkpoint.gguf")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gguf", None)
     said = program("gguf_to_hf.py", f"--input_dir={model}", f"--output_dir={tmp_path / 'out'}")

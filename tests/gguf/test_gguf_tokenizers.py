@@ -6,9 +6,9 @@ import pytest
 import sentencepiece
 from helpers.gguf_files import GOLDEN, write_metadata
 
+from lsjax.checkpoint.gguf.file import open_gguf
+from lsjax.checkpoint.gguf.sidecar_files import sidecar_files
 from lsjax.errors import UserError
-from lsjax.gguf.file import open_gguf
-from lsjax.gguf.sidecar_files import sidecar_files
 from lsjax.tokenizer import load_tokenizer
 
 EXPECTED = json.loads((GOLDEN / "tokenizer" / "expected.json").read_text(encoding="utf-8"))

@@ -85,6 +85,25 @@ def test_fewer_bits_and_more_devices_take_longer_texts():
     assert longest("h100-80gb:8", "bfloat16") > 2 * lengths[0]
 
 
+def test_questions_share_a_document_of_a_million_tokens():
+    options = {"document_length": 1_044_480, "max_input_length": 3840, "kv_cache_dtype": "int8"}
+    one, eight = (lsjax.plan(GLM, "h100-80gb:1", max_batch_size=n, **options) for n in (1, 8))
+    assert eight.fits and eight.limited_by == "positions" and eight.max_length == 3840
+    caches = [plan.programs["decode"].cache for plan in (one, eight)]
+    own = (caches[1] - caches[0]) / 7
+    assert own < 0.01 * (caches[0] - own)  # a question's cache against the document's
+    document = eight.document
+    assert document.saved_bytes == pytest.approx(eight.programs["read"].cache, rel=0.01)
+    assert document.load_seconds(2e9) == document.saved_bytes / 2e9
+    fit, more = (
+        lsjax.plan(GLM, "h100-80gb:1", max_batch_size=n, **options)
+        for n in (document.questions, document.questions + 1)
+    )
+    assert fit.fits and not more.fits
+    with pytest.raises(UserError, match="1048832 tokens"):
+        lsjax.plan(GLM, "h100-80gb:1", **(options | {"max_input_length": 4096}))
+
+
 @pytest.mark.slow("plans and runs take their shapes from one function")
 @pytest.mark.parametrize("mesh", ["", "context=2", "model=2"])
 def test_a_compressed_cache_is_planned_to_the_byte(mesh):

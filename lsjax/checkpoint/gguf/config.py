@@ -6,9 +6,9 @@ Source: llama.cpp's converters (conversion/llama.py, qwen.py and glm.py), undone
 import dataclasses
 from typing import Any
 
+from lsjax.checkpoint.gguf.file import GGUFFile
+from lsjax.checkpoint.gguf.rope import rope_scaling
 from lsjax.errors import UserError
-from lsjax.gguf.file import GGUFFile
-from lsjax.gguf.rope import rope_scaling
 
 
 @dataclasses.dataclass(frozen=True)

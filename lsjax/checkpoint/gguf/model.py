@@ -9,16 +9,16 @@ import jax
 import numpy as np
 
 from lsjax.checkpoint.atomic_directory import atomic_directory
+from lsjax.checkpoint.gguf.config import hf_config
+from lsjax.checkpoint.gguf.file import open_gguf
+from lsjax.checkpoint.gguf.sidecar_files import sidecar_files
+from lsjax.checkpoint.gguf.tensors import Rows, find_parameters
 from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Part, write_weights
 from lsjax.checkpoint.safetensors_writer import nbytes
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import abstract_mesh
 from lsjax.errors import UserError
 from lsjax.families import parse_config
-from lsjax.gguf.config import hf_config
-from lsjax.gguf.file import open_gguf
-from lsjax.gguf.sidecar_files import sidecar_files
-from lsjax.gguf.tensors import Rows, find_parameters
 from lsjax.nn.parameters import abstract_parameters
 
 

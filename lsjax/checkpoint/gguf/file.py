@@ -7,8 +7,8 @@ import sys
 import gguf
 import numpy as np
 
+from lsjax.checkpoint.gguf.metadata import Metadata
 from lsjax.errors import UserError
-from lsjax.gguf.metadata import Metadata
 
 _MAGIC = b"GGUF"
 

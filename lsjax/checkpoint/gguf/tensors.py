@@ -11,12 +11,12 @@ import gguf
 import jax
 import numpy as np
 
+from lsjax.checkpoint.gguf.config import architecture_of
+from lsjax.checkpoint.gguf.file import GGUFFile
+from lsjax.checkpoint.gguf.rope import ROPE_FREQS
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.families import family_of
-from lsjax.gguf.config import architecture_of
-from lsjax.gguf.file import GGUFFile
-from lsjax.gguf.rope import ROPE_FREQS
 
 _OUTER = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 _INNER = {

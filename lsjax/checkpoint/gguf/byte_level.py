@@ -11,9 +11,9 @@ from typing import Any
 import tokenizers
 from gguf import TokenType
 
+from lsjax.checkpoint.gguf.metadata import Metadata
+from lsjax.checkpoint.gguf.vocabulary import PREFIX, Vocabulary
 from lsjax.errors import UserError
-from lsjax.gguf.metadata import Metadata
-from lsjax.gguf.vocabulary import PREFIX, Vocabulary
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _WORDS = _BYTES | {"use_regex": True}  # splits as GPT-2 does

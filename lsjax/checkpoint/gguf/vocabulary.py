@@ -6,8 +6,8 @@ from typing import Any
 
 from gguf import TokenType
 
+from lsjax.checkpoint.gguf.metadata import Metadata
 from lsjax.errors import UserError
-from lsjax.gguf.metadata import Metadata
 
 PREFIX = "tokenizer.ggml."
 # Name in tokenizer_config.json -> key.

@@ -3,6 +3,6 @@
 Needs the extra `gguf`, whose package reads the metadata and dequantizes the tensors.
 """
 
-from lsjax.gguf.model import GGUFModel, read_gguf
+from lsjax.checkpoint.gguf.model import GGUFModel, read_gguf
 
 __all__ = ["GGUFModel", "read_gguf"]

@@ -10,8 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from lsjax.checkpoint.gguf.file import GGUFFile
 from lsjax.errors import UserError
-from lsjax.gguf.file import GGUFFile
 
 ROPE_FREQS = "rope_freqs.weight"
 # The divisors depend on ratios to this length alone, and llama.cpp always computes with it.

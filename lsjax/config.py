@@ -33,15 +33,36 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: gated MLPs, of which a router chooses a few for each token.
+
+    Attributes:
+      count: number of experts.
+      per_token: number of experts that are chosen for a token.
+      width: width of one expert's gated MLP.
+      renormalized: whether the chosen experts' probabilities are scaled to a sum of 1.
+      balance_weight: weight of the router's load-balancing loss in training.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    renormalized: bool
+    balance_weight: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """The kind of a decoder block; blocks of one kind have parameters of the same shapes.
 
     Attributes:
       window: sliding window in tokens (a query sees itself and the window - 1 tokens before it), or
         None for full attention.
+      experts: mixture of experts in the place of the gated MLP, or None.
     """
 
     window: int | None = None
+    experts: Experts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +73,7 @@ class ModelConfig:
       architecture: name in config.json's `architectures`.
       vocab_size: rows of the embedding and of the output head.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP.
+      intermediate_size: width of the gated MLP; see LayerKind for layers of experts.
       layers: kind of each decoder block.
       num_heads: number of query heads.
       num_kv_heads: number of KV heads; each serves num_heads / num_kv_heads query heads.
@@ -113,6 +134,11 @@ class ModelConfig:
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer, or None."""
         return tuple(layer.window for layer in self.layers)
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """The distinct mixtures of experts among the layers."""
+        return tuple(dict.fromkeys(kind.experts for kind in self.layers if kind.experts))
 
     @property
     def trained_length(self) -> int:

@@ -43,6 +43,20 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "chosen experts not renormalized",
+        "lsjax/nn/experts.py",
+        "if experts.renormalized:",
+        "if not experts.renormalized:",
+        "tests/nn/test_experts.py",
+    ),
+    Fault(
+        "a token in the group of another expert",
+        "lsjax/nn/experts.py",
+        "return y[jnp.argsort(order)]",
+        "return y[order]",
+        "tests/nn/test_experts.py -k transformers",
+    ),
+    Fault(
         "a wrong slot in the zigzag",
         "lsjax/distributed/sequence_layout.py",
         "rest - (2 * self.devices - 1 - device) * self.piece_length, 0",

@@ -50,7 +50,7 @@ def open_hf(
     Raises:
       UserError: the folder does not fit the model; names the file and the tensor.
     """
-    found = stored_tensors(folder)
+    found = _unstacked(stored_tensors(folder), config)
     tensors = {tensor.name: tensor for tensor in family_of(config).tensors(config)}
     embedding, head = vocabulary_tensors(config)
     if config.tie_embeddings and embedding not in found and head in found:
@@ -79,6 +79,32 @@ def open_hf(
         },
         tuple(name for name in found if name not in tensors),
     )
+
+
+def _unstacked(found: dict[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
+    """Returns the stored tensors, with those in the place of each that stacks them."""
+    stacked, wanted = family_of(config).stacked, {t.name for t in family_of(config).tensors(config)}
+    parts: dict[str, TensorInfo] = {}
+    for name, stored in found.items():
+        end = next((end for end in stacked if name.endswith(end)), None)
+        ends = stacked.get(end, ())
+        if end is None or len(stored.shape) != 3 or stored.shape[1] % len(ends):
+            parts[name] = stored
+            continue
+        count = stored.shape[0] * len(ends)
+        shape, nbytes = (stored.shape[1] // len(ends), stored.shape[2]), stored.nbytes // count
+        for i in range(count):
+            part = name.removesuffix(end) + ends[i % len(ends)].format(i // len(ends))
+            if part not in wanted:
+                raise UserError(
+                    f"{stored.path}: {name!r} has the shape {list(stored.shape)}, but config.json "
+                    f"has no {part!r}; the two files are not of one model."
+                )
+            offset = stored.offset + i * nbytes
+            parts[part] = dataclasses.replace(
+                stored, name=part, shape=shape, nbytes=nbytes, offset=offset
+            )
+    return parts
 
 
 def warn_unused(folder: str, names: tuple[str, ...]) -> None:

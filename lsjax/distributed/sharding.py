@@ -21,6 +21,7 @@ PARAMETER_AXES = {
     "heads": "model",
     "kv_heads": "model",
     "mlp": "model",
+    "experts": "model",
     "vocab": "model",
     "embed": None,
     None: None,
@@ -117,6 +118,10 @@ def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
         "MLP channels": config.intermediate_size,
         "vocabulary entries": config.vocab_size,
     }
+    if config.experts:
+        split["experts"] = math.gcd(*(experts.count for experts in config.experts))
+        if all(kind.experts for kind in config.layers):
+            del split["MLP channels"]
     model = math.gcd(sizes["model"], *split.values())
     for what, size in split.items():
         if size % sizes["model"]:

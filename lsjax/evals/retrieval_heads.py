@@ -17,6 +17,7 @@ from lsjax.attention.kv_array import KVArray
 from lsjax.cache import empty_layer
 from lsjax.compression.policy import check_no_windows
 from lsjax.compression.scores import HeadScores
+from lsjax.config import LayerKind
 from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
 from lsjax.distributed.sharding import QUERIES_SPEC
@@ -82,20 +83,20 @@ def find_heads(
         check_vma=False,
     )
 
-    def step(layer: dict, x: jax.Array):
+    def step(kind: LayerKind, layer: dict, x: jax.Array):
         positions = jnp.arange(capacity)[None]
-        block = Block(config, mesh, config.layers[0])
+        block = Block(config, mesh, kind)
         cache = empty_layer(config, spec, platform)
         inputs = engine.decoder.layer_inputs(tables, positions)[0]
         (x, _), seen = block.apply({"params": layer}, x, inputs, cache, mutable=["intermediates"])
         (q,), (k,) = (seen["intermediates"]["attn"][name] for name in ("queries", "keys"))
         return x, scores_of(q, k)
 
-    run = jax.jit(step)
+    run = jax.jit(step, static_argnums=0)
     x = engine.embed(params, tokens)
     rows = []
     for i in range(config.num_layers):
-        x, scores = run(params[f"layers_{i}"], x)
+        x, scores = run(config.layers[i], params[f"layers_{i}"], x)
         rows.append(to_host(scores))
         on_layer(1)
     echo, induction = np.stack(rows, axis=1)

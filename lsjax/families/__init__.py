@@ -13,6 +13,7 @@ from lsjax.families.fields import Fields
 from lsjax.families.glm import CHATGLM, GLM
 from lsjax.families.llama import LLAMA
 from lsjax.families.qwen import QWEN2, QWEN3
+from lsjax.families.qwen_moe import QWEN3_MOE
 from lsjax.positions.scaling import check_widths
 from lsjax.runtime.text_files import read_json
 
@@ -28,7 +29,7 @@ __all__ = [
 
 FAMILIES = {
     name: family
-    for family in (QWEN2, QWEN3, LLAMA, GLM, CHATGLM, BAICHUAN)
+    for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA, GLM, CHATGLM, BAICHUAN)
     for name in family.architectures
 }
 

@@ -1,7 +1,7 @@
 """Defines a model family: how to parse its config.json, and how its checkpoints name tensors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from lsjax.config import ModelConfig
 from lsjax.families.fields import Fields
@@ -34,12 +34,16 @@ class Family:
       parse: (fields of config.json, architecture) -> ModelConfig.
       tensors: ModelConfig -> the tensors that a checkpoint of this model holds.
       ignored: names of tensors that are not needed (buffers that the config determines).
+      stacked: end of the name of a tensor that stacks others along its first axis -> ends of their
+        names, with {} for the index; what has the same index is concatenated along its first axis.
+        A checkpoint may hold it instead of them.
     """
 
     architectures: tuple[str, ...]
     parse: Callable[[Fields, str], ModelConfig]
     tensors: Callable[[ModelConfig], tuple[Tensor, ...]]
     ignored: tuple[str, ...] = ()
+    stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def with_bias(name: str, params: tuple[str, ...], bias: bool) -> list[Tensor]:

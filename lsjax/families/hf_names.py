@@ -26,19 +26,32 @@ def hf_tensors(
         if config.qk_norm:
             for p in ("q", "k"):
                 tensors += with_bias(f"{attn}.{p}_norm", (f"{block}/attn/{p}_norm",), False)
-        if fused_gate_up:
+        if config.layers[i].experts:
+            tensors += _experts(mlp, f"{block}/mlp", config.layers[i].experts.count)
+        elif fused_gate_up:
             gate_up = (f"{block}/mlp/gate", f"{block}/mlp/up")
             tensors += with_bias(f"{mlp}.gate_up_proj", gate_up, config.mlp_bias)
         else:
             for p in ("gate", "up"):
                 tensors += with_bias(f"{mlp}.{p}_proj", (f"{block}/mlp/{p}",), config.mlp_bias)
-        tensors += with_bias(f"{mlp}.down_proj", (f"{block}/mlp/down",), config.mlp_bias)
+        if not config.layers[i].experts:
+            tensors += with_bias(f"{mlp}.down_proj", (f"{block}/mlp/down",), config.mlp_bias)
         for name, norm in norms.items():
             tensors += with_bias(f"{layer}.{name}", (f"{block}/{norm}",), False)
     tensors += with_bias("model.norm", ("final_norm",), False)
     if not config.tie_embeddings:
         tensors += with_bias("lm_head", ("lm_head",), False)
     return tuple(tensors)
+
+
+def _experts(mlp: str, path: str, count: int) -> list[Tensor]:
+    """Returns the tensors of a router and its experts, which are stacked by projection."""
+    tensors = with_bias(f"{mlp}.gate", (f"{path}/router",), False)
+    for i in range(count):
+        for p in ("gate", "up", "down"):
+            name = f"{mlp}.experts.{i}.{p}_proj.weight"
+            tensors.append(Tensor(name, (f"{path}/{p}/weight",), i))
+    return tensors
 
 
 PRE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}

@@ -50,7 +50,8 @@ def prefill_by_layer(
     for i in range(model.config.num_layers):
         cache, layer = _empty(model, whole), params[f"layers_{i}"]
         for n, start in enumerate(starts):
-            hidden[n], cache = _LAYER(model, layer, inputs[i], cache, hidden[n], start, lengths)
+            args = inputs[i], cache, hidden[n], start, lengths
+            hidden[n], cache = _LAYER(model, layer, *args, i=_first_alike(model, i))
             if n:  # wait only for the previous chunk: the device always has one queued
                 jax.block_until_ready(hidden[n - 1])
                 on_chunk(i, n - 1)
@@ -85,7 +86,12 @@ def lower_layer(
     lengths = abstract((spec.batch,), "int32", model.rows)
     whole = dataclasses.replace(spec, policy=None)
     cache = cache_shapes(model.config, model.mesh, whole, model.platform)[0]
-    return _LAYER.lower(model, layer, inputs, cache, hidden, start, lengths)
+    return _LAYER.lower(model, layer, inputs, cache, hidden, start, lengths, i=0)
+
+
+def _first_alike(model: ShardedModel, i: int) -> int:
+    """Returns the first layer of the kind of layer i, whose program it shares."""
+    return model.config.layers.index(model.config.layers[i])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -93,10 +99,10 @@ def _empty(model: ShardedModel, spec: CacheSpec) -> LayerCache:
     return model.as_layer(empty_layer(model.config, spec, model.platform))
 
 
-def _run_layer(model, layer, inputs, cache, hidden, start, lengths):
+def _run_layer(model, layer, inputs, cache, hidden, start, lengths, *, i):
     positions = model.as_chunk(model.zigzag.chunk_positions(start, *hidden.shape[:2]))
     inputs = inputs.at(positions, lengths=lengths)
-    hidden, cache = run_layer(model.decoder, 0, layer, hidden, inputs, cache)
+    hidden, cache = run_layer(model.decoder, i, layer, hidden, inputs, cache)
     return model.as_chunk(hidden), model.as_layer(cache)
 
 
@@ -110,7 +116,7 @@ def _last_hidden(model, params, hidden, start, lengths, last):
     return model.by_row(last_hidden(hidden, positions, lengths, last))
 
 
-_LAYER = Program(_run_layer, donate_argnames=["cache", "hidden"])
+_LAYER = Program(_run_layer, static_argnames=["i"], donate_argnames=["cache", "hidden"])
 _LAST = Program(_last_hidden)
 _COMPRESS = Program(_compress_layer, static_argnames=["split"])
 

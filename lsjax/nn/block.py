@@ -1,4 +1,4 @@
-"""One decoder layer: attention and a gated MLP around the residual stream."""
+"""One decoder layer: attention and an MLP around the residual stream."""
 
 import flax.linen as nn
 import jax
@@ -8,6 +8,7 @@ from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
 from lsjax.config import LayerKind, ModelConfig
 from lsjax.nn.attention import Attention, LayerInputs, SelfAttention
+from lsjax.nn.experts import MixtureOfExperts
 from lsjax.nn.linear import Linear, RMSNorm
 
 
@@ -44,7 +45,8 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(c.norm_eps)
         self.attn = Attention(c, self.mesh, self.kind.window, self.self_attention)
         self.mlp_norm = RMSNorm(c.norm_eps)
-        self.mlp = GatedMLP(c)
+        experts = self.kind.experts
+        self.mlp = MixtureOfExperts(experts, self.mesh) if experts else GatedMLP(c)
         if c.post_norms:
             self.post_attn_norm = RMSNorm(c.norm_eps)
             self.post_mlp_norm = RMSNorm(c.norm_eps)
@@ -53,14 +55,19 @@ class Block(nn.Module):
         self, x: jax.Array, inputs: LayerInputs, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         x, cache = self.attend(x, inputs, cache)
-        return self.feed_forward(x), cache
+        return self.feed_forward(x, inputs.decode), cache
 
     def attend(self, x, inputs, cache):
         """Runs the attention half, which mixes tokens; arguments and results as in `__call__`."""
         y, cache = self.attn(self.attn_norm(x), inputs, cache)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
-    def feed_forward(self, x: jax.Array) -> jax.Array:
+    def feed_forward(self, x: jax.Array, decode: bool = False) -> jax.Array:
         """Runs the MLP half on each token separately; [batch, length, hidden] in and out."""
-        y = self.mlp(self.mlp_norm(x))
+        y = self.mlp_norm(x)
+        y = self.mlp(y, decode) if self.kind.experts else self.mlp(y)
         return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
+
+    def balance(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns how a layer's router spreads the tokens; see MixtureOfExperts.balance."""
+        return self.mlp.balance(self.mlp_norm(x))

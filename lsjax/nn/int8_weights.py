@@ -1,7 +1,8 @@
 """int8 weights: every matrix is stored in int8 with a float32 scale per output channel.
 
 A matrix [..., out, in] is the pair of parameters `weight` (int8) and `scale` [..., out]; an entry
-is weight * scale. Embedding and head are matrices too; norms and biases stay as they are.
+is weight * scale. Embedding and head are matrices too; norms and biases stay as they are, and so
+do routers, since rounding them would change which experts are chosen.
 """
 
 import functools
@@ -39,7 +40,7 @@ def int8_shapes(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Shap
     """Returns shape, dtype and sharding of int8 parameters, from those of float ones, by path."""
     found = {}
     for path, leaf in abstract.items():
-        if len(leaf.shape) < 2:
+        if len(leaf.shape) < 2 or path.endswith("router/weight"):
             found[path] = leaf
             continue
         rows = sharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:-1]))

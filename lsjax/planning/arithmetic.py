@@ -6,12 +6,13 @@ Temporaries are one reserve for all platforms; tests/ahead compares it with comp
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
@@ -21,6 +22,8 @@ from lsjax.planning.shared_document import document_specs, held_bytes, own_bytes
 # the MLP's size (split over the model axis) and of the hidden size; and this share of a layer's
 # weights, which a context axis splits and prefill gathers. On a CPU, XLA gathers all layers whole.
 _MLP_VECTORS, _HIDDEN_VECTORS, _GATHERED = 2, 5, 0.2
+_EXPERT_HIDDEN_VECTORS = 2  # of a token, for each of its experts
+_ALL: Mapping[str, float] = {}
 _TPU_CODE_BYTES = 2 * 2**20  # of a layer's code, which lies in the memory of the data
 
 
@@ -35,11 +38,11 @@ def needs_of(
       deployment: layout of the model on the devices.
       input_length: prompt length in tokens, without the document.
     """
-    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype, deployment.weight_dtype)
-    weights = config.num_layers * layer + rest
+    layers, rest = weight_bytes(config, deployment.mesh, deployment.dtype, deployment.weight_dtype)
+    weights = sum(layers) + rest
     cache = cache_bytes(config, platform, deployment, input_length)
     decode = _code_bytes(config, platform)
-    prefill = _prefill_temporaries(config, platform, deployment, layer)
+    prefill = _prefill_temporaries(config, platform, deployment, layers)
     if deployment.compression and deployment.compression.by_layer:
         spec = dataclasses.replace(deployment.cache_spec_for(input_length), policy=None)
         one = dataclasses.replace(config, layers=config.layers[:1])
@@ -54,23 +57,53 @@ def needs_of(
     alone = dataclasses.replace(deployment, batch=deployment.sizes["data"])
     document = document_specs(config, deployment, 1).document
     cache = document.nbytes(config, deployment.mesh, platform)
-    read = _prefill_temporaries(config, platform, alone, layer)
+    read = _prefill_temporaries(config, platform, alone, layers)
     return {"read": MemoryUsage(weights, cache, read), **programs}
 
 
 @functools.lru_cache
 def weight_bytes(
     config: ModelConfig, mesh: AbstractMesh, dtype: str, weight_dtype: str = "auto"
-) -> tuple[int, int]:
-    """Returns the bytes per device of one layer's weights, and of all weights outside layers."""
-    layer = rest = 0
-    for path, leaf in abstract_parameters(config, mesh, dtype, weight_dtype).items():
-        nbytes = _shard_bytes(leaf)
-        if path.startswith("layers_0/"):
-            layer += nbytes
-        elif not path.startswith("layers_"):
+) -> tuple[tuple[int, ...], int]:
+    """Returns the bytes per device of each layer's weights, and of all weights outside layers."""
+    return _sum_by_layer(config, abstract_parameters(config, mesh, dtype, weight_dtype))
+
+
+@functools.lru_cache
+def active_weight_bytes(
+    config: ModelConfig, mesh: AbstractMesh, dtype: str, weight_dtype: str, tokens: int
+) -> tuple[tuple[int, ...], int]:
+    """Does what weight_bytes does, for those that a step of some tokens reads.
+
+    Of experts it reads those that the tokens choose, and all of them at most.
+    """
+
+    def share(path: str) -> float:
+        experts = config.layers[int(path.split("/")[0].removeprefix("layers_"))].experts
+        return min(1.0, tokens * experts.per_token / experts.count)
+
+    leaves = abstract_parameters(config, mesh, dtype, weight_dtype)
+    shares = {path: share(path) for path, leaf in leaves.items() if _is_expert(path, leaf)}
+    return _sum_by_layer(config, leaves, shares)
+
+
+def _is_expert(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
+    """Tells whether a parameter stacks those of experts; their scales have an axis less."""
+    return "/mlp/" in path and len(leaf.shape) - path.endswith("weight") == 2
+
+
+def _sum_by_layer(
+    config: ModelConfig, leaves: dict[str, jax.ShapeDtypeStruct], shares: Mapping[str, float] = _ALL
+) -> tuple[tuple[int, ...], int]:
+    sums = dict.fromkeys((f"layers_{i}" for i in range(config.num_layers)), 0)
+    rest = 0
+    for path, leaf in leaves.items():
+        nbytes, layer = int(_shard_bytes(leaf) * shares.get(path, 1)), path.split("/")[0]
+        if layer in sums:
+            sums[layer] += nbytes
+        else:
             rest += nbytes
-    return layer, rest
+    return tuple(sums.values()), rest
 
 
 def cache_bytes(
@@ -95,17 +128,25 @@ def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _prefill_temporaries(
-    config: ModelConfig, platform: str, deployment: Deployment, layer: int
+    config: ModelConfig, platform: str, deployment: Deployment, layers: tuple[int, ...]
 ) -> int:
     data, context, model = deployment.sizes.values()
     tokens = deployment.batch // data * deployment.prefill_chunk // context
-    channels = _MLP_VECTORS * config.intermediate_size / model
+    channels = max(_mlp_channels(config, kind, model) for kind in config.layers)
     channels += _HIDDEN_VECTORS * config.hidden_size
     total = tokens * channels * jnp.dtype(deployment.dtype).itemsize
     if context > 1:
-        layers = config.num_layers if platform == "cpu" else _GATHERED
-        total += layer * context * layers
+        gathered = sum(layers) if platform == "cpu" else _GATHERED * max(layers)
+        total += context * gathered
     return int(total) + _code_bytes(config, platform)
+
+
+def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:
+    """Returns the width of what an MLP holds for a token; a copy of it for each of its experts."""
+    if kind.experts is None:
+        return _MLP_VECTORS * config.intermediate_size / model
+    of_expert = _MLP_VECTORS * kind.experts.width + _EXPERT_HIDDEN_VECTORS * config.hidden_size
+    return kind.experts.per_token * of_expert
 
 
 def _code_bytes(config: ModelConfig, platform: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lsjax.config import ModelConfig
 from lsjax.inference.engine_config import round_up
-from lsjax.planning.arithmetic import cache_bytes, weight_bytes
+from lsjax.planning.arithmetic import active_weight_bytes, cache_bytes, weight_bytes
 from lsjax.planning.deployment import Deployment
 from lsjax.planning.targets import Target
 from lsjax.runtime.devices import Rates
@@ -57,10 +57,11 @@ def expected_speed(
     data, context, model = deployment.sizes.values()
     devices = data * context * model
     itemsize = jnp.dtype(deployment.dtype).itemsize
-    numbers, _ = weight_bytes(config, deployment.mesh, deployment.dtype)
-    numbers *= config.num_layers * context * model / itemsize
-    layer, rest = weight_bytes(config, deployment.mesh, deployment.dtype, deployment.weight_dtype)
-    whole_layers = config.num_layers * layer * context  # bytes per shard of the model axis
+    per_token, _ = active_weight_bytes(config, deployment.mesh, deployment.dtype, "auto", 1)
+    numbers = sum(per_token) * context * model / itemsize
+    formats = deployment.mesh, deployment.dtype, deployment.weight_dtype
+    layers, rest = weight_bytes(config, *formats)
+    whole_layers = sum(layers) * context  # bytes per shard of the model axis
     document = deployment.document_length
     chunks = sum(-(-n // deployment.prefill_chunk) for n in (document, input_length))
     tokens = round_up(input_length, deployment.prefill_chunk) * deployment.batch + document * data
@@ -77,7 +78,8 @@ def expected_speed(
     sending = (summed + gathered) / (rates.link * _OF_LINK)
 
     # A separate embedding table, half of `rest`, is only looked up and not read as a whole.
-    read = config.num_layers * layer + (rest if config.tie_embeddings else rest / 2)
+    active, _ = active_weight_bytes(config, *formats, deployment.batch // data)
+    read = sum(active) + (rest if config.tie_embeddings else rest / 2)
     read += cache_bytes(config, target.platform, deployment, input_length)
     meetings = (2 if model > 1 else 0) + (8 if context > 1 else 0)
     step = read / (rates.bandwidth * _OF_BANDWIDTH) + config.num_layers * meetings * _MEETING

@@ -2,7 +2,7 @@
 
 import math
 
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 
 
 def prefill_cost(
@@ -15,10 +15,17 @@ def prefill_cost(
     """
     c = config
     heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    weights = c.num_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
+    weights = c.hidden_size * sum(heads + _mlp_channels(c, kind) for kind in c.layers)
     channels = c.num_heads * c.head_dim
     keys = 0.0
     for window in c.windows:
         seen = min(start + length / 2, most_keys)
         keys += seen if window is None else min(seen, window)
     return length * (2.0 * weights + 4.0 * channels * keys)
+
+
+def _mlp_channels(config: ModelConfig, kind: LayerKind) -> int:
+    """Returns the number of vectors of the hidden size that a token's MLP multiplies by."""
+    if kind.experts is None:
+        return 3 * config.intermediate_size
+    return 3 * kind.experts.width * kind.experts.per_token + kind.experts.count

@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.config import LayerKind, ModelConfig
+from lsjax.config import Experts, LayerKind, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
 from lsjax.nn.attention import LayerInputs
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
+from lsjax.nn.experts import balance_loss
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables
 from lsjax.training.batch import Batch
@@ -35,9 +37,11 @@ class ChunkSizes:
 
 
 class Loss:
-    """Computes (params, batch, tables) -> [rows, length] float32 losses of the targets in nats.
+    """Computes (params, batch, tables) -> the losses of the targets, and that of the routers.
 
-    The tokens of a row are in zigzag order, in the batch and in the result.
+    The first are [rows, length] float32 in nats. The tokens of a row are in zigzag order, in the
+    batch and in the result. The second is the weighted load-balancing loss of the mixtures of
+    experts, 0 without them.
 
     Only the input of each layer is kept; the layer is recomputed for its gradients. The layers run
     in a scan, forward and backward, so that XLA cannot see that a recomputed value already exists
@@ -55,14 +59,16 @@ class Loss:
         abstract = abstract_parameters(config, mesh, dtype)
         self._shardings = unflatten({path: x.sharding for path, x in abstract.items()})
 
-    def __call__(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
+    def __call__(
+        self, params: dict, batch: Batch, tables: RotaryTables
+    ) -> tuple[jax.Array, jax.Array]:
         c = self._config
         narrow = jax.tree.map(lambda x: x.astype(self._dtype), params)
         table = _whole(self._shardings["embed"]["weight"], narrow["embed"]["weight"])
         hidden = self._placed(embed(self._mesh, table, batch.tokens))
         inputs = LayerInputs(begin=batch.begin)
         layers = self._decoder.layer_inputs(tables, batch.positions, inputs)
-        hidden, _ = self._decoder.apply(
+        hidden, balance = self._decoder.apply(
             {"params": narrow}, hidden, layers, None, self._scan, method="run"
         )
         head = table
@@ -71,36 +77,56 @@ class Loss:
             if c.normalized_head:
                 head = head / jnp.linalg.norm(head, axis=-1, keepdims=True)
             head = _whole(self._shardings["lm_head"]["weight"], head.astype(self._dtype))
-        return cross_entropy(self._mesh, self._chunks.logits, hidden, head, batch.targets)
+        logits = self._chunks.logits
+        return cross_entropy(self._mesh, logits, hidden, head, batch.targets), balance
 
     def _scan(self, decoder, x, inputs, cache):
-        """Runs the layers in a scan that keeps only their inputs; see LayerRunner."""
+        """Runs the layers; see LayerRunner. The loss of the routers is in the cache's place.
+
+        Adjacent layers with parameters of the same shapes are one scan.
+        """
+        spread: dict[Experts, list] = {}
+        for experts, run in itertools.groupby(
+            range(self._config.num_layers), lambda i: self._config.layers[i].experts
+        ):
+            x, sums = self._scan_alike(decoder, x, inputs[0], tuple(run), experts)
+            if experts:
+                spread.setdefault(experts, []).append(sums)
+        balance = jnp.zeros(())
+        for experts, sums in spread.items():
+            counts, probabilities = (jnp.concatenate(of).sum(0) for of in zip(*sums, strict=True))
+            tokens = x.shape[0] * x.shape[1] * sum(len(of[0]) for of in sums)
+            balance += experts.balance_weight * balance_loss(counts, probabilities, tokens)
+        return x, balance
+
+    def _scan_alike(self, decoder, x, inputs, run, experts):
+        """Runs the layers `run` in a scan that keeps only their inputs."""
         c, length = self._config, x.shape[1]
-        block = Block(c, self._mesh, LayerKind(), parent=None)
+        block = Block(c, self._mesh, LayerKind(experts=experts), parent=None)
         order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
-        inputs = inputs[0]
         at = self._placed(jnp.broadcast_to(order, inputs.begin.shape))
-        shardings = self._shardings["layers_0"]
+        shardings = self._shardings[f"layers_{run[0]}"]
 
         def feed_forward(weights: dict, x: jax.Array) -> jax.Array:
             return block.apply({"params": weights}, x, method="feed_forward")
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def layer(x: jax.Array, of_layer: tuple[dict, jax.Array]) -> tuple[jax.Array, None]:
+        def layer(x: jax.Array, of_layer: tuple[dict, jax.Array]) -> tuple[jax.Array, tuple]:
             weights, window = of_layer
             weights = jax.tree.map(_whole, shardings, weights)
             begin = jnp.maximum(inputs.begin, at + 1 - window)
-            row = x, inputs.replace(begin=begin), cache
+            row = x, inputs.replace(begin=begin), None
             x, _ = block.apply({"params": weights}, *row, method="attend")
             x = self._placed(x)
             mlp = {name: w for name, w in weights.items() if "mlp" in name}
-            return self._placed(in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)), None
+            sums = block.apply({"params": mlp}, x, method="balance") if experts else ()
+            return self._placed(in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)), sums
 
         params = decoder.variables["params"]
-        layers = [params[f"layers_{i}"] for i in range(c.num_layers)]
+        layers = [params[f"layers_{i}"] for i in run]
         stacked = jax.tree.map(lambda where, *of: _stacked(where, of), shardings, *layers)
-        windows = jnp.asarray([window or length for window in c.windows])
-        return jax.lax.scan(layer, x, (stacked, windows))[0], None
+        windows = jnp.asarray([c.windows[i] or length for i in run])
+        return jax.lax.scan(layer, x, (stacked, windows))
 
     def _placed(self, x: jax.Array) -> jax.Array:
         """Shards [rows, length, ...] over the data and context axes."""

@@ -44,7 +44,7 @@ class Metrics:
     """Metrics of one step.
 
     Attributes:
-      loss: [] float32 weighted mean loss of the targets, in nats.
+      loss: [] float32 weighted mean loss of the targets, in nats, plus that of the routers.
       grad_norm: [] float32 global norm of the gradients, before the optimizer clips them.
       tokens: [] int32 number of targets with a weight above 0.
     """
@@ -193,7 +193,8 @@ class Trainer:
         total = jnp.where(total > 0, total, 1.0)
 
         def loss_of(params: dict, part: Batch) -> jax.Array:
-            return jnp.sum(self._loss(params, part, tables) * part.weights) / total
+            losses, balance = self._loss(params, part, tables)
+            return jnp.sum(losses * part.weights) / total + balance / batch.tokens.shape[0]
 
         def add(sums, part: Batch):
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(state.params, part)), ()
@@ -216,7 +217,7 @@ class Trainer:
     def _losses_in_order(self, params: dict, batch: Batch, tables: RotaryTables) -> jax.Array:
         length = batch.tokens.shape[1]
         order = Zigzag(self.mesh.shape["context"], length).permutation(length)
-        return self._loss(params, batch, tables)[:, np.argsort(order)]
+        return self._loss(params, batch, tables)[0][:, np.argsort(order)]
 
 
 _PARTS = PartitionSpec(None, *CHUNK_SPEC)

@@ -121,3 +121,14 @@ def test_rows_of_a_document_copy_nothing_of_it(target, mesh):
     for name, needs in compiled.items():
         assert guessed[name].cache == pytest.approx(needs.cache, rel=0.02), name
         assert guessed[name].weights == pytest.approx(needs.weights, rel=0.02), name
+
+
+@pytest.mark.parametrize("target", ["v5e:2x4", "h100-80gb:1"])
+def test_decode_copies_no_experts(target):
+    config, target = with_layers(CONFIGS / "Qwen3-30B-A3B.json", 1), find_target(target)
+    deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 512, 1, 256)
+    mesh = target_mesh(target, deployment.sizes)
+    engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
+    _, decode = engine.lower_ahead(deployment.cache_spec_for(2**17))
+    # The eight experts of a token are 75 MB, and those of a layer 1.2 GB.
+    assert decode.compile().memory_analysis().temp_size_in_bytes < 8 * 2**20

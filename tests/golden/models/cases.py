@@ -39,6 +39,19 @@ _QWEN3 = _HF | {
     "rope_scaling": None,
     "rope_theta": 1e6,
 }
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "router_aux_loss_coef": 0.001,
+}
 _LLAMA = _HF | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -195,5 +208,17 @@ CASES: dict[str, tuple[dict, int]] = {
     "chatglm_linear": (
         _CHATGLM | {"seq_length": 64, "rope_scaling": {"type": "linear", "factor": 4.0}},
         256,
+    ),
+    "qwen3_moe": (_QWEN3_MOE, 80),
+    "qwen3_moe_dense_layers": (
+        _v5(_QWEN3_MOE)
+        | {
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [1],
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+        }
+        | {"num_experts": 12, "tie_word_embeddings": True, "attention_bias": True},
+        80,
     ),
 }

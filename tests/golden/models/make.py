@@ -7,7 +7,6 @@ logits at those positions) for each case of cases.py, and frequencies.json with 
 Weights are not stored: weights.py makes them again from a seed.
 """
 
-import functools
 import json
 import pathlib
 import random
@@ -58,12 +57,27 @@ def model_of(config: dict) -> torch.nn.Module:
     state = model.state_dict()
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight")
-    source = chatglm_source(chatglm) if chatglm else functools.partial(tensor, SEED)
+    source = chatglm_source(chatglm) if chatglm else expert_source
     weights = {key: torch.from_numpy(source(key, tuple(old.shape))) for key, old in state.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
     return model
+
+
+def expert_source(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor by its name; experts, which transformers stacks, by the names in checkpoints."""
+    for end, parts in {
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    }.items():
+        if key.endswith(f"experts.{end}"):
+            experts = key.removesuffix(end)
+            rows = shape[1] // len(parts)
+            names = [[f"{experts}{i}.{part}.weight" for part in parts] for i in range(shape[0])]
+            of = [[tensor(SEED, name, (rows, shape[2])) for name in each] for each in names]
+            return np.stack([np.concatenate(each) for each in of])
+    return tensor(SEED, key, shape)
 
 
 def glm_config(c: dict) -> dict:

@@ -10,13 +10,18 @@ from lsjax.nn.parameters import abstract_parameters, unflatten
 
 
 def golden_parameters(config: ModelConfig) -> dict:
-    """Each tensor of the checkpoint, fused ones split along their first axis."""
+    """Each tensor of the checkpoint, fused ones split along their first axis, experts stacked."""
     shapes = {
         path: leaf.shape
         for path, leaf in abstract_parameters(config, make_mesh(parse_mesh("")), "float32").items()
     }
     flat = {}
     for entry in family_of(config).tensors(config):
+        if entry.index is not None:
+            (path,) = entry.params
+            flat.setdefault(path, np.empty(shapes[path], np.float32))
+            flat[path][entry.index] = tensor(SEED, entry.name, shapes[path][1:])
+            continue
         rows = [shapes[path][0] for path in entry.params]
         fused = tensor(SEED, entry.name, (sum(rows), *shapes[entry.params[0]][1:]))
         for path, part in zip(entry.params, np.split(fused, np.cumsum(rows)[:-1]), strict=True):

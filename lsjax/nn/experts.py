@@ -12,15 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.config import Experts
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, parameter_spec
+from lsjax.nn.grouped_product import grouped_product
 from lsjax.runtime.precision import einsum
 
 _AXES = ("experts", None, None)
-# Rows of the left array are sorted by expert, and a matrix is [expert, out, in] as in checkpoints.
-_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
 
 
 class _Matrices(nn.Module):
@@ -178,9 +173,7 @@ def _run_sorted(x, ids, weights):
     sorted_ids = jnp.minimum(ids[order], sizes.size - 1)
 
     def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
-        y = jax.lax.ragged_dot_general(
-            x, weight.astype(x.dtype), sizes, _BY_EXPERT, preferred_element_type=jnp.float32
-        )
+        y = grouped_product(x, weight, sizes)
         return y if scale is None else y * scale[sorted_ids]
 
     y = _gated(project, x[order // (ids.size // x.shape[0])], weights)

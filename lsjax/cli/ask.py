@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
 from lsjax.cli.answers import print_answers
 from lsjax.cli.flags import (
@@ -26,22 +25,20 @@ from lsjax.cli.flags import (
     model_options,
 )
 from lsjax.cli.program import run_program, say
-from lsjax.cli.reading import read_document
-from lsjax.documents import Document, check_options
+from lsjax.cli.reading import load_model, read_document
+from lsjax.documents import Document, around_question, check_options
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import batches
-from lsjax.language_model import LanguageModel, load_from_options
+from lsjax.language_model import LanguageModel
 from lsjax.planning.check import check_memory
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.progress import byte_bar, character_bar
+from lsjax.runtime.progress import character_bar
 from lsjax.runtime.text_files import STDIN, check_writable, write_atomically
 from lsjax.tokenizer import Tokenizer, load_tokenizer
 
 FLAGS = flags.FLAGS
-# Stands for the question while a chat template is rendered.
-_QUESTION = "\u241equestion\u241e"
 
 
 def define_flags() -> None:
@@ -105,8 +102,7 @@ def main(_: list[str]) -> None:
         ids = tokenizer.encode(before, add_special_tokens=not chat, progress=bar.update)
     questions = [question + after for question in FLAGS.question]
     _check_memory(options, tokenizer, len(ids), questions)
-    with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
-        model = load_from_options(options, bar.update)
+    model = load_model(options)
     document = read_document(
         model,
         ids,
@@ -131,14 +127,7 @@ def _around_question(tokenizer: Tokenizer, document: str) -> tuple[str, str]:
     if not FLAGS.is_chat_model:
         return document, ""
     template = FLAGS.chat_template and inputs.read_chat_template(FLAGS.chat_template)
-    chat = inputs.as_chat(f"{document}\n\n{_QUESTION}")
-    before, *after = tokenizer.render_chat(chat, chat_template=template).split(_QUESTION)
-    if len(after) != 1:
-        raise UserError(
-            "this chat template does not write a message once as it is, so the document cannot be "
-            "told from the question; give another --chat_template, or leave out --is_chat_model."
-        )
-    return before, after[0]
+    return around_question(tokenizer, document, template)
 
 
 def _check_memory(

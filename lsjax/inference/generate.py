@@ -16,6 +16,7 @@ from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import Request, chunks
 from lsjax.inference.sampling import NOT_A_NUMBER
+from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
 from lsjax.runtime.flops import prefill_cost
@@ -54,6 +55,7 @@ def generate(
     on_prefill: Callable[[int], None] | None = None,
     stopper: Stopper | None = None,
     document: DocumentCache | None = None,
+    on_end: Callable[[DecodeState], None] | None = None,
 ) -> Iterator[list[list[int]]]:
     """Answers a batch of prompts.
 
@@ -65,6 +67,7 @@ def generate(
       on_prefill: called after each chunk with the number of positions run.
       stopper: finds stop strings; None if there are none.
       document: cache of the tokens that all prompts share; None if request.shared is 0.
+      on_end: called with the last state, when all rows have ended.
 
     Yields:
       The new ids of each row: one id first, then up to a segment at a time. A row's last id is an
@@ -114,6 +117,8 @@ def generate(
         timing.compile += compiling
         yield new
         start, compile_before = time.perf_counter(), CLOCK.seconds
+    if on_end:
+        on_end(state)
 
 
 def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[jax.Array]:
@@ -267,8 +272,9 @@ class Run:
         request: Request,
         on_prefill: Callable[[int], None] | None,
         document: DocumentCache | None = None,
+        on_end: Callable[[DecodeState], None] | None = None,
     ):
-        self._document = document
+        self._document, self._on_end = document, on_end
         self._engine, self._params, self._tokenizer = engine, params, tokenizer
         self._request, self._on_prefill = request, on_prefill
         self._timing = Timing()
@@ -282,7 +288,7 @@ class Run:
         stopper = None
         if self._request.stop:
             stopper = Stopper(self._tokenizer, self._request.stop, len(self._ids))
-        arguments = self._timing, self._on_prefill, stopper, self._document
+        arguments = self._timing, self._on_prefill, stopper, self._document, self._on_end
         for new in generate(self._engine, self._params, self._request, *arguments):
             for row, ids in zip(self._ids, new, strict=True):
                 row.extend(ids)

@@ -311,6 +311,27 @@ FAULTS = (
         "tests/attention/test_cached_attention.py -k after_a_document",
     ),
     Fault(
+        "a turn of a chat that takes over what was written otherwise",
+        "lsjax/documents/chat.py",
+        "same = _common(held.ids, ids[:-1])",
+        "same = len(held.ids)",
+        "tests/documents/test_chat.py -k cuts_earlier_turns",
+    ),
+    Fault(
+        "a plan with a copy of the document for each question",
+        "lsjax/planning/shared_document.py",
+        "document=deployment.cache_spec(rows,",
+        "document=deployment.cache_spec(deployment.batch,",
+        "tests/planning/test_plan.py -k share_a_document",
+    ),
+    Fault(
+        "a damaged document that stops others",
+        "lsjax/documents/library.py",
+        "            saved.folder.note_damage(error)\n            continue",
+        "            raise",
+        "tests/documents/test_saved.py -k does_not_stop_others",
+    ),
+    Fault(
         "rows begin without the end of their document",
         "lsjax/inference/generate.py",
         "engine.cache_after(document.rest, spec",

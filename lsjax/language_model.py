@@ -16,7 +16,7 @@ from lsjax.distributed.multihost import to_host
 from lsjax.documents import (
     Chat,
     Document,
-    around_question,
+    chat_frame,
     fingerprint,
     open_document,
     read_document,
@@ -300,7 +300,7 @@ class LanguageModel:
         if document is None:
             return batches(self.options, ids, max_output_length, **options)
         return requests_after(
-            document, self.options, self._fingerprint, ids, max_output_length, **options
+            document, self.options, self.fingerprint, ids, max_output_length, **options
         )
 
     def start(
@@ -340,7 +340,7 @@ class LanguageModel:
             depends on the length. None for the room up to the trained length, at least 1,024 and
             at most 32,768.
           as_chat: whether the text begins the first message of a chat, see `chat`. The model's
-            template is put around it, and an empty line after it.
+            template is put around it, and an empty line after it instead of white space.
           allow_untrained_length: whether to allow documents longer than the model serves.
           on_prefill: called after each chunk with the number of tokens read.
 
@@ -349,11 +349,11 @@ class LanguageModel:
             folder cannot be used; the message says why.
         """
         if as_chat:
-            before, _ = around_question(self.tokenizer, document)
-            document = self.tokenizer.encode(before, add_special_tokens=False)
+            frame = chat_frame(self.tokenizer, document.rstrip())
+            document = self.tokenizer.encode(frame.document, add_special_tokens=False)
         ids = self.encode(document)
         unread = unread_document(
-            *(self.engine, self.options, self._fingerprint, ids, reserve, allow_untrained_length)
+            *(self.engine, self.options, self.fingerprint, ids, reserve, allow_untrained_length)
         )
         if document_cache is None:
             return read_document(self.engine, self.params, unread, save_to, on_prefill=on_prefill)
@@ -369,7 +369,7 @@ class LanguageModel:
           UserError: the folder holds no document, a part of one, one of another model, or a
             damaged one.
         """
-        return open_document(self.engine, self.params, self._fingerprint, folder)
+        return open_document(self.engine, self.params, self.fingerprint, folder)
 
     def chat(self, document: Document) -> Chat:
         """Begins a chat about a document, whose turns run only what is new; see Chat.
@@ -380,7 +380,8 @@ class LanguageModel:
         return Chat(self, document)
 
     @functools.cached_property
-    def _fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
+        """What keys and values depend on: architecture, a sample of the weights, and options."""
         return fingerprint(self.config, self.options, self.params)
 
     def encode_after(self, document: Document | None, prompt: Prompt) -> tuple[int, ...]:

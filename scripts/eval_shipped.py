@@ -1,9 +1,9 @@
 """Measures the shipped models with each kind of RoPE scaling and with ALiBi.
 
-See lsjax/cli/eval_shipped.py.
+See lsjax/cli/evals/shipped.py.
 """
 
-from lsjax.cli.eval_shipped import program
+from lsjax.cli.evals.shipped import program
 
 if __name__ == "__main__":
     program()

@@ -345,6 +345,62 @@ FAULTS = (
         "reads.append((max(at - self.manifest.slice, 0), [",
         "tests/documents/test_saved.py",
     ),
+    Fault(
+        "a question encoded where its tokens are others",
+        "lsjax/documents/question.py",
+        "borders = len(before), len(before.rstrip())",
+        "borders = (len(before),)",
+        "tests/documents/test_question.py",
+    ),
+    Fault(
+        "a wheel of any hash taken",
+        "lsjax/runtime/wheels.py",
+        "if found != wheel.sha256:",
+        "if not found:",
+        "tests/scripts/test_demo.py",
+    ),
+    Fault(
+        "a damaged wheel kept",
+        "lsjax/runtime/wheels.py",
+        "if path.exists() and _sha256(path) == wheel.sha256:",
+        "if path.exists():",
+        "tests/scripts/test_demo.py",
+    ),
+    Fault(
+        "measured cells measured again",
+        "lsjax/evals/cells.py",
+        "if name not in self.values]",
+        "if name]",
+        "tests/evals/test_cells.py",
+    ),
+    Fault(
+        "results of another model gone on with",
+        "lsjax/evals/cells.py",
+        "if found.get(name) != self._measured.get(name):",
+        "if name not in found:",
+        "tests/evals/test_cells.py -k refused",
+    ),
+    Fault(
+        "a part of a number taken for the answer",
+        "lsjax/evals/ruler/tasks.py",
+        "sum(a in said for a in self.answers)",
+        "sum(a in answer for a in self.answers)",
+        "tests/evals/test_ruler.py",
+    ),
+    Fault(
+        "two tokens that begin a text",
+        "lsjax/evals/ruler/measure.py",
+        "if document[: len(tokenizer.prefix)] != tokenizer.prefix:",
+        "if tokenizer.prefix:",
+        "tests/evals/test_ruler.py -k one_token",
+    ),
+    Fault(
+        "agreement with itself",
+        "lsjax/evals/cache_dtypes.py",
+        "np.mean(np.array(found.top) == np.array(reference.top))",
+        "np.mean(np.array(found.top) == np.array(found.top))",
+        "tests/evals/test_cache_dtypes.py",
+    ),
 )
 
 

@@ -26,7 +26,7 @@ from lsjax.cli.flags import (
 )
 from lsjax.cli.program import run_program, say
 from lsjax.cli.reading import load_model, read_document
-from lsjax.documents import Document, around_question, check_options
+from lsjax.documents import ChatFrame, Document, chat_frame, check_options
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
@@ -96,11 +96,11 @@ def main(_: list[str]) -> None:
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
     check_options(options)
     tokenizer = options.tokenizer or load_tokenizer(options.folder)
-    before, after = _around_question(tokenizer, text)
-    with character_bar("tokenize", len(before)) as bar:
+    frame = _frame(tokenizer, text)
+    with character_bar("tokenize", len(frame.document)) as bar:
         chat = FLAGS.is_chat_model
-        ids = tokenizer.encode(before, add_special_tokens=not chat, progress=bar.update)
-    questions = [question + after for question in FLAGS.question]
+        ids = tokenizer.encode(frame.document, add_special_tokens=not chat, progress=bar.update)
+    questions = [frame.ask(question) for question in FLAGS.question]
     _check_memory(options, tokenizer, len(ids), questions)
     model = load_model(options)
     document = read_document(
@@ -113,7 +113,7 @@ def main(_: list[str]) -> None:
     if questions:
         answers = _answer_together(model, document, questions)
     else:
-        answers = _answer_lines(model, document, after)
+        answers = _answer_lines(model, document, frame)
     if FLAGS.output_json:
         result = {
             "document_tokens": len(document),
@@ -122,12 +122,11 @@ def main(_: list[str]) -> None:
         write_atomically(FLAGS.output_json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
 
 
-def _around_question(tokenizer: Tokenizer, document: str) -> tuple[str, str]:
-    """Returns the texts before and after a question."""
+def _frame(tokenizer: Tokenizer, document: str) -> ChatFrame:
     if not FLAGS.is_chat_model:
-        return document, ""
+        return ChatFrame(document, "", "")
     template = FLAGS.chat_template and inputs.read_chat_template(FLAGS.chat_template)
-    return around_question(tokenizer, document, template)
+    return chat_frame(tokenizer, document, template)
 
 
 def _check_memory(
@@ -151,12 +150,12 @@ def _lines() -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def _answer_lines(model: LanguageModel, document: Document, after: str) -> list[Completion]:
+def _answer_lines(model: LanguageModel, document: Document, frame: ChatFrame) -> list[Completion]:
     """Answers the questions of the standard input; one that cannot be answered is not the last."""
     answers = []
     for line in _lines():
         try:
-            answers += _answer(model, document, line + after)
+            answers += _answer(model, document, frame.ask(line))
         except UserError as error:
             say(f"error: {error}")
     return answers

@@ -8,8 +8,8 @@ import numpy as np
 
 from lsjax.cache import KVCache
 from lsjax.distributed.multihost import to_host
-from lsjax.documents.chat_text import after_document, before_document
 from lsjax.documents.document import Document, sharing_borders
+from lsjax.documents.question import after_document, before_document
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.generate import Run
@@ -143,8 +143,9 @@ class Chat:
             return (*self._ids, *new)
         if not isinstance(question, str):
             raise UserError("a chat template takes texts, not token ids; ask with a text.")
-        text = after_document(self._model.tokenizer, messages)
-        return self._model.encode_after(self._document, text)
+        document = self._document
+        text = after_document(self._model.tokenizer, document.token_ids, messages)
+        return self._model.encode_after(document, text)
 
     def _standing(self, ids: tuple[int, ...]) -> int:
         """Returns how many leading tokens of a prompt are not run again.

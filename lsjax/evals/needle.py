@@ -4,12 +4,13 @@ Source of the task: Landmark Attention (arXiv 2305.16300).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsjax.errors import UserError
+from lsjax.evals.cells import Cells
 from lsjax.evals.passkey import SHORTEST, Passage, make_passage
 from lsjax.runtime.html import grid
 from lsjax.tokenizer import Tokenizer
@@ -34,6 +35,17 @@ class NeedleMap:
     depths: tuple[float, ...]
     shares: tuple[tuple[float, ...], ...]
 
+    @classmethod
+    def of(cls, cells: Mapping[str, bool]) -> "NeedleMap":
+        """Averages the cells that needle_map keeps."""
+        found: dict[tuple[int, float], list[bool]] = {}
+        for name, right in cells.items():
+            length, depth, _ = name.split()
+            found.setdefault((int(length), float(depth)), []).append(right)
+        lengths, depths = (tuple(sorted(set(values))) for values in zip(*found, strict=True))
+        shares = [[found.get((n, d), [np.nan]) for d in depths] for n in lengths]
+        return cls(lengths, depths, tuple(tuple(map(_mean, row)) for row in shares))
+
     def by_length(self) -> list[float]:
         """Returns the share of correct answers at each length, averaged over all depths."""
         return [float(np.mean(row)) for row in self.shares]
@@ -54,6 +66,7 @@ def needle_map(
     keys: int = 1,
     *,
     max_batch_size: int = 1,
+    cells: Cells | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> NeedleMap:
     """Asks for `keys` pass keys at each length and depth.
@@ -64,30 +77,34 @@ def needle_map(
       depths: where the key stands, 0 at the start and 1 at the end.
       keys: texts per cell.
       max_batch_size: texts answered together.
+      cells: keeps whether each key was read right; those that it has are not asked for again.
       progress: called with the number of texts answered.
     """
-    shares = []
+    cells, asked = Cells() if cells is None else cells, []
     for length in lengths:
-        passages = [
-            passage_of(model.tokenizer, length, depth, f"needle {i} {depth}")
+        names = {
+            f"{length} {depth} {i}": (depth, f"needle {i} {depth}")
             for depth in depths
             for i in range(keys)
-        ]
-        right: list[bool] = []
-        for at in range(0, len(passages), max_batch_size):
-            asked = passages[at : at + max_batch_size]
+        }
+        asked += names
+        missing = cells.missing(names)
+        if progress:
+            progress(len(names) - len(missing))
+        for at in range(0, len(missing), max_batch_size):
+            batch = missing[at : at + max_batch_size]
+            passages = [passage_of(model.tokenizer, length, *names[name]) for name in batch]
             answers = model.generate(
-                [passage.prompt for passage in asked],
+                [passage.prompt for passage in passages],
                 16,
                 max_input_length=length,
                 allow_untrained_length=True,
             )
-            right += [_digits(a.text) == p.answer for a, p in zip(answers, asked, strict=True)]
+            right = [_digits(a.text) == p.answer for a, p in zip(answers, passages, strict=True)]
+            cells.add(dict(zip(batch, right, strict=True)))
             if progress:
-                progress(len(asked))
-        cells = np.array(right, float).reshape(len(depths), keys)
-        shares.append(tuple(cells.mean(axis=1).tolist()))
-    return NeedleMap(tuple(lengths), tuple(depths), tuple(shares))
+                progress(len(batch))
+    return NeedleMap.of({name: cells.values[name] for name in asked})
 
 
 def passage_of(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Passage:
@@ -104,6 +121,10 @@ def passage_of(tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Pa
     if best is None:
         raise UserError(f"a text with a pass key does not fit {length} tokens; ask for more.")
     return best[1]
+
+
+def _mean(right: Sequence[bool]) -> float:
+    return float(np.mean(right))
 
 
 def _digits(text: str) -> str:

@@ -32,22 +32,24 @@ def loss_curve(
     length: int,
     prompt_length: int = 0,
     stretches: int = 32,
+    windows: int = 4,
 ) -> Curve:
     """Computes the loss of each next token, averaged over stretches of positions.
 
     Args:
       model: the model to measure.
-      token_ids: a text of at least `length` tokens. The average is over as many windows of
-        `length` tokens as it holds, up to four.
+      token_ids: a text of at least `length` tokens.
       length: tokens that the model reads.
       prompt_length: tokens of the prompt. Later tokens are decoded one by one, and only their
         losses count, from the second one on. 0: the prompt is the whole text, and all count.
       stretches: largest number of points on the curve.
+      windows: largest number of windows of `length` tokens, one after the other in the text, that
+        the average is over.
 
     Raises:
       UserError: the text is too short.
     """
-    windows = min(len(token_ids) // length, 4)
+    windows = min(len(token_ids) // length, windows)
     if windows == 0 or length < 2:
         raise UserError(
             f"the text has {len(token_ids)} tokens, too few for a length of {length}; give a "

@@ -8,6 +8,7 @@ import numpy as np
 from lsjax.errors import UserError
 from lsjax.evals.needle import NeedleMap
 from lsjax.evals.perplexity import Curve
+from lsjax.evals.ruler.measure import Table
 
 
 def plot_curves(curves: Mapping[str, Curve], trained_length: int, path: str) -> None:
@@ -23,14 +24,30 @@ def plot_curves(curves: Mapping[str, Curve], trained_length: int, path: str) -> 
 
 def plot_needles(needles: NeedleMap, title: str, path: str) -> None:
     """Plots the shares of correct answers as a heat map, depth against length."""
+    columns = list(zip(*needles.shares, strict=True))
+    depths = [f"{d:.0%}" for d in needles.depths]
+    _heat_map(columns, depths, needles.lengths, "depth of the pass key", title, path)
+
+
+def plot_task_scores(table: Table, title: str, path: str) -> None:
+    """Plots the scores of RULER's kinds of task as a heat map, task against length."""
+    _heat_map(table.scores, table.tasks, table.lengths, "task", title, path)
+
+
+def _heat_map(
+    rows: Sequence[Sequence[float]],
+    names: Sequence[str],
+    lengths: Sequence[int],
+    ylabel: str,
+    title: str,
+    path: str,
+) -> None:
+    """Plots shares from 0 to 1, [len(names)][len(lengths)]."""
     figure, axes = _figure()
-    image = axes.imshow(
-        [list(column) for column in zip(*needles.shares, strict=True)],
-        vmin=0, vmax=1, cmap="RdYlGn", aspect="auto",
-    )  # fmt: skip
-    axes.set_xticks(range(len(needles.lengths)), [f"{n:,}" for n in needles.lengths])
-    axes.set_yticks(range(len(needles.depths)), [f"{d:.0%}" for d in needles.depths])
-    axes.set(xlabel="prompt, tokens", ylabel="depth of the pass key", title=title)
+    image = axes.imshow(rows, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="prompt, tokens", ylabel=ylabel, title=title)
     figure.colorbar(image, label="share read right")
     figure.savefig(path)
 

@@ -9,7 +9,7 @@ from helpers.golden_models import build
 
 import lsjax
 from lsjax import UserError
-from lsjax.documents.chat_text import after_document
+from lsjax.documents.question import after_document
 from lsjax.language_model import LanguageModel
 
 OPTIONS = {"allow_untrained_length": True, "ignore_eos": True}
@@ -64,17 +64,19 @@ def with_template(cuts):
 
 def test_a_template_that_cuts_earlier_turns_is_noticed_once(caplog):
     lm = with_template("true")
-    chat = lm.chat(lm.read(TEXT, as_chat=True))
+    document = lm.read(TEXT, as_chat=True)
+    chat = lm.chat(document)
     questions = ["The sky", "The sun", "Here"]
     texts = ["".join(chat.stream(question, 8)) for question in questions]
     assert [m["content"] for m in chat.messages] == [
         text for pair in zip(questions, texts, strict=True) for text in pair
     ]
     assert caplog.text.count("writes or splits earlier turns in another way") == 1
-    rendered = after_document(lm.tokenizer, chat.messages[:-1])
-    whole = "u: " + TEXT + "\n\n" + rendered
+    messages = chat.messages[:-1]
+    rendered = after_document(lm.tokenizer, document.token_ids, messages)
+    first = {"role": "user", "content": f"{TEXT.rstrip()}\n\n{questions[0]}"}
     assert rendered.count("a: ") == 3 and texts[0][:2] in rendered and texts[0] not in rendered
-    (expected,) = lm.generate(lm.tokenizer.encode(whole, add_special_tokens=False), 8)
+    (expected,) = lm.generate(lm.tokenizer.encode_chat([first, *messages[1:]]), 8)
     assert texts[-1] == expected.text
 
 

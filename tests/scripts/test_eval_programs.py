@@ -3,8 +3,13 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 from helpers.programs import run
+
+import lsjax
+from lsjax.evals.cells import Cells, read_cells
+from lsjax.evals.needle import NeedleMap
 
 ROOT = pathlib.Path(__file__).parents[2]
 QWEN = ROOT / "examples" / "qwen2.5-0.5b.json"
@@ -18,17 +23,16 @@ def test_needles_by_length_and_depth(tmp_path):
     asked = ["--lengths", "200,600", "--depths", 3, "--keys_per_cell", 2, "--max_batch_size", 3]
     done = run("eval_needle.py", *asked, "--rope_scaling", "auto", *files)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "map.json").read_text())
-    assert found["lengths"] == [200, 600] and found["depths"] == [0, 0.5, 1]
-    assert found["shares"][0] == [1, 1, 1]
-    assert [len(row) for row in found["shares"]] == [3, 3]
+    found = NeedleMap.of(read_cells(str(tmp_path / "map.json")))
+    assert found.lengths == (200, 600) and found.depths == (0, 0.5, 1)
+    assert found.shares[0] == (1, 1, 1)
     assert "200 tokens  100.0%" in done.stdout
     assert (tmp_path / "map.png").read_bytes().startswith(PNG)
 
 
 def test_needles_beside_those_of_an_earlier_run(tmp_path):
-    earlier = {"lengths": [256, 512], "depths": [0.5], "shares": [[1.0], [0.5]]}
-    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    earlier = Cells(str(tmp_path / "earlier.json"))
+    earlier.add({"256 0.5 0": True, "512 0.5 0": True, "512 0.5 1": False})
     asked = ["--lengths", "200", "--depths", 1, "--plot", tmp_path / "curves.png"]
     done = run("eval_needle.py", *asked, "--compare", f"before={tmp_path / 'earlier.json'}")
     assert done.returncode == 0, done.stderr
@@ -41,15 +45,38 @@ def test_loss_by_position_for_several_settings(tmp_path):
     files = ["--output_json", tmp_path / "loss.json", "--plot", tmp_path / "loss.png"]
     text = ROOT / "examples" / "passkey_2048.txt"
     settings = ["--rope_scaling", "off", "--rope_scaling", YARN]
-    done = run("eval_perplexity.py", "--text_file", text, "--length", 2048, *settings, *files)
+    asked = ["--text_file", text, "--length", 2048, *settings, *files]
+    done = run("eval_perplexity.py", *asked)
     assert done.returncode == 0, done.stderr
-    curves = json.loads((tmp_path / "loss.json").read_text())
+    curves = read_cells(str(tmp_path / "loss.json"))
     assert set(curves) == {"off", YARN}
     assert curves["off"]["ends"][-1] == 2047
     # Within the trained length both foresee the text; far past it only the scaled one does.
     assert curves["off"]["losses"][-1] > 1.5 * curves[YARN]["losses"][-1]
     assert curves[YARN]["perplexity"] < curves["off"]["perplexity"]
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+    refused = run("eval_perplexity.py", *asked, "--windows", 1)
+    assert refused.returncode == 2 and "another windows (4, not 1)" in refused.stderr
+
+
+@pytest.mark.slow("caches and the comparison of scores are tested by themselves")
+def test_what_quantized_caches_change(tmp_path):
+    text, file = ROOT / "examples" / "passkey_2048.txt", tmp_path / "cache.json"
+    asked = ["--text_file", text, "--length", 1400, "--compare", "int8,int4", "--output_json", file]
+    done = run("eval_cache.py", *asked)
+    assert done.returncode == 0, done.stderr
+    _, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["float32", "int8", "int4"]
+    assert rows[0][2:] == ["+0.000%", "0.00000", "100.00%"]
+    assert 0 < float(rows[1][3]) < float(rows[2][3])
+    cells = read_cells(str(file))
+    ids = lsjax.load().tokenizer.encode(text.read_text())[:1400]
+    np.testing.assert_allclose(
+        cells["float32"]["losses"], lsjax.load().token_nll(ids)[0], atol=1e-4
+    )
+    cells["int8"]["top"] = [-1] * 1399  # which only a run that goes on would print
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cells": cells}))
+    assert " 0.00%" in run("eval_cache.py", *asked).stdout
 
 
 @pytest.mark.slow("what it measures is tested with the shipped models")
@@ -146,6 +173,16 @@ def test_prompt_lookup_beside_plain_decoding(tmp_path):
         (
             ["eval_perplexity.py", "--text_file", str(ROOT / "Makefile"), "--length", "99999"],
             "too few for a length of 99999",
+        ),
+        (["eval_ruler.py", "--tasks", "chess"], "--tasks takes single needle, "),
+        (["eval_ruler.py", "--lengths", "40"], "does not fit 40 tokens"),
+        (
+            ["eval_cache.py", "--text_file", str(ROOT / "LICENSE"), "--length", "9", "--compare=x"],
+            "--compare takes float32",
+        ),
+        (
+            ["eval_cache.py", "--text_file", str(ROOT / "Makefile"), "--length", "99999"],
+            "give a longer text",
         ),
         (["eval_shipped.py", "--lengths", "0"], "--lengths takes numbers of tokens"),
         (["bench_attention.py", "--decode_lengths", "x"], "--decode_lengths takes numbers"),

@@ -5,17 +5,18 @@
 """
 
 import dataclasses
-import json
 
 from absl import flags
 
 from lsjax.cli.flags import define_model_flags, model_options
 from lsjax.cli.program import run_program
-from lsjax.evals.perplexity import loss_curve
+from lsjax.documents import hash_of_ids
+from lsjax.evals.cells import Cells
+from lsjax.evals.perplexity import Curve, loss_curve
 from lsjax.evals.plots import plot_curves
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.text_files import check_writable, read_text, write_atomically
+from lsjax.runtime.text_files import check_writable, read_text
 
 FLAGS = flags.FLAGS
 
@@ -31,32 +32,47 @@ def define_flags() -> None:
         "they are scored. 0: prefill and score all of them.",
         lower_bound=0,
     )
+    flags.DEFINE_integer(
+        "windows",
+        4,
+        "Largest number of windows of --length tokens that the loss is averaged over.",
+        lower_bound=1,
+    )
     flags.DEFINE_multi_string(
         "rope_scaling",
         [],
         "RoPE scaling to measure: JSON as in config.json, off, or auto. Repeat the flag for "
         "several. Default: config.json's.",
     )
-    flags.DEFINE_string("output_json", None, "File to write the loss curves to.")
+    flags.DEFINE_string(
+        "output_json",
+        None,
+        "File to write each loss curve to as it comes. A later run measures only what it lacks.",
+    )
     flags.DEFINE_string("plot", None, "PNG file to plot the loss curves in.")
 
 
 def main(argv: list[str]) -> None:
     del argv
     enable_persistent_cache()
-    for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
-        check_writable(path)
+    if FLAGS.plot:
+        check_writable(FLAGS.plot)
     text = read_text(FLAGS.text_file)
     model = load(**model_options())
     ids = model.tokenizer.encode(text)
+    settings = ("length", "prompt_length", "windows", "kv_compression")
+    measured = {name: FLAGS[name].value for name in settings} | {"text": hash_of_ids(ids)}
+    cells = Cells(FLAGS.output_json, model.fingerprint | measured)
     models = {s: model.with_rope_scaling(s) for s in FLAGS.rope_scaling} or {"config": model}
     curves = {}
     for name, scaled in models.items():
-        curves[name] = loss_curve(scaled, ids, FLAGS.length, FLAGS.prompt_length)
+        if cells.missing([name]):
+            curve = loss_curve(
+                scaled, ids, FLAGS.length, FLAGS.prompt_length, windows=FLAGS.windows
+            )
+            cells.add({name: dataclasses.asdict(curve)})
+        curves[name] = Curve(**cells.values[name])
         print(f"{curves[name].perplexity:10.4f}  {name}", flush=True)
-    if FLAGS.output_json:
-        result = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
-        write_atomically(FLAGS.output_json, json.dumps(result, indent=1) + "\n")
     if FLAGS.plot:
         plot_curves(curves, model.config.trained_length, FLAGS.plot)
 

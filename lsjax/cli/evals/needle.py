@@ -3,8 +3,6 @@
 python scripts/eval_needle.py --lengths 512,2048,8192 --rope_scaling auto --plot needle.png
 """
 
-import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -19,11 +17,12 @@ from lsjax.cli.flags import (
 )
 from lsjax.cli.program import run_program
 from lsjax.errors import UserError
+from lsjax.evals.cells import Cells, read_cells
 from lsjax.evals.needle import NeedleMap, needle_map
 from lsjax.evals.plots import plot_needle_curves, plot_needles
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.text_files import check_writable, read_text, write_atomically
+from lsjax.runtime.text_files import check_writable
 
 FLAGS = flags.FLAGS
 
@@ -39,7 +38,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("max_batch_size", 1, "Texts answered together.", lower_bound=1)
     define_rope_scaling_flag()
-    flags.DEFINE_string("output_json", None, "File to write the shares of keys read right to.")
+    flags.DEFINE_string(
+        "output_json",
+        None,
+        "File to write to whether each key was read right. A later run goes on with it.",
+    )
     flags.DEFINE_string("plot", None, "PNG file to draw the heat map in.")
     flags.DEFINE_multi_string(
         "compare",
@@ -53,14 +56,16 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     del argv
     enable_persistent_cache()
-    for path in filter(None, (FLAGS.output_json, FLAGS.plot)):
-        check_writable(path)
+    if FLAGS.plot:
+        check_writable(FLAGS.plot)
     lengths = parse_lengths(FLAGS.lengths)
     if FLAGS.compare and not FLAGS.plot:
         raise UserError("--compare says what to plot; give --plot too.")
     earlier = dict(map(_earlier, FLAGS.compare))
     depths = np.linspace(0, 1, FLAGS.depths).round(4).tolist()
     model = load(**model_options(), rope_scaling=FLAGS.rope_scaling)
+    measured = model.fingerprint | {"kv_compression": FLAGS.kv_compression}
+    cells = Cells(FLAGS.output_json, measured)
     with tqdm(
         total=len(lengths) * len(depths) * FLAGS.keys_per_cell, unit="text", file=sys.stderr
     ) as bar:
@@ -70,13 +75,11 @@ def main(argv: list[str]) -> None:
             depths,
             FLAGS.keys_per_cell,
             max_batch_size=FLAGS.max_batch_size,
+            cells=cells,
             progress=bar.update,
         )
     for length, share in zip(lengths, needles.by_length(), strict=True):
         print(f"{length:>10,} tokens  {share:6.1%}")
-    if FLAGS.output_json:
-        result = dataclasses.asdict(needles)
-        write_atomically(FLAGS.output_json, json.dumps(result, indent=1) + "\n")
     if earlier:
         plot_needle_curves(earlier | {FLAGS.label: needles}, FLAGS.plot)
     elif FLAGS.plot:
@@ -88,8 +91,8 @@ def _earlier(given: str) -> tuple[str, NeedleMap]:
     """Parses a value of --compare, label=file, and reads the file."""
     name, _, file = given.partition("=")
     try:
-        return name, NeedleMap(**json.loads(read_text(file)))
-    except (ValueError, TypeError) as error:
+        return name, NeedleMap.of(read_cells(file))
+    except ValueError as error:
         raise UserError(
             f"--compare {given!r} must be label=file, a file that --output_json wrote ({error})."
         ) from None

@@ -1,0 +1,1 @@
+"""Programs that measure a model: each behind a script of scripts/, eval_*.py."""

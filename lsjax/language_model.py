@@ -14,7 +14,9 @@ from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.compression import CompressionSettings
 from lsjax.distributed.multihost import to_host
 from lsjax.documents import (
+    Chat,
     Document,
+    chat_frame,
     fingerprint,
     open_document,
     read_document,
@@ -31,6 +33,7 @@ from lsjax.inference.prompts import Prompt, as_prompts
 from lsjax.inference.request import Request, batches
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
+from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.shipped import shipped_model_path
@@ -305,11 +308,12 @@ class LanguageModel:
         request: Request,
         on_prefill: Callable[[int], None] | None = None,
         document: Document | None = None,
+        on_end: Callable[[DecodeState], None] | None = None,
     ) -> Run:
         """Returns a batch to iterate over, see Run; for programs that show answers as they come."""
         tokenizer = self.tokenizer if has_tokenizer(self.options.folder) else None
         cache = document and document.cache
-        return Run(self.engine, self.params, tokenizer, request, on_prefill, cache)
+        return Run(self.engine, self.params, tokenizer, request, on_prefill, cache, on_end)
 
     def read(
         self,
@@ -319,6 +323,7 @@ class LanguageModel:
         document_cache: str | os.PathLike[str] | None = None,
         document_cache_gib: float = math.inf,
         reserve: int | None = None,
+        as_chat: bool = False,
         allow_untrained_length: bool = False,
         on_prefill: Callable[[int], None] | None = None,
     ) -> Document:
@@ -334,6 +339,8 @@ class LanguageModel:
           reserve: tokens of question and answer that the rotary scaling leaves room for, where it
             depends on the length. None for the room up to the trained length, at least 1,024 and
             at most 32,768.
+          as_chat: whether the text begins the first message of a chat, see `chat`. The model's
+            template is put around it, and an empty line after it instead of white space.
           allow_untrained_length: whether to allow documents longer than the model serves.
           on_prefill: called after each chunk with the number of tokens read.
 
@@ -341,6 +348,9 @@ class LanguageModel:
           UserError: the document is empty or too long, an option does not go with it, or the
             folder cannot be used; the message says why.
         """
+        if as_chat:
+            frame = chat_frame(self.tokenizer, document.rstrip())
+            document = self.tokenizer.encode(frame.document, add_special_tokens=False)
         ids = self.encode(document)
         unread = unread_document(
             *(self.engine, self.options, self.fingerprint, ids, reserve, allow_untrained_length)
@@ -360,6 +370,14 @@ class LanguageModel:
             damaged one.
         """
         return open_document(self.engine, self.params, self.fingerprint, folder)
+
+    def chat(self, document: Document) -> Chat:
+        """Begins a chat about a document, whose turns run only what is new; see Chat.
+
+        If the document was read with `as_chat`, the turns follow the model's chat template. Else
+        each question goes on where the text so far ends.
+        """
+        return Chat(self, document)
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:

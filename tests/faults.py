@@ -250,8 +250,8 @@ FAULTS = (
     Fault(
         "a segment dispatched ahead is lost",
         "lsjax/inference/segments.py",
-        "            state, found = ahead.result()\n",
-        "            state, found = ahead.result()\n            state, found = decode(state)\n",
+        "        state, found = self._ahead.result()\n",
+        "        state, found = self._decode(self._ahead.result()[0])\n",
         "tests/generation/test_ending.py -k ahead",
     ),
     Fault(
@@ -351,6 +351,27 @@ FAULTS = (
         "end = jnp.broadcast_to(self.length, step.positions.shape)",
         "end = jnp.broadcast_to(self.length - 1, step.positions.shape)",
         "tests/attention/test_cached_attention.py -k after_a_document",
+    ),
+    Fault(
+        "a turn of a chat that takes over what was written otherwise",
+        "lsjax/documents/chat.py",
+        "same = _common(held.ids, ids[:-1])",
+        "same = len(held.ids)",
+        "tests/documents/test_chat.py -k cuts_earlier_turns",
+    ),
+    Fault(
+        "a plan with a copy of the document for each question",
+        "lsjax/planning/shared_document.py",
+        "document=deployment.cache_spec(rows,",
+        "document=deployment.cache_spec(deployment.batch,",
+        "tests/planning/test_plan.py -k share_a_document",
+    ),
+    Fault(
+        "a damaged document that stops others",
+        "lsjax/documents/library.py",
+        "            saved.folder.note_damage(error)\n            continue",
+        "            raise",
+        "tests/documents/test_saved.py -k does_not_stop_others",
     ),
     Fault(
         "rows begin without the end of their document",

@@ -125,7 +125,7 @@ def cache_after(
     """Creates the caches of rows that begin with a document, as `attach` takes them.
 
     Args:
-      rest: that of a DocumentCache.
+      rest: that of a DocumentCache, or the cache of rows that have run further.
       config: model configuration.
       own: spec of a cache of the tokens that are not read from the document.
       whole: spec of a cache of all tokens.
@@ -149,15 +149,16 @@ def _repeated(x: jax.Array, rows: int) -> jax.Array:
 
 
 def _copied(held: FullCache, empty: FullCache) -> FullCache:
-    """Copies the rows of `held` to those of `empty`, which has as many slots or more."""
+    """Copies the rows of `held` to those of `empty`, as many slots as both have."""
     devices = empty.zigzag.devices
 
     def copy(x: jax.Array, rows: jax.Array) -> jax.Array:
         def by_device(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], devices, -1, *x.shape[3:])
 
-        x = by_device(_repeated(x, rows.shape[0]))
-        return by_device(rows).at[:, :, :, : x.shape[3]].set(x).reshape(rows.shape)
+        x, into = by_device(_repeated(x, rows.shape[0])), by_device(rows)
+        size = min(x.shape[3], into.shape[3])
+        return into.at[:, :, :, :size].set(x[:, :, :, :size]).reshape(rows.shape)
 
     return empty.replace(
         k=jax.tree.map(copy, held.k, empty.k), v=jax.tree.map(copy, held.v, empty.v)

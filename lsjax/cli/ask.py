@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
 from lsjax.cli.answers import print_answers
 from lsjax.cli.flags import (
@@ -26,16 +25,16 @@ from lsjax.cli.flags import (
     model_options,
 )
 from lsjax.cli.program import run_program, say
-from lsjax.cli.reading import read_document
+from lsjax.cli.reading import load_model, read_document
 from lsjax.documents import ChatFrame, Document, chat_frame, check_options
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import batches
-from lsjax.language_model import LanguageModel, load_from_options
+from lsjax.language_model import LanguageModel
 from lsjax.planning.check import check_memory
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.progress import byte_bar, character_bar
+from lsjax.runtime.progress import character_bar
 from lsjax.runtime.text_files import STDIN, check_writable, write_atomically
 from lsjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -103,8 +102,7 @@ def main(_: list[str]) -> None:
         ids = tokenizer.encode(frame.document, add_special_tokens=not chat, progress=bar.update)
     questions = [frame.ask(question) for question in FLAGS.question]
     _check_memory(options, tokenizer, len(ids), questions)
-    with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
-        model = load_from_options(options, bar.update)
+    model = load_model(options)
     document = read_document(
         model,
         ids,

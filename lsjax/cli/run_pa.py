@@ -12,7 +12,6 @@ from typing import Any
 
 from absl import flags
 
-from lsjax.checkpoint import checkpoint_bytes
 from lsjax.cli import inputs, report
 from lsjax.cli.answers import print_answers
 from lsjax.cli.flags import (
@@ -24,17 +23,17 @@ from lsjax.cli.flags import (
     model_options,
 )
 from lsjax.cli.program import run_program, say
-from lsjax.cli.reading import read_document
+from lsjax.cli.reading import load_model, read_document
 from lsjax.documents import check_options
 from lsjax.errors import UserError
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import Request, batches, caches_held
 from lsjax.inference.sampling import Sampling
-from lsjax.language_model import LanguageModel, load_from_options
+from lsjax.language_model import LanguageModel
 from lsjax.planning.check import check_memory, longest_here
 from lsjax.runtime.compilation import enable_persistent_cache
 from lsjax.runtime.notes import note
-from lsjax.runtime.progress import PrefillBar, byte_bar, character_bar
+from lsjax.runtime.progress import PrefillBar, character_bar
 from lsjax.runtime.text_files import check_writable, write_atomically
 from lsjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -169,7 +168,7 @@ def main(argv: list[str]) -> None:
     for text in report.warnings(options, requests):
         note(text)
     check_memory(options, requests[0])
-    model = _load(options)
+    model = load_model(options)
     answer = functools.partial(_answer_from_cache, kept) if FLAGS.document_cache else _answer
     completions = [c for request in requests for c in answer(model, request)]
     batch = requests[0].num_real * FLAGS.num_samples
@@ -254,11 +253,6 @@ def _encode(tokenizer: Tokenizer, texts: list[str], chat: bool = False) -> list[
             tuple(tokenizer.encode(text, add_special_tokens=not chat, progress=bar.update))
             for text in texts
         ]
-
-
-def _load(options: Options) -> LanguageModel:
-    with byte_bar("load", checkpoint_bytes(options.folder, options.config)) as bar:
-        return load_from_options(options, bar.update)
 
 
 def _answer(model: LanguageModel, request: Request):

@@ -2,9 +2,10 @@
 
 `document` is one in memory, `read` reads and opens them, `prefill` runs the model, `folder` keeps
 them on disk, slice by slice, `library` keeps many of them, `fingerprint` says which model they
-belong to, and `question` renders a chat about one.
+belong to, `chat` asks one question after another, and `question` renders a chat.
 """
 
+from lsjax.documents.chat import Chat
 from lsjax.documents.document import Document, requests_after, sharing_borders
 from lsjax.documents.fingerprint import fingerprint, hash_of_ids
 from lsjax.documents.folder import DocumentFolder
@@ -13,6 +14,7 @@ from lsjax.documents.question import ChatFrame, chat_frame
 from lsjax.documents.read import check_options, open_document, read_document, unread_document
 
 __all__ = [
+    "Chat",
     "ChatFrame",
     "Document",
     "DocumentFolder",

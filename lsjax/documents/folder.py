@@ -22,6 +22,7 @@ from lsjax.cache import TokenSlice
 from lsjax.checkpoint.atomic_directory import is_disk_full
 from lsjax.documents.fingerprint import check_fingerprint, hash_of_ids
 from lsjax.errors import UserError
+from lsjax.runtime.notes import note
 from lsjax.runtime.text_files import parse_json, read_text, write_atomically
 
 _NAME, _IDS, _LOCK = "document.json", "ids.bin", "lock"
@@ -204,11 +205,27 @@ class DocumentFolder:
             self._save_manifest()
 
     def copy_from(self, other: "DocumentFolder", tokens: int) -> None:
-        """Copies the first tokens of another document, in whole slices, to this empty one."""
-        done = min(tokens, self.manifest.cached) // self.manifest.slice * self.manifest.slice
-        for start, part in other.slices(done, self.manifest.slice):
-            self.append(part, start)
+        """Copies the first tokens of another document, in whole slices, to this empty one.
+
+        A damaged slice ends the copy, with a note.
+        """
+        size = self.manifest.slice
+        done = 0
+        try:
+            for start, part in other.slices(min(tokens, self.manifest.cached) // size * size, size):
+                self.append(part, start)
+                done = start + size
+        except UserError as error:
+            other.note_damage(error)
         self.commit(done)
+
+    def note_damage(self, error: UserError) -> None:
+        """Notes that this folder, one of many, is passed over."""
+        root, name = os.path.split(self.path)
+        note(
+            f"a saved document is passed over: {error} `lsjax-documents --document_cache {root} "
+            f"--delete {name}` removes it."
+        )
 
     def slices(self, done: int, size: int | None = None) -> Iterator[tuple[int, TokenSlice]]:
         """Yields the start and the tokens of each slice of the first `done` tokens, in order.

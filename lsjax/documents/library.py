@@ -89,7 +89,8 @@ def longest_prefix(
 ) -> tuple[DocumentFolder | None, int]:
     """Returns the saved document that begins as this one for longest, and for how many tokens.
 
-    Only those of the same model, settings and settled length count, and only what is saved.
+    Only those of the same model, settings and settled length count, and only what is saved. One
+    that is damaged is passed over, with a note.
     """
     best: tuple[DocumentFolder | None, int] = None, 0
     wanted = np.asarray(document.token_ids)
@@ -98,7 +99,11 @@ def longest_prefix(
         same = (held.fingerprint, held.settled_length)
         if same != (document.fingerprint, document.settled_length) or held.done <= best[1]:
             continue
-        ids = np.asarray(saved.folder.token_ids()[: min(len(wanted), held.done)])
+        try:
+            ids = np.asarray(saved.folder.token_ids()[: min(len(wanted), held.done)])
+        except UserError as error:
+            saved.folder.note_damage(error)
+            continue
         differ = np.flatnonzero(ids != wanted[: len(ids)])
         common = int(differ[0]) if len(differ) else len(ids)
         best = max(best, (saved.folder, common), key=lambda found: found[1])

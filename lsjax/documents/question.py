@@ -1,12 +1,14 @@
 """Where a question stands beside its document in a chat."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 from lsjax.errors import UserError
 from lsjax.tokenizer import Tokenizer
 
-# Stands for the question while a chat template is rendered.
-_QUESTION = "\u241equestion\u241e"
+# Stand for document and question while a chat template is rendered.
+_DOCUMENT, _QUESTION = "\u241edocument\u241e", "\u241equestion\u241e"
+_GAP = "\n\n"
 _TAIL = 200  # characters before a border that its tokens are compared over, at most
 
 
@@ -45,16 +47,46 @@ def chat_frame(tokenizer: Tokenizer, document: str, chat_template: str | None = 
     Raises:
       UserError: there is no template, or it does not write the message once as it is.
     """
-    chat = [{"role": "user", "content": f"{document}\n\n{_QUESTION}"}]
-    before, *after = tokenizer.render_chat(chat, chat_template=chat_template).split(_QUESTION)
+    chat = [{"role": "user", "content": f"{document}{_GAP}{_QUESTION}"}]
+    before, after = _split(tokenizer.render_chat(chat, chat_template=chat_template), _QUESTION)
+    borders = len(before), len(before.rstrip())
+    border = next((b for b in borders if _keeps_tokens(tokenizer, before, b)), len(before))
+    return ChatFrame(before[:border], before[border:], after)
+
+
+def before_document(tokenizer: Tokenizer) -> str:
+    """Returns what the tokenizer's template writes before a document."""
+    chat = [{"role": "user", "content": f"{_DOCUMENT}{_GAP}"}]
+    return _split(tokenizer.render_chat(chat), _DOCUMENT)[0]
+
+
+def after_document(
+    tokenizer: Tokenizer, ids: Sequence[int], messages: Sequence[Mapping[str, str]]
+) -> str:
+    """Returns what the tokenizer's template writes after a document.
+
+    Args:
+      tokenizer: tokenizer with a chat template.
+      ids: ids of the document, with the empty line after it or without; see `chat_frame`.
+      messages: questions and answers, from the first question on.
+
+    Raises:
+      UserError: the template does not write the message once as it is.
+    """
+    first = {"role": "user", "content": f"{_DOCUMENT}{_GAP}{messages[0]['content']}"}
+    _, after = _split(tokenizer.render_chat([first, *messages[1:]]), _DOCUMENT)
+    ended = tokenizer.decode(ids[-4:], skip_special_tokens=False).endswith(_GAP)
+    return after.removeprefix(_GAP) if ended else after
+
+
+def _split(text: str, mark: str) -> tuple[str, str]:
+    before, *after = text.split(mark)
     if len(after) != 1:
         raise UserError(
             "this chat template does not write a message once as it is, so the document cannot be "
             "told from the question; give another --chat_template, or leave out --is_chat_model."
         )
-    borders = len(before), len(before.rstrip())
-    border = next((b for b in borders if _keeps_tokens(tokenizer, before, b)), len(before))
-    return ChatFrame(before[:border], before[border:], after[0])
+    return before, after[0]
 
 
 def _keeps_tokens(tokenizer: Tokenizer, before: str, border: int) -> bool:

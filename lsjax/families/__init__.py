@@ -24,6 +24,7 @@ __all__ = [
     "family_of",
     "parse_config",
     "read_config",
+    "read_raw_config",
     "refuse_gguf",
 ]
 
@@ -108,6 +109,18 @@ def refuse_gguf(path: str) -> None:
             )
 
 
+def read_raw_config(file: str) -> Any:
+    """Reads the JSON of a config.json.
+
+    Raises:
+      UserError: the file is missing, or no JSON.
+    """
+    try:
+        return read_json(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; a model folder holds config.json.") from None
+
+
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Reads a config.json, given its path or its model folder.
 
@@ -117,10 +130,7 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     path = os.fspath(path)
     refuse_gguf(path)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
-    try:
-        raw = read_json(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; a model folder holds config.json.") from None
+    raw = read_raw_config(file)
     try:
         return parse_config(raw)
     except UserError as error:

@@ -134,7 +134,8 @@ class Engine:
             last = jnp.zeros(shape, self.settings.dtype, device=self._model.rows)
         tokens, lengths = self._place(tokens), self._place(lengths)
         return steps.prefill(
-            self._model, params, tables, cache, tokens, np.int32(start), lengths, last, document
+            *(self._model, params, tables, cache, tokens, np.int32(start), lengths, last),
+            _shared(document),
         )
 
     def embed(self, params: dict, tokens: jax.Array) -> jax.Array:
@@ -235,8 +236,8 @@ class Engine:
           the number of steps that were run.
         """
         static = {"steps": self.settings.segment, "drafted": drafted}
-        eos = _padded(eos)
-        return steps.decode(self._model, params, tables, state, draw, eos, document, **static)
+        eos, shared = _padded(eos), _shared(document)
+        return steps.decode(self._model, params, tables, state, draw, eos, shared, **static)
 
     def teacher_forced_decode(
         self, params: dict, tables: RotaryTables, cache: KVCache, tokens: jax.Array, position: int
@@ -347,6 +348,11 @@ def _padded(eos: Collection[int]) -> np.ndarray:
     """Returns ids in an array of one of few sizes; they include NOT_A_NUMBER."""
     size = len(eos) // 4 * 4 + 4
     return np.array([*eos, *[NOT_A_NUMBER] * (size - len(eos))], np.int32)
+
+
+def _shared(document: DocumentCache | None) -> DocumentCache | None:
+    """Returns a document without what rows copy, whatever they have copied."""
+    return document and document.replace(rest=())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

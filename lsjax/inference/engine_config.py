@@ -48,17 +48,17 @@ class EngineConfig:
         return length if self.compression is None else self.compression.span(length)
 
     def cache_spec(
-        self, batch: int, prompt_capacity: int, output: int, begun: int = 0
+        self, batch: int, prompt_capacity: int, output: int, starts_anywhere: bool = False
     ) -> CacheSpec:
         """Returns the spec of a cache for `batch` prompts and their answers.
 
-        There is room for the last chunk's padding and for whole segments. The first chunk comes
-        after `begun` tokens, which are copied.
+        There is room for the last chunk's padding and for whole segments. The first chunk starts
+        at position 0, or anywhere.
         """
-        needed = max(
-            begun + round_up(prompt_capacity - begun, self.prefill_chunk),
-            prompt_capacity + round_up(output, self.segment),
-        )
+        padded = round_up(prompt_capacity, self.prefill_chunk)
+        if starts_anywhere:
+            padded = prompt_capacity + self.prefill_chunk
+        needed = max(padded, prompt_capacity + round_up(output, self.segment))
         granule = (
             _LARGE_CAPACITY_MULTIPLE if needed > 8 * _LARGE_CAPACITY_MULTIPLE else CAPACITY_MULTIPLE
         )

@@ -1,7 +1,6 @@
 """Generation: chunked prefill, then decode segments until every row has ended."""
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import time
@@ -17,7 +16,7 @@ from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import Request, chunks
 from lsjax.inference.sampling import NOT_A_NUMBER
-from lsjax.inference.segments import Segment, segments, segments_ahead
+from lsjax.inference.segments import Segment, Segments, SegmentsAhead
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
@@ -57,6 +56,7 @@ def generate(
     on_prefill: Callable[[int], None] | None = None,
     stopper: Stopper | None = None,
     document: DocumentCache | None = None,
+    on_end: Callable[[DecodeState], None] | None = None,
 ) -> Iterator[list[list[int]]]:
     """Answers a batch of prompts.
 
@@ -68,6 +68,7 @@ def generate(
       on_prefill: called after each chunk with the number of positions run.
       stopper: finds stop strings; None if there are none.
       document: cache of the tokens that all prompts share; None if request.shared is 0.
+      on_end: called with the last state, when all rows have ended.
 
     Yields:
       The new ids of each row: one id first, then up to a segment at a time. A row's last id is an
@@ -106,11 +107,11 @@ def generate(
         return engine.decode(params, tables, state, draw, eos, drafted, document)
 
     start, compile_before = time.perf_counter(), CLOCK.seconds
-    follow = segments_ahead if engine.dispatches_ahead else segments
-    with contextlib.closing(follow(decode, state)) as found:
+    decoding = SegmentsAhead if engine.dispatches_ahead else Segments
+    with decoding(decode, state) as segments:
         del state
         while not rows.ended:
-            tokens, counts, steps = map(to_host, next(found))
+            tokens, counts, steps = map(to_host, segments.next())
             decoded = accepted_tokens(tokens[:, :steps], counts[:, :steps])
             if not steps:
                 raise RuntimeError("no step was run: rows are done on the device, but not here")
@@ -122,6 +123,8 @@ def generate(
             timing.compile += compiling
             yield new
             start, compile_before = time.perf_counter(), CLOCK.seconds
+        if on_end:
+            on_end(segments.state)
 
 
 def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[jax.Array]:
@@ -275,8 +278,9 @@ class Run:
         request: Request,
         on_prefill: Callable[[int], None] | None,
         document: DocumentCache | None = None,
+        on_end: Callable[[DecodeState], None] | None = None,
     ):
-        self._document = document
+        self._document, self._on_end = document, on_end
         self._engine, self._params, self._tokenizer = engine, params, tokenizer
         self._request, self._on_prefill = request, on_prefill
         self._timing = Timing()
@@ -290,7 +294,7 @@ class Run:
         stopper = None
         if self._request.stop:
             stopper = Stopper(self._tokenizer, self._request.stop, len(self._ids))
-        arguments = self._timing, self._on_prefill, stopper, self._document
+        arguments = self._timing, self._on_prefill, stopper, self._document, self._on_end
         for new in generate(self._engine, self._params, self._request, *arguments):
             for row, ids in zip(self._ids, new, strict=True):
                 row.extend(ids)

@@ -35,6 +35,7 @@ class Request:
       stop: texts that end an answer.
       shared: number of leading tokens that every prompt shares with a document, which are not run.
       cached: number of those that the rows' own caches do not hold, see DocumentCache.
+      starts_anywhere: whether the first chunk may start at any token, not at a fixed one.
       settled_length: length that the document's rotary scaling was chosen for; None if that does
         not depend on the length, or without a document.
     """
@@ -51,6 +52,7 @@ class Request:
     stop: tuple[str, ...] = ()
     shared: int = 0
     cached: int = 0
+    starts_anywhere: bool = False
     settled_length: int | None = None
 
     @property
@@ -82,8 +84,9 @@ class Request:
 
     def cache_spec(self, settings: EngineConfig) -> CacheSpec:
         """Returns the spec of the cache that the batch needs beside a document's."""
-        own, begun = self.prompt_capacity - self.cached, self.shared - self.cached
-        return settings.cache_spec(len(self.prompts), own, self.output_capacity, begun)
+        own, anywhere = self.prompt_capacity - self.cached, self.starts_anywhere
+        anywhere = anywhere or self.shared > self.cached
+        return settings.cache_spec(len(self.prompts), own, self.output_capacity, anywhere)
 
     def whole_cache_spec(self, settings: EngineConfig) -> CacheSpec:
         """Returns the spec of the cache that the batch would need if nothing was shared."""

@@ -10,11 +10,10 @@ from lsjax.checkpoint import read_model_config
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 from lsjax.errors import UserError
-from lsjax.families import parse_config
+from lsjax.families import parse_config, read_raw_config
 from lsjax.inference.options import COMPUTE_DTYPES, end_of_documents, one_of
 from lsjax.inference.request import check_exact_length, way_out
 from lsjax.runtime.notes import note
-from lsjax.runtime.text_files import read_json
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
 from lsjax.training.batch import length_unit
 from lsjax.training.documents import Vocabulary
@@ -156,13 +155,15 @@ def find_model_source(
             )
         if tokenizer_path and not has_tokenizer(tokenizer_path):
             raise UserError(f"{tokenizer_path} holds no tokenizer; name a model's folder.")
-        return ModelSource(None, *scaled_config(_read(config), rope_scaling), tokenizer_path)
+        raw = read_raw_config(config)
+        return ModelSource(None, *scaled_config(raw, rope_scaling), tokenizer_path)
     if tokenizer_path:
         raise UserError("tokenizer_path goes with config; a model's folder has its own tokenizer.")
     folder = os.fspath(model_path or "")
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder; give a model's, Hugging Face or converted.")
-    raw, tied = _read(os.path.join(folder, "config.json")), read_model_config(folder).tie_embeddings
+    raw = read_raw_config(os.path.join(folder, "config.json"))
+    tied = read_model_config(folder).tie_embeddings
     if tied != parse_config(raw).tie_embeddings:  # the stored weights decide
         raw["tie_word_embeddings"] = tied
     return ModelSource(folder, *scaled_config(raw, rope_scaling), folder)
@@ -239,10 +240,3 @@ def resolve_training(
 
 def _lengths(logging: LoggingConfig) -> tuple[int, ...]:
     return logging.eval_lengths if logging.eval_data else ()
-
-
-def _read(file: str) -> Any:
-    try:
-        return read_json(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; a model folder holds config.json.") from None

@@ -54,16 +54,37 @@ def test_they_are_those_to_the_plain_prompt(name, kv, mesh):
     assert asked(lm, document) == plain(lm)
 
 
-@pytest.mark.slow("tables for one length are quick in test_request_decides")
-def test_scaling_by_length_is_that_for_document_and_reserve():
-    lm = build("qwen3_dynamic", mesh="data=2", layers=2)
-    question = ids(4, 20)
-    reserve = len(question) + OUTPUT
-    document = lm.read(DOCUMENT, reserve=reserve)
-    assert document.settled_length == len(DOCUMENT) + reserve > lm.config.trained_length
-    assert asked(lm, document, [question]) == plain(lm, [question])
-    with pytest.raises(UserError, match=f"read the document again with reserve {reserve + 1}"):
-        lm.generate([*question, 1], OUTPUT, document=document)
+@pytest.mark.slow("tables for one length are quick in test_request_decides, and so is int8")
+@pytest.mark.parametrize(
+    ("name", "scaling", "kv", "mesh"),
+    [
+        ("glm_yarn", None, "int8", "context=8"),
+        ("glm_yarn", "auto", "int8", "context=4"),
+        ("qwen3_dynamic", None, "float32", "data=2,context=4"),
+        ("alibi_8_heads", None, "int8", "context=8"),
+        ("qwen2_window", "auto", "int4", "context=4"),
+    ],
+)
+def test_they_are_those_of_prompts_settled_for_the_same_length(name, scaling, kv, mesh):
+    """Questions and answers of several lengths that come to one length together."""
+    lm = build(name, kv=kv, mesh=mesh, rope_scaling=scaling, layers=2)
+    reserve = max(map(len, QUESTIONS)) + OUTPUT
+    total = len(DOCUMENT) + reserve
+    document = lm.read(DOCUMENT, reserve=reserve, allow_untrained_length=True)
+    assert document.settled_length in (None, max(total, lm.config.trained_length))
+    for question, found in zip(QUESTIONS, asked(lm, document), strict=True):
+        prompt = [*DOCUMENT, *question]
+        (whole,) = lm.generate(prompt, total - len(prompt), **OPTIONS)
+        assert found == whole.token_ids[:OUTPUT]
+
+
+@pytest.mark.slow("it takes a document, and no quick one has scaling by length")
+def test_more_than_the_reserve_is_refused():
+    lm = build("qwen3_dynamic", layers=1)
+    document = lm.read(DOCUMENT, reserve=32)
+    assert document.settled_length == len(DOCUMENT) + 32 > lm.config.trained_length
+    with pytest.raises(UserError, match="read the document again with reserve 33"):
+        lm.generate([1] * 21, OUTPUT, document=document)
 
 
 @pytest.mark.slow("drafts and samples are quick without a document")

@@ -56,8 +56,8 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved[0], tmp_path / "copy")
 
 
-def slice_file(folder, number, array="entries"):
-    return folder / array / "c" / "0" / "0" / "0" / str(number) / "0"
+def slice_file(folder, number):
+    return folder / "entries" / "c" / "0" / "0" / "0" / str(number) / "0"
 
 
 def test_opened_it_gives_the_same_answers(saved):
@@ -74,9 +74,9 @@ def test_it_takes_what_is_planned(saved):
     document = lm.open_document(folder)
     plan = deployment_of((1, 1, 1), "float32", "int8", 64, len(QUESTIONS), 12)
     plan = dataclasses.replace(plan, cache_block=lm.options.cache_block, document_length=LENGTH)
-    files = [slice_file(folder, i, name) for i in range(5) for name in ("entries", "scales")]
-    checksums = 4 * len(files)
-    sizes = [os.path.getsize(file) for file in [*files, folder / "ids.bin"]]
+    files = [f for name in ("entries/c", "scales/c") for f in (folder / name).rglob("*")]
+    sizes = [f.stat().st_size for f in [*files, folder / "ids.bin"] if f.is_file()]
+    checksums = 4 * (len(sizes) - 1)
     assert saved_bytes(lm.config, plan) == sum(sizes) - checksums
     arrays = jax.tree.leaves((document.cache.layers, document.cache.rest))
     assert held_bytes(lm.config, "cpu", plan) == sum(x.nbytes for x in arrays)
@@ -239,6 +239,22 @@ def test_a_document_that_begins_as_a_saved_one_is_read_from_there(copy):
     assert told[0] == 250 // SLICE * SLICE and sum(told) == len(other)
     plain = lm.read(other, allow_untrained_length=True)
     assert answers(lm, document) == answers(lm, plain)
+
+
+@pytest.mark.parametrize("damage", [cut_ids, flip], ids=["its ids", "a slice"])
+def test_a_damaged_one_does_not_stop_others(copy, caplog, damage):
+    lm, told = model(), []
+    damage(copy)
+    document = lm.read(
+        [*DOCUMENT[:250], *[1] * 70],
+        document_cache=copy.parent,
+        allow_untrained_length=True,
+        on_prefill=told.append,
+    )
+    assert len(document) == 320 and told[0] == {cut_ids: SLICE, flip: 2 * SLICE}[damage]
+    assert f"--document_cache {copy.parent} --delete {copy.name}" in caplog.text
+    delete(copy.parent, copy.name)
+    assert not copy.exists()
 
 
 @pytest.mark.slow("meshes that share fewer tokens, and what is interrupted, are tested alone")

@@ -60,14 +60,12 @@ def test_they_are_those_to_the_plain_prompt(name, kv, mesh):
     [
         ("glm_yarn", None, "int8", "context=8"),
         ("glm_yarn", "auto", "int8", "context=4"),
-        ("qwen3_dynamic", None, "float32", "data=2,context=4"),
-        ("alibi_8_heads", None, "int8", "context=8"),
-        ("qwen2_window", "auto", "int4", "context=4"),
+        ("qwen3_dynamic", None, "float32", "data=2"),
     ],
 )
 def test_they_are_those_of_prompts_settled_for_the_same_length(name, scaling, kv, mesh):
     """Questions and answers of several lengths that come to one length together."""
-    lm = build(name, kv=kv, mesh=mesh, rope_scaling=scaling, layers=2)
+    lm = build(name, kv=kv, mesh=mesh, rope_scaling=scaling, layers=1)
     reserve = max(map(len, QUESTIONS)) + OUTPUT
     total = len(DOCUMENT) + reserve
     document = lm.read(DOCUMENT, reserve=reserve, allow_untrained_length=True)

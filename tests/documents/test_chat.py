@@ -31,14 +31,13 @@ def ids(seed, length):
     ("name", "kv", "mesh", "again"),
     [
         ("glm4", "int8", "", 1),  # the last token of an answer, which no cache has seen yet
-        ("glm4", "float32", "context=2,model=2", 64),  # and what is before it in a zigzag block
-        ("glm4", "int8", "data=2,context=2", 64),
+        ("glm4", "int8", "data=2,context=2", 64),  # and what is before it in a zigzag block
         ("qwen2_window", "int8", "", 64),  # or in a chunk
     ],
 )
 def test_turns_run_what_is_new(name, kv, mesh, again):
     """The second turn goes on within a block of a quantized cache, the third in the next."""
-    lm = build(name, kv=kv, mesh=mesh, layers=2)
+    lm = build(name, kv=kv, mesh=mesh, layers=2 if "window" in name else 1)
     prompt, told = ids(0, 150), []
     chat = lm.chat(lm.read(prompt, allow_untrained_length=True))
     for turn, question in enumerate([ids(1, 9), ids(2, 30), ids(3, 20)]):

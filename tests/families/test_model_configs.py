@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from lsjax.config import RopeScaling
+from lsjax.config import Experts, LayerKind, RopeScaling
 from lsjax.errors import UserError
 from lsjax.families import FAMILIES, parse_config, read_config
 
@@ -64,6 +64,13 @@ EXPECTED = {
         "head_dim": 128,
         "num_kv_heads": 8,
         "max_position_embeddings": 40960,
+    },
+    "Qwen3-30B-A3B": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "qk_norm": True,
+        "num_kv_heads": 4,
+        "max_position_embeddings": 262144,
+        "layers": (LayerKind(experts=Experts(128, 8, 768, True, 0.001)),) * 48,
     },
     "Meta-Llama-3-8B-Instruct": _LLAMA
     | {"max_position_embeddings": 8192, "eos_token_ids": (128009,), "rope_scaling": RopeScaling()},

@@ -140,28 +140,36 @@ def _run_chosen(x, ids, weights):
     last expert.
     """
     ids = jnp.minimum(ids, weights[0][0].shape[0] - 1)
+    rows = jnp.repeat(x, ids.size // x.shape[0], axis=0)
+    return jax.lax.platform_dependent(rows, ids, weights, cuda=_gathered, default=_one_by_one)
+
+
+def _gathered(x, ids, weights):
+    """Runs each row of x through its expert, all rows at once.
+
+    A product is written as a sum, into which XLA for a GPU fuses the reading of the matrices.
+    """
 
     def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
-        y = jax.lax.platform_dependent(x, weight, ids, cuda=_by_gather, default=_by_slice)
+        matrices = weight[ids].astype(jnp.float32)
+        y = jnp.sum(matrices * x.astype(jnp.float32)[:, None], axis=-1)
         return y if scale is None else y * scale[ids]
 
-    return _gated(project, jnp.repeat(x, ids.size // x.shape[0], axis=0), weights)
+    return _gated(project, x, weights)
 
 
-def _by_gather(x, weight, ids):
-    """Multiplies each x by the matrix of its expert, [n, in] to [n, out] float32.
-
-    The product is written as a sum, into which XLA for a GPU fuses the reading of the matrices.
-    """
-    return jnp.sum(weight[ids].astype(jnp.float32) * x.astype(jnp.float32)[:, None], axis=-1)
-
-
-def _by_slice(x, weight, ids):
-    """Does what `_by_gather` does, one matrix at a time: XLA for a TPU would copy them all."""
+def _one_by_one(x, ids, weights):
+    """Does what `_gathered` does, row by row: XLA for a TPU or a CPU would copy all matrices."""
 
     def one(of: tuple[jax.Array, jax.Array]) -> jax.Array:
-        matrix = jax.lax.dynamic_index_in_dim(weight, of[1], keepdims=False)
-        return einsum("i,oi->o", of[0], matrix.astype(x.dtype))
+        row, expert = of
+
+        def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+            matrix = jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
+            y = einsum("i,oi->o", x, matrix.astype(x.dtype))
+            return y if scale is None else y * scale[expert]
+
+        return _gated(project, row, weights)
 
     return jax.lax.map(one, (x, ids))
 

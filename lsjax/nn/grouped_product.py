@@ -11,7 +11,7 @@ _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[0],
 )
-_FEWEST_ROWS, _MOST_ROWS = 8, 256  # in a tile
+_FEWEST_ROWS, _MOST_ROWS = 8, 128  # in a tile
 
 
 def grouped_product(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ def _tiles(count: int, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
       stands, counted over all of them. The number of tiles is fixed; some may have no row.
     """
     groups = sizes.shape[0]
-    size = min(max(_FEWEST_ROWS, 1 << (count // groups).bit_length()), _MOST_ROWS)
+    size = min(max(_FEWEST_ROWS, 1 << (count // groups).bit_length() >> 1), _MOST_ROWS)
     ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // size))
     starts, tile_starts = ends - sizes, tile_ends - -(-sizes // size)
     tile = jnp.arange(-(-count // size) + groups)

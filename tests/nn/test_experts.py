@@ -80,6 +80,17 @@ def test_tokens_depend_on_the_prompt_alone():
     assert greedy(prompts, weight_dtype="int8", mesh=mesh_of("122")) == in_int8
 
 
+@pytest.mark.slow("documents are quick with dense layers; experts see tokens one by one")
+def test_a_saved_document_gives_the_tokens_of_the_whole_prompt(tmp_path):
+    rng = np.random.default_rng(0)
+    document, question = (rng.integers(0, 96, n).tolist() for n in (70, 5))
+    build("qwen3_moe").read(document, save_to=tmp_path / "saved")
+    lm = build("qwen3_moe", mesh=mesh_of("122"))
+    (found,) = lm.generate([question], 12, document=lm.open_document(tmp_path / "saved"))
+    (whole,) = build("qwen3_moe").generate([document + question], 12)
+    assert found.token_ids == whole.token_ids
+
+
 def test_of_equal_experts_the_first_are_chosen():
     weights, chosen = choose_experts(EXPERTS, jnp.array([0.1, 0.3, 0.1, 0.3, 0.3]))
     assert chosen.tolist() == [1, 3]

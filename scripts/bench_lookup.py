@@ -22,6 +22,7 @@ from lsjax.cli import inputs
 from lsjax.cli.flags import define_model_flags, model_options, parse_lengths
 from lsjax.cli.program import run_program
 from lsjax.errors import UserError
+from lsjax.inference.request import check_lookup
 from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS
@@ -54,6 +55,8 @@ flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.
 
 def main(_) -> None:
     drafts = parse_lengths(FLAGS.prompt_lookup_num_tokens, "prompt_lookup_num_tokens")
+    for count in drafts:
+        check_lookup(count, lsjax.Sampling())
     if FLAGS.output_json:
         check_writable(FLAGS.output_json)
     if FLAGS.config and FLAGS.model_path:

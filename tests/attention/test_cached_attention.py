@@ -161,23 +161,19 @@ CASES = [
 ]
 MORE = [
     Case(5, 37, 5),
-    Case(64, 64, 64, group=4),
     Case(50, 64, 1),
     Case(80, 8192, 79, group=1),
     Case(700, 1024, 700, group=1),
     Case(600, 4608, 600, window=512, group=1),
     Case(49, 64, 7, window=1),
     Case(700, 1024, 350, cache="bfloat16", dtype="bfloat16"),
-    Case(49, 64, 7, cache="int8"),
     Case(200, 1024, 100, cache="int8", window=90),
     Case(70, 128, 70, cache="int4", window=30),
     Case(60, 9300, 5, group=3, cache="bfloat16"),
     Case(60, 600, 1, group=7, cache="int8", mesh="212"),
     Case(60, 5000, 6, group=2, cache="int4"),
-    *(Case(49, 64, 16, mesh=mesh) for mesh in ("141", "212", "222")),
-    Case(61, 64, 1, mesh="181"),
+    Case(49, 64, 16, mesh="222"),
     Case(49, 96, 24, window=12, cache="int8", mesh="141"),
-    Case(61, 64, 32, cache="int8", mesh="181"),
     Case(49, 64, 8, group=4, cache="bfloat16", dtype="bfloat16", mesh="142"),
     Case(120, 2 * 4352, 64, cache="int8", group=1, mesh="121"),
 ]
@@ -343,7 +339,7 @@ def test_after_a_document_on_a_gpu(gpu, case):
 
 
 @pytest.mark.parametrize(
-    "cache", ["float32", "int8", *(pytest.param(c, marks=slow) for c in ("bfloat16", "int4"))]
+    "cache", ["int8", *(pytest.param(c, marks=slow) for c in ("float32", "int4"))]
 )
 def test_the_cache_holds_the_same_bits_however_the_text_is_cut(cache):
     base = Case(50, 64, 50, cache=cache)
@@ -367,16 +363,14 @@ def test_the_cache_holds_the_same_bits_however_the_text_is_cut(cache):
 
 FEW = [
     ("111", None, 1, "float32"),
-    ("111", None, 7, "int8"),
     ("212", 5, 2, "float32"),
-    ("141", 40, 1, "int8"),
+    ("141", 40, 7, "int8"),
 ]
 MORE_FEW = [
-    ("111", None, 7, "float32"),
-    ("111", None, 1, "int8"),
-    *(("111", None, few, "int4") for few in (1, 7)),
-    *(("141", None, 7, cache) for cache in ("float32", "int8", "int4")),
-    *((mesh, 5, 2, "float32") for mesh in ("111", "141")),
+    ("111", None, 7, "int4"),
+    ("141", None, 1, "int4"),
+    ("141", None, 7, "float32"),
+    ("141", 5, 2, "float32"),
     ("212", 40, 1, "int8"),
 ]
 

@@ -129,10 +129,9 @@ MORE = [
     Case("111", 520, batch=1, alibi=True),
     Case("141", 72, group=3, window=2),
     Case("181", 160),
-    Case("222", 44, group=1, alibi=True),
-    Case("421", 28, batch=4),
 ]
-MORE = [pytest.param(c, marks=pytest.mark.slow("CASES has all of these, in pairs")) for c in MORE]
+SLOW = pytest.mark.slow("CASES has all of these, in pairs")
+MORE = [pytest.param(c, marks=SLOW) for c in MORE]
 
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
@@ -145,7 +144,7 @@ def test_as_near_the_truth_as_plain_attention_however_rows_are_packed(case):
     check()
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [None, pytest.param(40, marks=SLOW)])
 def test_as_near_when_keys_travel_in_many_pieces(window):
     sizes = RingSizes(24, 32, Blocks(rows=40, keys=12, decode_keys=12))
     case = Case("141", 4 * 96, batch=2, window=window)

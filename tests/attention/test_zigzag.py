@@ -19,7 +19,7 @@ def zigzags(draw):
     return Zigzag(devices, 2 * devices * draw(st.integers(1, 5)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(zigzags(), st.integers(1, 4))
 def test_every_position_has_one_slot(zigzag, stripes):
     length = stripes * zigzag.block_length

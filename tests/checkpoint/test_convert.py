@@ -41,9 +41,19 @@ def assert_same_bits(found, wanted):
         assert found[name].tobytes() == tensor.tobytes(), name
 
 
+slow = pytest.mark.slow("of each family a folder that transformers saved is quick")
+
+
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [*zip(CONFIGS, 2 * ("bfloat16", "float16", "float32"), strict=True)],
+    [
+        pytest.param(
+            architecture,
+            dtype,
+            marks=[slow] * (architecture in ("LlamaForCausalLM", "Glm4ForCausalLM")),
+        )
+        for architecture, dtype in zip(CONFIGS, 2 * ("bfloat16", "float16", "float32"), strict=True)
+    ],
 )
 def test_round_trip_is_bit_identical(tmp_path, small_groups, architecture, dtype):
     tensors = make_tensors(architecture, dtype)

@@ -53,18 +53,13 @@ def test_a_pass_key_is_read_by_the_heads_that_retrieve_and_by_no_others(small, t
     assert keys_read(lsjax.load(rope_scaling="auto", kv_compression=worse), 4, 1000) < 0.5
 
 
-@pytest.mark.slow("24 pass keys, of which eight are read in the quick test above")
+@pytest.mark.slow("the quick test above reads pass keys of half the length")
 @pytest.mark.runs_long
 def test_the_heads_that_retrieve_are_found_and_keep_the_pass_keys(full, small, tmp_path):
-    of_all = keys_read(full, 8)
-    assert of_all == 1
-    assert keys_read(small, 8) >= 0.98 * of_all
-    # As many others: those of the first layer, or one of each.
-    for other in ([[1, 1, 1, 1], [0, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 1, 1]]):
-        worse = lsjax.load(
-            rope_scaling="auto", kv_compression=with_scores(tmp_path, full.config, other)
-        )
-        assert keys_read(worse, 4) < 0.5 * of_all
+    assert keys_read(full, 4) == keys_read(small, 4) == 1
+    # As many others: one of each layer.
+    other = with_scores(tmp_path, full.config, [[1, 1, 0, 0], [0, 0, 1, 1]])
+    assert keys_read(lsjax.load(rope_scaling="auto", kv_compression=other), 4) < 0.5
 
 
 @pytest.mark.slow("600 steps of decoding; the attention of each is tested against float64")
@@ -78,8 +73,8 @@ def test_perplexity_stays_within_a_hundredth(full, small):
 
 def test_decoded_tokens_lose_what_prompt_tokens_lose(full):
     ids = full.tokenizer.encode(" ".join(sentences(random.Random(2), 700)))[:600]
-    found = full.teacher_forced_nll([ids, ids[::-1]], 410)
-    np.testing.assert_allclose(found, full.token_nll([ids, ids[::-1]])[:, 410:], atol=1e-4)
+    found = full.teacher_forced_nll([ids, ids[::-1]], 540)
+    np.testing.assert_allclose(found, full.token_nll([ids, ids[::-1]])[:, 540:], atol=1e-4)
 
 
 PROMPTS = (700, 350)
@@ -90,7 +85,7 @@ def tokens(kv="float32", compression=SMALL, **options):
     ids = np.random.default_rng(0).integers(32, 127, sum(PROMPTS)).tolist()
     prompts = [ids[: PROMPTS[0]], ids[PROMPTS[0] :]]
     # A batch of one shape has the windows of one room.
-    found = lm.generate(prompts, 40, max_input_length=1024, ignore_eos=True)
+    found = lm.generate(prompts, 24, max_input_length=1024, ignore_eos=True)
     return [c.token_ids for c in found]
 
 
@@ -107,12 +102,6 @@ slow = pytest.mark.slow("a chunk is quick; what layers compute on meshes is in t
 )
 def test_tokens_depend_neither_on_the_mesh_nor_on_the_chunks(kv, options):
     assert tokens(kv, **options) == tokens(kv)
-
-
-@pytest.mark.slow("what such a layer computes is quick in test_window")
-def test_windows_that_take_everything_change_nothing():
-    everything = {"window": 5000, "induction": 0.25}
-    assert tokens(compression=everything) == tokens(compression=None)
 
 
 def test_the_cache_is_as_much_smaller_as_its_arrays():

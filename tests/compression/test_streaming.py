@@ -45,7 +45,7 @@ def in_float64(q, k, v, start, position):
         ((2, 2, 2), 64),
         *(
             pytest.param(*case, marks=pytest.mark.slow("all axes together are quick"))
-            for case in (((1, 1, 1), 256), ((1, 4, 1), 32), ((1, 2, 2), 128))
+            for case in (((1, 1, 1), 256), ((1, 4, 1), 32))
         ),
     ],
 )
@@ -112,11 +112,6 @@ def passkeys(count, length, compression, **options):
 @pytest.mark.slow("attention of each chunk is quick, against float64")
 def test_pass_keys_are_read():
     assert passkeys(4, 1300, SMALL, prefill_chunk=128)[0] == 4
-
-
-@pytest.mark.slow("twelve where four are quick")
-def test_many_pass_keys_are_read():
-    assert passkeys(12, 2000, SMALL, prefill_chunk=128)[0] >= 11
 
 
 @pytest.mark.slow("what heads of any reach keep is quick in test_reach")

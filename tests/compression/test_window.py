@@ -38,7 +38,7 @@ def attention_over_what_is_kept(q, k, v, position, length, spec):
     """
     group = q.shape[0] // k.shape[1]
     kept = [p for p in range(position + 1) if p < spec.sinks or p > position - spec.last]
-    gone = [p for p in range(position + 1) if p not in set(kept)]
+    gone = sorted({*range(position + 1)} - {*kept})
     out = []
     for head in range(q.shape[0]):
         keys, values = k[:, head // group], v[:, head // group]
@@ -113,7 +113,7 @@ def outputs(mesh_sizes, dtype, lengths, steps, kept, seed=0, last=LAST):
 
 
 slow = pytest.mark.slow("one device and all axes together are quick, and each format once")
-MESHES = ((1, 2, 1), (1, 8, 1), (1, 1, 2), (1, 1, 4))
+MESHES = ((1, 8, 1), (1, 1, 4))
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,6 @@ def test_tokens_see_what_is_kept_and_what_was_dropped_as_one(mesh, lengths):
         ((1, 1, 1), "int8", 3e-2),
         ((1, 4, 2), "bfloat16", 2e-2),
         pytest.param((1, 1, 1), "int4", 0.3, marks=slow),
-        pytest.param((1, 1, 1), "bfloat16", 2e-2, marks=slow),
-        pytest.param((1, 4, 2), "int4", 0.3, marks=slow),
         pytest.param((1, 4, 2), "int8", 3e-2, marks=slow),
     ],
 )

@@ -18,15 +18,12 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow("a window over int
 CHUNKED = [
     ("qwen2_window", "int8"),
     slow("glm4", "float32"),
-    slow("qwen2_window", "float32"),
-    slow("glm4", "int8"),
     slow("glm4", "int4"),
 ]
 # Rows of a batch meet these too, and rotary tables that differ.
 BATCHED = [
     ("qwen2_window", "int8"),
     slow("qwen3_dynamic", "float32"),
-    slow("qwen2_window", "float32"),
     slow("glm4", "int4"),
 ]
 
@@ -53,11 +50,10 @@ def step_by_step(lm, ids):
 @pytest.mark.parametrize(("name", "kv"), CHUNKED)
 def test_whatever_the_chunk(model, name, kv):
     length = LONGER[kv] + LENGTH
-    whole, *cut = (
-        tokens(model(name, kv, chunk, layers=2), [prompt(1, length)])
-        for chunk in (length, 1, 7, 64)
+    usual, *others = (
+        tokens(model(name, kv, chunk, layers=2), [prompt(1, length)]) for chunk in (64, 1, 7)
     )
-    assert cut == [whole] * 3
+    assert others == [usual] * 2
 
 
 @pytest.mark.parametrize(("name", "kv"), BATCHED)
@@ -79,12 +75,10 @@ def test_generation_is_the_argmax_of_the_logits(model, name, kv):
     assert tokens(lm, [ids])[0][:6] == step_by_step(lm, ids)
 
 
-@pytest.mark.parametrize("kv", ["float32", slow("int8")])
-def test_whatever_the_segment(model, kv):
-    ids = prompt(13, max(LENGTH, LONGER[kv] - 3))
-    usual = tokens(model("glm4", kv), [ids])
+def test_whatever_the_segment(model):
+    usual = tokens(model("glm4"), [prompt(13)])
     for segment in (1, OUTPUT):
-        assert tokens(model("glm4", kv, segment=segment), [ids]) == usual
+        assert tokens(model("glm4", segment=segment), [prompt(13)]) == usual
 
 
 def test_whatever_was_asked_before(model):
@@ -107,10 +101,8 @@ slow_drafts = pytest.mark.slow("drafts over int8 are quick, and few tokens on me
                 marks=slow_drafts,
             )
             for case in (
-                (1, "qwen3", "float32", ""),
-                (15, "chatglm", "float32", ""),
-                (6, "qwen2_window", "int8", ""),
-                (6, "glm4", "int4", "context=4"),
+                (1, "qwen2_window", "float32", ""),
+                (15, "chatglm", "int4", "context=4"),
                 (6, "llama_tied_llama3", "float32", "data=2,context=2,model=2"),
             )
         ),

@@ -18,12 +18,12 @@ def test_tokens_are_those_of_a_cache_that_never_rolls(model):
     """With chunks of 1,024 the cache of a layer holds all of the texts; with 16, 256 tokens."""
     options = {"ignore_eos": True, "allow_untrained_length": True}
     whole, rolling = (
-        model("qwen2_window", kv="int8", chunk=chunk).generate(PROMPTS, 24, **options)
+        model("qwen2_window", kv="int8", chunk=chunk, layers=2).generate(PROMPTS, 24, **options)
         for chunk in (1024, 16)
     )
     assert [c.token_ids for c in rolling] == [c.token_ids for c in whole]
     assert rolling[0].stats.cache_bytes < whole[0].stats.cache_bytes
-    lookup = model("qwen2_window", kv="int8", chunk=16).generate(
+    lookup = model("qwen2_window", kv="int8", chunk=16, layers=2).generate(
         PROMPTS, 24, prompt_lookup_num_tokens=5, **options
     )
     assert [c.token_ids for c in lookup] == [c.token_ids for c in whole]

@@ -81,7 +81,7 @@ def test_what_quantized_caches_change(tmp_path):
 
 @pytest.mark.slow("what it measures is tested with the shipped models")
 def test_the_table_of_scalings(tmp_path):
-    lengths, settings = (512, 1024), ("none", "yarn", "alibi")
+    lengths, settings = (512, 1024), ("none", "alibi")
     files = ["--output_json", tmp_path / "table.json", "--plot", tmp_path / "table.png"]
     asked = [
         "--lengths",

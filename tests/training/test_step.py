@@ -17,13 +17,14 @@ from lsjax.nn.parameters import flatten
 from lsjax.training.loss import ChunkSizes
 from lsjax.training.step import Trainer
 
-LENGTH = 32
+LENGTH, ALL_AXES = 32, "data=2,context=2,model=2"
 
 
 # So that a device has several chunks, and the last of them is filled up.
 SMALL = ChunkSizes(mlp=6, logits=5)
 
 
+@functools.cache
 def trainer(kind, mesh="", dtype="float32", chunks=SMALL):
     return Trainer(tiny(kind), make_mesh(mesh), optax.sgd(1.0), dtype, chunks)
 
@@ -73,11 +74,7 @@ def assert_close(got, wanted):
 @pytest.mark.parametrize(
     ("kind", "mesh", "parts"),
     [
-        ("rotary", "data=2,context=2,model=2", 2),
-        pytest.param(
-            *("rotary", "context=8", 1),
-            marks=pytest.mark.slow("gradients of longer rings are those of attention's tests"),
-        ),
+        ("rotary", ALL_AXES, 2),
         pytest.param(
             *("alibi", "context=4,model=2", 2),
             marks=pytest.mark.slow("gradients with slopes are those of attention's tests"),
@@ -92,13 +89,9 @@ def test_loss_and_gradients_are_those_of_the_plain_model(kind, mesh, parts):
     np.testing.assert_allclose(losses, expected(kind)[2], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    ["", pytest.param("context=2,model=2", marks=pytest.mark.slow("meshes run in float32"))],
-)
-def test_bfloat16_is_near_float32(mesh):
-    t = trainer("rotary", mesh, "bfloat16")
-    mean, grads = gradients(t, mesh, in_parts(documents(4, LENGTH), 1))
+def test_bfloat16_is_near_float32():
+    t = trainer("rotary", dtype="bfloat16")
+    mean, grads = gradients(t, "", in_parts(documents(4, LENGTH), 1))
     wanted, wanted_grads, _ = expected("rotary")
     assert mean == pytest.approx(wanted, rel=0.01)
     for name, grad in wanted_grads.items():
@@ -107,17 +100,18 @@ def test_bfloat16_is_near_float32(mesh):
 
 
 def test_packed_documents_lose_what_each_loses_alone():
-    t = trainer("rotary", "context=2")
-    params, tables = parameters(t.config, "context=2"), t.tables(LENGTH)
-    packed = documents(1, LENGTH, seed=3, most=5)
+    """Those of the first of four rows."""
+    t = trainer("rotary", ALL_AXES)
+    params, tables = parameters(t.config, ALL_AXES), t.tables(LENGTH)
+    packed = documents(4, LENGTH, seed=3, most=5)
     together = np.asarray(t.losses(params, packed, tables))[0]
-    starts = [*np.unique(packed.begin), LENGTH]
+    starts = [*np.unique(packed.begin[0]), LENGTH]
     assert len(starts) > 3
     for first, end in itertools.pairwise(starts):
         alone = jax.tree.map(lambda x: np.zeros_like(x), packed)
         for field in ("tokens", "targets"):
             getattr(alone, field)[0, : end - first] = getattr(packed, field)[0, first:end]
-        alone.positions[0] = np.arange(LENGTH)
+        alone.positions[:] = np.arange(LENGTH)
         losses = np.asarray(t.losses(params, alone, tables))[0, : end - first]
         np.testing.assert_allclose(losses, together[first:end], rtol=1e-5, atol=1e-5)
 

@@ -131,7 +131,7 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({
     "prefill_tokens_per_second": length / prefill,
     "decode_tokens_per_second": (output - 1) / decode,
-    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
 }))
 """
 
@@ -154,7 +154,7 @@ decode = time.perf_counter() - start
 print(json.dumps({
     "prefill_tokens_per_second": length / prefill,
     "decode_tokens_per_second": (output - 1) / decode,
-    "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
 }))
 """
 

@@ -1,7 +1,7 @@
 """Measures prefill and decode speed and peak memory by prompt length.
 
     python scripts/bench_generate.py --config examples/qwen2.5-0.5b.json --prompt_lengths 2048,8192
-    python scripts/bench_generate.py --model_path Qwen3-0.6B --weights float32,int8 \
+    python scripts/bench_generate.py --model_path Qwen3-0.6B --weights float32,float32+int8 \
         --transformers_python /path/to/python --transformers_dtypes float32,bfloat16
     python scripts/bench_generate.py --model_path SmolLM2 --llama_cpp_python /path/to/python \
         --gguf SmolLM2-135M-Instruct.Q4_1.gguf
@@ -35,7 +35,8 @@ flags.DEFINE_integer("output_length", 33, "Number of tokens to generate.", lower
 flags.DEFINE_list(
     "weights",
     ["float32"],
-    "Weights of lsjax to measure in turn: float32, bfloat16, or int8 (with float32 activations).",
+    "Dtypes of lsjax to measure in turn: float32, bfloat16, or with int8 weights float32+int8, "
+    "bfloat16+int8.",
 )
 flags.DEFINE_enum(
     "kv_cache_dtype",
@@ -72,6 +73,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("gguf", None, "GGUF file of the model, for --llama_cpp_python.")
 flags.DEFINE_string("output_json", None, "File to write the figures to, as JSON.")
 
+_WEIGHTS = ("float32", "bfloat16", "float32+int8", "bfloat16+int8")
 _FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
 
 _LSJAX = """
@@ -82,11 +84,11 @@ from lsjax.runtime.memory import peak_memory_bytes
 from lsjax.inference.request import batches
 import numpy as np
 folder, weights, length, output, cache, chunk, mesh = json.loads(sys.argv[1])
-int8 = weights == "int8"
+dtype, _, weight_dtype = weights.partition("+")
 lm = lsjax.load(
     folder,
-    dtype="float32" if int8 else weights,
-    weight_dtype="int8" if int8 else "auto",
+    dtype=dtype,
+    weight_dtype=weight_dtype or "auto",
     kv_cache_dtype=cache,
     mesh=mesh,
     prefill_chunk=chunk,
@@ -182,8 +184,8 @@ def main(argv: list[str]) -> None:
     del argv
     if (FLAGS.config is None) == (FLAGS.model_path is None):
         raise UserError("give either --config, for random weights, or --model_path.")
-    if unknown := set(FLAGS.weights) - {"float32", "bfloat16", "int8"}:
-        raise UserError(f"--weights takes float32, bfloat16 and int8, not {sorted(unknown)}.")
+    if unknown := set(FLAGS.weights) - set(_WEIGHTS):
+        raise UserError(f"--weights takes {', '.join(_WEIGHTS)}, not {sorted(unknown)}.")
     if (FLAGS.llama_cpp_python is None) != (FLAGS.gguf is None):
         raise UserError("--llama_cpp_python and --gguf go together: give both or neither.")
     if FLAGS.output_json:
@@ -239,7 +241,8 @@ def _measure(python: str, program: str, dtype: str, folder: str, length: int) ->
     command = [python, "-c", program, json.dumps(settings)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        ended = f"it ended with {result.returncode} and no message"
+        last = (result.stderr.strip().splitlines() or [ended])[-1]
         raise UserError(f"measuring with {python} failed: {last}")
     return json.loads(result.stdout.strip().splitlines()[-1])
 

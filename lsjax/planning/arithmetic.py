@@ -23,6 +23,9 @@ from lsjax.planning.shared_document import document_specs, held_bytes, own_bytes
 # weights, which a context axis splits and prefill gathers. On a CPU, XLA gathers all layers whole.
 _MLP_VECTORS, _HIDDEN_VECTORS, _GATHERED = 2, 5, 0.2
 _EXPERT_HIDDEN_VECTORS = 2  # of a token, for each of its experts
+# Float32 vectors of the queries' size, of rows that attend to a document and to their own tokens:
+# the two Partials, and what they are made of.
+_BESIDE_DOCUMENT_VECTORS = 10
 _ALL: Mapping[str, float] = {}
 _TPU_CODE_BYTES = 2 * 2**20  # of a layer's code, which lies in the memory of the data
 
@@ -54,7 +57,7 @@ def needs_of(
     }
     if not deployment.document_length:
         return programs
-    alone = dataclasses.replace(deployment, batch=deployment.sizes["data"])
+    alone = dataclasses.replace(deployment, batch=deployment.sizes["data"], document_length=0)
     document = document_specs(config, deployment, 1).document
     cache = document.nbytes(config, deployment.mesh, platform)
     read = _prefill_temporaries(config, platform, alone, layers)
@@ -135,6 +138,9 @@ def _prefill_temporaries(
     channels = max(_mlp_channels(config, kind, model) for kind in config.layers)
     channels += _HIDDEN_VECTORS * config.hidden_size
     total = tokens * channels * jnp.dtype(deployment.dtype).itemsize
+    if deployment.document_length:
+        query_channels = config.num_heads * config.head_dim / model
+        total += 4 * tokens * _BESIDE_DOCUMENT_VECTORS * query_channels
     if context > 1:
         gathered = sum(layers) if platform == "cpu" else _GATHERED * max(layers)
         total += context * gathered

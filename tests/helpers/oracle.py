@@ -32,6 +32,60 @@ def attention(q, k, v, positions, window=None):
     return values, (highest + np.log(total))[..., 0]
 
 
+def rotated(x, positions, theta=1e4, interleaved=False):
+    """Rotates [..., length, heads, head_dim] to [length] positions, in float64, by definition."""
+    x = np.asarray(x, np.float64)
+    pairs = x.shape[-1] // 2
+    angle = np.asarray(positions)[:, None, None] * theta ** -(np.arange(pairs) / pairs)
+    halves = (x[..., 0::2], x[..., 1::2]) if interleaved else np.split(x, 2, axis=-1)
+    turned = (halves[0] + 1j * halves[1]) * np.exp(1j * angle)
+    parts = turned.real, turned.imag
+    return np.stack(parts, -1).reshape(x.shape) if interleaved else np.concatenate(parts, -1)
+
+
+def dual_chunk_distance(at, size, local):
+    """Distance that the rotation of query i and key j shows, [queries, keys], for queries `at`.
+
+    Written from the paper's three cases, not from the positions that the two are rotated to.
+    """
+    chunk = size - local
+    i, j = np.asarray(at)[:, None], np.arange(np.max(at) + 1)
+    apart = i // chunk - j // chunk
+    own, before = i - j, np.minimum(i % chunk + chunk, size) - j % chunk
+    earlier = min(2 * chunk - 1, size) - j % chunk
+    return np.where(apart == 0, own, np.where(apart == 1, before, earlier))
+
+
+def dual_chunk_attention(q, k, v, size, local, original=None, length=None, theta=1e4):
+    """Dual chunk attention of whole rows to themselves, by definition.
+
+    Args:
+      q: [batch, length, heads, head_dim], not rotated.
+      k, v: [batch, length, kv_heads, head_dim], not rotated.
+      size, local: chunk_size and local_size.
+      original: past how many tokens all scores grow; None for never.
+      length: prompt and output of the request; None for as many as there are.
+      theta: base of the frequencies; halves of the channels are rotated.
+
+    Returns:
+      [batch, length, heads, head_dim] float64.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group, at = q.shape[2] // k.shape[2], np.arange(q.shape[1])
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    pairs = q.shape[3] // 2
+    frequencies = theta ** -(np.arange(pairs) / pairs)
+    q, k = (x[..., :pairs] + 1j * x[..., pairs:] for x in (q, k))
+    products = np.einsum("blhp,bshp->bhlsp", q, k.conj())
+    turns = np.exp(1j * dual_chunk_distance(at, size, local)[..., None] * frequencies)
+    scores = np.einsum("bhlsp,lsp->bhls", products, turns).real / np.sqrt(2 * pairs)
+    if original and (length or len(at)) > original:
+        scores *= (0.1 * np.log((length or len(at)) / original) + 1) ** 2
+    scores = np.where(at <= at[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("bhls,bshd->blhd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
 def attention_gradients(q, k, v, d_out, begin, slopes=None):
     """What attention of whole rows to themselves gives, and its gradients, by the chain rule.
 

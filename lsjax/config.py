@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are scaled to serve more positions than the model was trained for.
+    """How rotation is changed to serve more positions than the model was trained for.
 
     Fields that a kind does not use keep their defaults. `lsjax.positions.scaling` lists the fields
     of each kind.
@@ -30,6 +30,8 @@ class RopeScaling:
     high_freq_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    chunk_size: int | None = None
+    local_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,6 @@ class ModelConfig:
       normalized_head: whether the rows of the output head are scaled to norm 1.
       eos_token_ids: token ids that end an answer.
       dtype: dtype in which the checkpoint was published.
-      exact_length: longest prompt plus output, in tokens, for which this library computes the
-        model's attention exactly; None if there is no limit.
     """
 
     architecture: str
@@ -124,7 +124,6 @@ class ModelConfig:
     normalized_head: bool
     eos_token_ids: tuple[int, ...]
     dtype: str
-    exact_length: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -145,9 +144,12 @@ class ModelConfig:
         """The length in tokens that the weights were trained for, before any scaling.
 
         yarn and longrope files may have max_position_embeddings raised to the served length.
-        llama3 checkpoints were trained at max_position_embeddings with the scaling on.
+        llama3 checkpoints were trained at max_position_embeddings with the scaling on. With
+        dual_chunk max_position_embeddings is the length that is served.
         """
         scaling = self.rope_scaling
+        if scaling.kind == "dual_chunk":
+            return scaling.original_length or scaling.chunk_size
         if scaling.kind in ("yarn", "longrope") and scaling.original_length is not None:
             return scaling.original_length
         return self.max_position_embeddings
@@ -160,7 +162,7 @@ class ModelConfig:
             return MAX_POSITIONS
         if scaling.kind in ("linear", "dynamic", "ntk", "yarn"):
             return math.floor(self.trained_length * scaling.factor)
-        return self.max_position_embeddings
+        return max(self.max_position_embeddings, self.trained_length)
 
     @property
     def traced(self) -> "ModelConfig":
@@ -178,5 +180,4 @@ class ModelConfig:
             auto_rope_kind="",
             eos_token_ids=(),
             dtype="",
-            exact_length=None,
         )

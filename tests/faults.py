@@ -64,6 +64,27 @@ FAULTS = (
         "tests/nn/test_grouped_product.py",
     ),
     Fault(
+        "a query of dual chunk attention farther from the chunk before than it was trained for",
+        "lsjax/positions/dual_chunk.py",
+        "jnp.minimum(place + self.stride, self.size)",
+        "place + self.stride",
+        "tests/attention/test_dual_chunk.py",
+    ),
+    Fault(
+        "scores past the original length that grow by half",
+        "lsjax/positions/dual_chunk.py",
+        "+ 1) ** 2",
+        "+ 1) ** 1",
+        "tests/attention/test_dual_chunk.py",
+    ),
+    Fault(
+        "quantized keys of a later chunk of positions in an earlier one's range",
+        "lsjax/cache/float_tail.py",
+        "block_begin if step.views == 1 else jnp.minimum(step.end, block_begin)",
+        "block_begin",
+        "tests/attention/test_dual_chunk.py",
+    ),
+    Fault(
         "a wrong slot in the zigzag",
         "lsjax/distributed/sequence_layout.py",
         "rest - (2 * self.devices - 1 - device) * self.piece_length, 0",

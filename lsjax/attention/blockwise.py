@@ -43,8 +43,9 @@ class KeyRange(NamedTuple):
     """Range of KVArray slots that each query sees, and the positions of queries and keys.
 
     Attributes:
-      start, stop: [batch, length], not decreasing along length. A query sees the slots
-        start .. stop - 1, as far as they exist. `start` is None if all queries see from slot 0.
+      start, stop: [batch, length], not decreasing along length but in a decode step. A query sees
+        the slots start .. stop - 1, as far as they exist. `start` is None if all queries see from
+        slot 0.
       query_positions: [batch, length] position of each query.
       key_positions: [slots] or [batch, slots] position of each slot, needed only for ALiBi; None
         if slot s holds position s.

@@ -70,6 +70,15 @@ def on_gpu(platform: str) -> bool:
     return platform in _GPU
 
 
+def reads_once(platform: str) -> bool:
+    """Returns whether queries of a decode step that see other keys are best run in one call.
+
+    Accelerators wait for the keys, which one call reads once for all queries. A CPU's time is that
+    of the products.
+    """
+    return platform != "cpu"
+
+
 def takes_blocks(platform: str) -> bool:
     """Returns whether prefill gains from what is known of its queries; see QueryBlocks.
 

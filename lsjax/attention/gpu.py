@@ -50,8 +50,8 @@ class Slots(NamedTuple):
     Attributes:
       k, v: [batch, kv_heads, capacity, head_dim], int8 or float.
       k_scale, v_scale: [batch, kv_heads, capacity] scales of int8 keys and values, else None.
-      begin, end: [batch, length] int32 slot range of each query, not decreasing along length;
-        slots past the capacity are ignored.
+      begin, end: [batch, length] int32 slot range of each query; slots past the capacity are
+        ignored.
     """
 
     k: jax.Array

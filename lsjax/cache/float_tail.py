@@ -83,14 +83,30 @@ class FloatTail:
         if self._takes_token(q, step):
             return self._write_and_attend(q, k, v, step)
         q, k = hadamard_transform(q).astype(q.dtype), hadamard_transform(k)
-        block_begin = step.positions // self.block * self.block
+        block_begin = step.query_positions // self.block * self.block
         far_blocks, near_blocks = self._blocks(k.shape[2], step)
+        far_end = block_begin if step.views == 1 else jnp.minimum(step.end, block_begin)
         far, inner = self.inner.update_and_attend(
-            q, k, v, step.replace(end=block_begin, blocks=far_blocks)
+            q, k, v, step.replace(end=far_end, blocks=far_blocks)
         )
-        begin = block_begin if step.begin is None else jnp.maximum(step.begin, block_begin)
+        near_step, others = step.replace(blocks=near_blocks), 0
+        if step.views > 1 and step.tables.chunks.stride % self.block == 0:
+            # The block is all in the query's own chunk of positions, of which the last view is.
+            others = q.shape[3] - k.shape[2]
+            q, block_begin = q[:, :, :, others:], block_begin[:, others:]
+            near_step = near_step.replace(
+                begin=step.begin[:, others:], end=step.end[:, others:], views=1
+            )
+        begin = near_step.begin
+        begin = block_begin if begin is None else jnp.maximum(begin, block_begin)
         attend_tail = self._around_ring if step.around_ring(self.zigzag) else self._on_each_device
-        partial, tail = attend_tail(q, k, v, step.replace(blocks=near_blocks), begin)
+        partial, tail = attend_tail(q, k, v, near_step, begin)
+        if others:
+            before = ((0, 0),) * 3 + ((others, 0),)
+            partial = Partial(
+                jnp.pad(partial.values, (*before, (0, 0))),
+                jnp.pad(partial.lse, before, constant_values=-jnp.inf),
+            )
         return merge(far, partial), self.replace(inner=inner, tail=tail)
 
     def _takes_token(self, q: jax.Array, step: Step) -> bool:

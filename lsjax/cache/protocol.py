@@ -4,6 +4,7 @@ from typing import Protocol, Self
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from lsjax.attention import dispatch
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
@@ -20,8 +21,8 @@ class Step:
     Attributes:
       positions: [batch, length] positions of the tokens.
       lengths: [batch] total number of tokens in each row; later ones are padding. Or None.
-      begin, end: [batch, length]; each query sees the positions begin .. end - 1. `begin` is None
-        if all see from position 0.
+      begin, end: [batch, views * length]; each query sees the positions begin .. end - 1. `begin`
+        is None if all see from position 0.
       blocks: what is known of `begin` and `end` when a program is compiled; None if nothing is. See
         QueryBlocks.
       slopes: [kv_heads, group] ALiBi slopes, or None.
@@ -29,6 +30,8 @@ class Step:
       decode: whether these are the few tokens of a decode step, not a prefill chunk.
       rope_interleaved: whether rotation pairs adjacent channels; see ModelConfig.
       platform: cpu, gpu (or cuda) or tpu.
+      views: 1, or the number of ranges of keys that dual chunk attention rotates the queries for;
+        then queries are those of one view after the other.
     """
 
     positions: jax.Array
@@ -41,6 +44,12 @@ class Step:
     blocks: QueryBlocks | None = flax.struct.field(pytree_node=False)
     rope_interleaved: bool = flax.struct.field(pytree_node=False)
     platform: str = flax.struct.field(pytree_node=False)
+    views: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def query_positions(self) -> jax.Array:
+        """Positions of the queries of all views, [batch, views * length]."""
+        return jnp.tile(self.positions, (1, self.views)) if self.views > 1 else self.positions
 
     def attend(
         self,
@@ -57,8 +66,16 @@ class Step:
         See KeyRange and QueryBlocks. ALiBi is the only one to use the positions.
         """
         positions = None if self.slopes is None else positions
-        key_range = KeyRange(start, stop, self.positions, positions)
-        return dispatch.attend(self.platform, q, k, v, key_range, self.slopes, blocks)
+        key_range = KeyRange(start, stop, self.query_positions, positions)
+        if self.views == 1 or (self.decode and dispatch.reads_once(self.platform)):
+            return dispatch.attend(self.platform, q, k, v, key_range, self.slopes, blocks)
+        # The views of a block of queries see keys far apart: each reads only its own.
+        partials, length = [], self.positions.shape[1]
+        for first in range(0, self.views * length, length):
+            of_view = key_range.queries(lambda x, at=first: x[:, at : at + length])
+            view = q[:, :, :, first : first + length]
+            partials.append(dispatch.attend(self.platform, view, k, v, of_view, None, blocks))
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *partials)
 
     def around_ring(self, zigzag: Zigzag) -> bool:
         """Returns whether the tokens are sharded over the context axis, as a prefill chunk is."""
@@ -89,7 +106,8 @@ class LayerCache(Protocol):
         """Writes new tokens, and attends to what is kept of all tokens; called under shard_map.
 
         Args:
-          q: [batch, kv_heads, group, length, head_dim] queries, rotated and scaled.
+          q: [batch, kv_heads, group, views * length, head_dim] queries, rotated and scaled; see
+            Step.
           k, v: [batch, kv_heads, length, head_dim] keys and values, keys rotated.
           step: everything else about the tokens.
 

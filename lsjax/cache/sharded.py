@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lsjax.attention import dispatch
 from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.head_layout import by_head, by_token
+from lsjax.attention.partial import merge
 from lsjax.cache.protocol import LayerCache, Step
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import (
@@ -44,7 +45,8 @@ def update_and_attend(
 
     Args:
       mesh: mesh with the axes data, context and model.
-      q: [batch, length, heads, head_dim], rotated, not yet scaled.
+      q: [batch, length, heads, views * head_dim], rotated, not yet scaled. There is one view, or
+        one for each range of keys that dual chunk attention rotates queries for.
       k, v: [batch, length, kv_heads, head_dim], keys rotated.
       positions: [batch, length]. A prefill chunk has the same in every row, consecutive and in
         order; with several devices on the context axis they are whole zigzag blocks, in the order
@@ -88,20 +90,32 @@ def update_and_attend(
 
 
 def _on_device(q, k, v, positions, lengths, cache, slopes, tables, *, window, **static):
-    dtype = v.dtype
-    q, k, v = by_head(q, k, v)
-    in_blocks = dispatch.takes_blocks(static["platform"]) and not static["decode"]
+    dtype, length, views = v.dtype, k.shape[1], q.shape[3] // k.shape[3]
+    q, k, v = by_head(jnp.concatenate(jnp.split(q, views, axis=3), axis=1), k, v)
+    in_blocks = dispatch.takes_blocks(static["platform"]) and not static["decode"] and views == 1
+    begin = None if window is None else jnp.maximum(positions + 1 - window, 0)
+    end = positions + 1
+    if views > 1:
+        ranges = zip(*tables.chunks.key_ranges(positions), strict=True)
+        begin, end = (jnp.concatenate(x, axis=1) for x in ranges)
     step = Step(
         positions=positions,
         lengths=lengths,
-        begin=None if window is None else jnp.maximum(positions + 1 - window, 0),
-        end=positions + 1,
-        blocks=_blocks(q.shape[3], cache.zigzag, window) if in_blocks else None,
+        begin=begin,
+        end=end,
+        blocks=_blocks(length, cache.zigzag, window) if in_blocks else None,
         slopes=None if slopes is None else slopes.reshape(q.shape[1:3]),
         tables=tables,
+        views=views,
         **static,
     )
     partial, cache = cache.update_and_attend(q, k, v, step)
+    if views > 1:  # they see other keys
+        of_views = (
+            jax.tree.map(lambda x, at=at: x[:, :, :, at : at + length], partial)
+            for at in range(0, views * length, length)
+        )
+        partial = functools.reduce(merge, of_views)
     return by_token(partial.values).astype(dtype), cache
 
 

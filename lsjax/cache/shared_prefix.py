@@ -75,19 +75,24 @@ class SharedPrefix:
         after = step.replace(
             positions=step.positions - self.length,
             lengths=None if step.lengths is None else step.lengths - self.length,
+            begin=None if step.begin is None else step.begin - self.length,
             end=step.end - self.length,
         )
         partial, own = self.own.update_and_attend(q, k, v, after)
         return merge(self._attend_to_document(q, step), partial), self.replace(own=own)
 
     def _attend_to_document(self, q: jax.Array, step: Step) -> Partial:
-        batch, _, _, length, _ = q.shape
+        batch, _, _, length, _ = q.shape  # that of all views
         zigzag, rows = self.document.zigzag, batch * length
         q = jnp.moveaxis(q, 0, 2).reshape(1, *q.shape[1:3], rows, -1)
-        blocks = QueryBlocks(rows, causal=False)  # all see the same slots
-        step = step.replace(positions=step.positions.reshape(1, -1), blocks=blocks)
-        end = jnp.broadcast_to(self.length, step.positions.shape)
-        args = q, self.document.k, self.document.v, step, zigzag, None, end
+        begin, end, blocks = None, jnp.full((1, rows), self.length), None
+        if step.views == 1:  # all see the same slots
+            blocks = QueryBlocks(rows, causal=False)
+        else:
+            begin, end = step.begin.reshape(1, rows), jnp.minimum(step.end.reshape(1, rows), end)
+        at = step.query_positions.reshape(1, rows)
+        step = step.replace(positions=at, begin=begin, end=end, blocks=blocks, views=1)
+        args = q, self.document.k, self.document.v, step, zigzag, begin, end
         if step.around_ring(zigzag):
             used = zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length)
             partial = attend_around_ring(*args, 0, used, blocks)

@@ -1,6 +1,7 @@
 """Reports a run's configuration and results, as text and as JSON."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request
 from lsjax.inference.sampling import Sampling
+from lsjax.positions.dual_chunk import score_factor
 from lsjax.positions.frequencies import resolve, rotary_frequencies
 from lsjax.runtime.memory import human_bytes
 
@@ -20,6 +22,7 @@ def effective_config(options: Options, requests: Sequence[Request]) -> dict[str,
     scaling, theta = resolve(config, request_length)
     compression = options.compression
     _, attention_factor = rotary_frequencies(config, request_length)
+    attention_factor *= math.sqrt(score_factor(config, request_length))
     return {
         "model": options.folder,
         "architecture": config.architecture,

@@ -57,8 +57,12 @@ class Compression:
         return params
 
     def served_length(self, config: ModelConfig) -> int:
-        """Returns the longest sequence, in tokens, that the model serves with this cache."""
-        return config.served_length
+        """Returns the longest sequence, in tokens, that the model serves with this cache.
+
+        Dual chunk attention needs all keys.
+        """
+        dual_chunk = config.rope_scaling.kind == "dual_chunk"
+        return config.trained_length if dual_chunk else config.served_length
 
     def span(self, length: int) -> int:
         """Returns how far apart positions get in a text of `length` tokens, at most."""

@@ -14,6 +14,7 @@ from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.options import Options
 from lsjax.inference.request import check_ids, check_lengths
+from lsjax.positions.dual_chunk import settled_length
 from lsjax.positions.rotary import depends_on_length
 from lsjax.runtime.notes import note
 
@@ -79,7 +80,7 @@ def unread_document(
     return Document(
         token_ids=ids,
         cache=None,
-        settled_length=max(len(ids) + room, trained) if by_length else None,
+        settled_length=settled_length(options.config, len(ids) + room) if by_length else None,
         fingerprint=fingerprint,
         engine=engine,
     )

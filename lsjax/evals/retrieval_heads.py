@@ -54,7 +54,8 @@ def find_heads(
       on_layer: called with 1 after each layer.
 
     Raises:
-      UserError: the mesh has a context or a data axis, or the model has ALiBi or sliding windows.
+      UserError: the mesh has a context or a data axis, the model has ALiBi or sliding windows, or
+        a text as long needs dual chunk attention.
     """
     config, mesh = engine.config, engine.settings.mesh
     check_no_windows("razor", config)
@@ -67,6 +68,12 @@ def find_heads(
         raise UserError(
             "heads are found on one text that is not sharded; use a mesh with a model axis only."
         )
+    tables = engine.tables([len(text)])
+    if tables.chunks is not None:
+        raise UserError(
+            "retrieval heads are found without dual chunk attention; use a text of at most "
+            f"{config.trained_length} tokens."
+        )
     platform = mesh.devices.flat[0].platform
     capacity = round_up(len(text), CAPACITY_MULTIPLE)
     settings = dataclasses.replace(
@@ -74,7 +81,6 @@ def find_heads(
     )
     spec = settings.cache_spec(1, capacity, 1)
     tokens = jnp.asarray(np.pad(text, (0, capacity - len(text)))[None])
-    tables = engine.tables([len(text)])
     scores_of = jax.shard_map(
         functools.partial(_scores, count=len(text), platform=platform),
         mesh=mesh,

@@ -1,6 +1,5 @@
 """Model families: the differences between them, expressed as data."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from lsjax.families.glm import CHATGLM, GLM
 from lsjax.families.llama import LLAMA
 from lsjax.families.qwen import QWEN2, QWEN3
 from lsjax.families.qwen_moe import QWEN3_MOE
-from lsjax.positions.scaling import check_widths
+from lsjax.positions.scaling import check_scaling, with_dual_chunk
 from lsjax.runtime.text_files import read_json
 
 __all__ = [
@@ -63,7 +62,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         )
     fields = Fields(raw)
     config = FAMILIES[name].parse(fields, name)
-    config = dataclasses.replace(config, exact_length=fields.exact_length())
+    config = with_dual_chunk(config, fields.dual_chunk())
     fields.warn_unused()
     if config.num_heads % config.num_kv_heads:
         raise UserError(
@@ -77,7 +76,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         )
     if config.rope_theta <= 1:
         raise UserError(f"config.json's rope_theta must be above 1, not {config.rope_theta}.")
-    return check_widths(config)
+    return check_scaling(config)
 
 
 def _refuse_quantized(raw: Mapping[str, Any]) -> None:

@@ -84,20 +84,17 @@ class Fields:
         if unread:
             note(f"config.json sets {', '.join(unread)}, which nothing here reads.")
 
-    def exact_length(self) -> int | None:
-        """Returns the tokens per request up to which attention is exact; None if unlimited.
+    def dual_chunk(self) -> Mapping[str, Any] | None:
+        """Returns the block that switches dual chunk attention on, or None.
 
-        Dual chunk attention changes nothing up to chunk_size tokens. Sparse attention approximates
-        the full attention that is computed here, so it sets no limit.
+        Sparse attention approximates the full attention that is computed here.
         """
         self.mark_known("sparse_attention_config")
-        block = self.get("dual_chunk_attention_config", dict, None)
-        sparse = self.raw.get("sparse_attention_config") or (block or {}).get(
-            "sparse_attention_config"
-        )
-        if sparse:
+        block = dict(self.get("dual_chunk_attention_config", dict, {}))
+        nested = block.pop("sparse_attention_config", None)
+        if nested or self.raw.get("sparse_attention_config"):
             note("config.json's sparse_attention_config is not used: every key is attended to.")
-        return None if block is None else Fields(block).size("chunk_size")
+        return block or None
 
     def get(self, name: str, kind: type, default: Any = _MISSING) -> Any:
         """Returns the field `name`, or `default` if it is absent or null.

@@ -26,7 +26,7 @@ from lsjax.cache import (
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import put_on_mesh
 from lsjax.inference import steps
-from lsjax.inference.engine_config import EngineConfig
+from lsjax.inference.engine_config import EngineConfig, check_chunks
 from lsjax.inference.layerwise_prefill import lower_layer, prefill_by_layer
 from lsjax.inference.sampling import NOT_A_NUMBER, Draw
 from lsjax.inference.sharded_model import ShardedModel, sharded_model
@@ -70,6 +70,7 @@ class Engine:
 
     def tables(self, request_lengths: Sequence[int]) -> RotaryTables:
         """Returns the rotary tables of a batch, replicated on all devices; see rotary_tables."""
+        check_chunks(self.config, self.settings, max(request_lengths))
         tables = rotary_tables(self.config, [self.settings.span(n) for n in request_lengths])
         return jax.tree.map(lambda x: put_on_mesh(np.asarray(x), self._model.replicated), tables)
 
@@ -298,9 +299,6 @@ class Engine:
         params = unflatten(
             abstract_parameters(self.config, model.mesh, model.dtype, model.weight_dtype)
         )
-        tables = jax.tree.map(
-            lambda x: abstract(x, whole), rotary_tables(self.config, [spec.capacity] * spec.batch)
-        )
         whole_spec, held = spec, None
         if document is not None:
             whole_spec = dataclasses.replace(spec, capacity=spec.capacity + document.capacity)
@@ -308,6 +306,8 @@ class Engine:
             layers = cache_shapes(model.config, model.mesh, document, model.platform)
             length = jax.ShapeDtypeStruct((), "int32", sharding=whole)
             held = DocumentCache(shared_layers(layers, self.config.windows), length, ())
+        lengths = [self.settings.span(whole_spec.capacity)] * spec.batch
+        tables = jax.tree.map(lambda x: abstract(x, whole), rotary_tables(self.config, lengths))
         own, windowed = (
             cache_shapes(model.config, model.mesh, s, model.platform) for s in (spec, whole_spec)
         )

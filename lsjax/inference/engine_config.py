@@ -6,7 +6,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lsjax.cache import BLOCK, CacheSpec
 from lsjax.compression import Compression
+from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, Zigzag, zigzag_of
+from lsjax.errors import UserError
+from lsjax.positions.dual_chunk import chunks_for
 
 SEGMENT = 16  # decode steps between two checks for end-of-sequence
 # A long cache's capacity per device of the context axis is a multiple of this, so that attention
@@ -72,6 +75,20 @@ class EngineConfig:
             chunk=self.prefill_chunk,
             prompt_capacity=prompt_capacity,
             policy=self.compression,
+        )
+
+
+def check_chunks(config: ModelConfig, settings: EngineConfig, length: int) -> None:
+    """Refuses a compressed cache for requests that need dual chunk attention.
+
+    Raises:
+      UserError: a request of `length` tokens, prompt and output together, is one.
+    """
+    if settings.compression and chunks_for(config, settings.span(length)):
+        raise UserError(
+            f"kv_compression does not go with dual chunk attention, which {length} tokens need: "
+            "what a head keeps of them belongs to no one chunk of positions; set kv_compression "
+            f"none, or ask for at most {config.trained_length} tokens."
         )
 
 

@@ -9,7 +9,7 @@ from lsjax.compression import Compression, served_length
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
 from lsjax.errors import UserError
-from lsjax.inference.engine_config import EngineConfig, round_up
+from lsjax.inference.engine_config import EngineConfig, check_chunks, round_up
 from lsjax.inference.options import Options
 from lsjax.inference.prompt_lookup import MAX_DRAFT_TOKENS
 from lsjax.inference.sampling import Sampling
@@ -198,27 +198,13 @@ def check_lengths(
                 "shorten the prompt."
             )
     total = max(len(p) for p in prompts) + max_output_length
-    check_exact_length(options.config, total)
+    check_chunks(options.config, options, total)
     if total > MAX_POSITIONS:
         raise UserError(
             f"prompt and output come to {total} tokens, but positions end at {MAX_POSITIONS}."
         )
     if not allow_untrained_length:
         check_total(options.config, total, total - max_output_length, options.compression)
-
-
-def check_exact_length(config: ModelConfig, total: int) -> None:
-    """Refuses lengths for which the model's attention is not computed exactly.
-
-    Raises:
-      UserError: `total` exceeds config.exact_length; the message gives the limit.
-    """
-    if config.exact_length is not None and total > config.exact_length:
-        raise UserError(
-            f"{total} tokens are asked for, but past {config.exact_length} the model has dual "
-            "chunk attention (config.json's dual_chunk_attention_config), which is not supported; "
-            f"ask for at most {config.exact_length}, prompt and output together."
-        )
 
 
 def check_total(
@@ -249,12 +235,16 @@ def way_out(config: ModelConfig, total: int, less: str = "") -> str:
 
     `less` is advice to put before those settings.
     """
-    factor = total / config.trained_length
+    kind, factor = config.rope_scaling.kind, total / config.trained_length
+    served = f"the model serves {config.served_length} (rope scaling: {kind}); {less}"
+    if kind == "dual_chunk":  # reads on as it does up to there
+        return f"{served}insist with allow_untrained_length."
+    block = (
+        f'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
+        f'"original_max_position_embeddings": {config.trained_length}}}'
+    )
     return (
-        f"the model serves {config.served_length} (rope scaling: {config.rope_scaling.kind}); "
-        f'{less}set rope_scaling, for example \'{{"rope_type": "yarn", "factor": {_tidy(factor)}, '
-        f'"original_max_position_embeddings": {config.trained_length}}}\', or insist with '
-        "allow_untrained_length."
+        f"{served}set rope_scaling, for example '{block}', or insist with allow_untrained_length."
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention.differentiable import self_attention
@@ -29,6 +30,8 @@ class LayerInputs:
         also for the order of the tokens.
       tables: rotary tables of the batch; None with ALiBi.
       angles: cos and sin at the positions, each [batch, length, rotary_dim / 2]; None with ALiBi.
+        With dual chunk attention they are those of the keys.
+      query_angles: those of the queries for each range of keys, where they differ; else None.
       slopes: [heads] ALiBi slopes in the order of the heads, or None.
       decode: whether these are the few tokens of a decode step, not a prefill chunk.
     """
@@ -38,13 +41,36 @@ class LayerInputs:
     begin: jax.Array | None = None
     tables: RotaryTables | None = None
     angles: tuple[jax.Array, jax.Array] | None = None
+    query_angles: tuple[tuple[jax.Array, jax.Array], ...] | None = None
     slopes: jax.Array | None = None
     decode: bool = flax.struct.field(pytree_node=False, default=False)
 
     def at(self, positions: jax.Array, **changes: Any) -> "LayerInputs":
         """Returns the inputs at other positions, with their angles and with other changes."""
-        angles = None if self.tables is None else cos_sin(self.tables, positions)
-        return self.replace(positions=positions, angles=angles, **changes)
+        tables, given = self.tables, {"positions": positions, **changes}
+        if tables is None:
+            return self.replace(**given)
+        if tables.chunks is None:
+            return self.replace(angles=cos_sin(tables, positions), **given)
+        return self.replace(
+            angles=cos_sin(tables, tables.chunks.key_position(positions)),
+            query_angles=tuple(
+                cos_sin(tables, at) for at in tables.chunks.query_positions(positions)
+            ),
+            **given,
+        )
+
+    def rotated(self, q: jax.Array, interleaved: bool) -> jax.Array:
+        """Rotates queries [batch, length, heads, head_dim], for each range of keys that they see.
+
+        Returns:
+          [batch, length, heads, views * head_dim], one view after the other; see Step.
+        """
+        if self.query_angles is None:
+            return q if self.angles is None else rotate(q, *self.angles, interleaved)
+        scaled = q.astype(jnp.float32) * self.tables.score_factor[:, None, None, None]
+        views = [rotate(scaled, *angles, interleaved) for angles in self.query_angles]
+        return jnp.concatenate(views, axis=-1).astype(q.dtype)
 
 
 class Attention(nn.Module):
@@ -85,8 +111,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, name="k_norm")(k)
+        q = inputs.rotated(q, c.rope_interleaved)
         if inputs.angles is not None:
-            q = rotate(q, *inputs.angles, c.rope_interleaved)
             k = rotate(k, *inputs.angles, c.rope_interleaved)
         # Recorded on request, to find retrieval heads; otherwise nothing is stored.
         self.sow("intermediates", "queries", q)

@@ -21,8 +21,9 @@ from lsjax.distributed.sharding import abstract_mesh, check_fits_mesh, parse_mes
 from lsjax.documents import check_options
 from lsjax.errors import UserError
 from lsjax.families import read_config
+from lsjax.inference.engine_config import check_chunks
 from lsjax.inference.options import COMPUTE_DTYPES, one_of
-from lsjax.inference.request import check_exact_length, check_total
+from lsjax.inference.request import check_total
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.planning.arithmetic import needs_of
 from lsjax.planning.compiled import ask_compiler
@@ -98,7 +99,6 @@ def plan(
     kept = compression and compression.estimate(config, 1)
     if max_input_length is not None:
         prompt = document_length + max_input_length
-        check_exact_length(config, prompt + max_output_length)
         if not allow_untrained_length:
             check_total(config, prompt + max_output_length, prompt, kept)
     output = document_length + max_output_length
@@ -119,6 +119,7 @@ def plan(
         prefill_chunk=prefill_chunk,
     )
     deployment = asked.best(max_input_length, bound)
+    check_chunks(config, deployment, output + (max_input_length or 1))
     if document_length:
         check_options(deployment)
     recommended = deployment if asked == free else free.best(max_input_length, bound)
@@ -175,13 +176,13 @@ def longest_served(
 ) -> int:
     """Returns the longest prompt that the model serves, in tokens.
 
-    With allow_untrained_length, only the range of positions and exact_length bound it.
+    With allow_untrained_length, only the range of positions bounds it.
 
     Raises:
       UserError: the output leaves no room for a prompt.
     """
     served = MAX_POSITIONS if allow_untrained_length else served_length(config, compression)
-    served = min(served, MAX_POSITIONS, config.exact_length or MAX_POSITIONS)
+    served = min(served, MAX_POSITIONS)
     if served <= output_length:
         raise UserError(
             f"max_output_length {output_length:,} leaves no room for a prompt: the model serves "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.config import MAX_POSITIONS, ModelConfig
+from lsjax.positions.dual_chunk import DualChunk, chunks_for, score_factor
 from lsjax.positions.frequencies import rotary_frequencies
 
 _LOW = 2048  # positions that the low table covers
@@ -20,12 +21,12 @@ _HIGH = 2048  # rows of the high table
 assert _LOW * _HIGH == MAX_POSITIONS
 
 # Scaling kinds whose frequencies depend on the length of the request.
-_BY_LENGTH = ("dynamic", "longrope", "auto")
+_FREQUENCIES_BY_LENGTH = ("dynamic", "longrope", "auto")
 
 
 def depends_on_length(config: ModelConfig) -> bool:
-    """Returns whether the rotary frequencies depend on the length of the request."""
-    return config.rope_scaling.kind in _BY_LENGTH
+    """Returns whether the rotation depends on the length of the request."""
+    return config.rope_scaling.kind in (*_FREQUENCIES_BY_LENGTH, "dual_chunk")
 
 
 @flax.struct.dataclass
@@ -36,10 +37,14 @@ class RotaryTables:
       high, low: [rows, 2048, 2, rotary_dim / 2] float32. rows is 1 if all rows of the batch share
         their frequencies. The axis of size 2 holds cos and sin. `low` includes the attention
         factor.
+      score_factor: [batch] float32 factor of each row's scores; None without dual chunk attention.
+      chunks: the chunks of dual chunk attention; None if positions are rotated as they are.
     """
 
     high: jax.Array
     low: jax.Array
+    score_factor: jax.Array | None = None
+    chunks: DualChunk | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def rotary_tables(config: ModelConfig, request_lengths: Sequence[int]) -> RotaryTables:
@@ -49,11 +54,15 @@ def rotary_tables(config: ModelConfig, request_lengths: Sequence[int]) -> Rotary
       config: model configuration.
       request_lengths: each row's prompt plus requested output, in tokens.
     """
-    if not depends_on_length(config):
-        request_lengths = request_lengths[:1]
-    rows = [_tables(*rotary_frequencies(config, length)) for length in request_lengths]
+    by_length = config.rope_scaling.kind in _FREQUENCIES_BY_LENGTH
+    frequencies_of = request_lengths if by_length else request_lengths[:1]
+    rows = [_tables(*rotary_frequencies(config, length)) for length in frequencies_of]
     high, low = (jnp.asarray(np.stack(part)) for part in zip(*rows, strict=True))
-    return RotaryTables(high=high, low=low)
+    chunks = chunks_for(config, max(request_lengths))
+    if chunks is None:
+        return RotaryTables(high, low)
+    factors = [score_factor(config, length) for length in request_lengths]
+    return RotaryTables(high, low, jnp.asarray(factors, jnp.float32), chunks)
 
 
 def _tables(inv_freq: np.ndarray, attention_factor: float) -> tuple[np.ndarray, np.ndarray]:

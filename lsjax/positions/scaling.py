@@ -44,12 +44,18 @@ KINDS: dict[str, dict[str, tuple[str, bool]]] = {
         "low_freq_factor": ("low_freq_factor", True),
         "high_freq_factor": ("high_freq_factor", True),
     },
+    "dual_chunk": {
+        "chunk_size": ("chunk_size", True),
+        "local_size": ("local_size", True),
+        "original_max_position_embeddings": ("original_length", False),
+    },
 }
 # Fields read elsewhere: they determine what is rotated, not how it is scaled.
 _SHARED = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
 # Fields for which transformers writes null if they are not set.
 _NULLABLE = ("attention_factor", "mscale", "mscale_all_dim")
 _AT_LEAST_ONE = ("factor", "original_max_position_embeddings")
+_TOKENS = ("chunk_size", "local_size")
 
 
 def is_positive(value: Any) -> bool:
@@ -89,6 +95,8 @@ def parse_rope_scaling(
     if unread:
         note(f"rope_scaling of kind {kind!r} does not use {', '.join(unread)}: it has no effect.")
     values: dict[str, Any] = {}
+    if kind == "dual_chunk" and block.get("original_max_position_embeddings") in (0, None):
+        fields = {name: fields[name] for name in _TOKENS}  # 0 and null mean the same as no field
     for name, (target, required) in fields.items():
         if name not in block or (block[name] is None and name in _NULLABLE):
             if required:
@@ -108,6 +116,11 @@ def parse_rope_scaling(
         raise UserError(
             "rope_scaling of kind 'llama3' needs high_freq_factor greater than low_freq_factor, "
             f"not {values['high_freq_factor']} and {values['low_freq_factor']}."
+        )
+    if kind == "dual_chunk" and values["local_size"] >= values["chunk_size"]:
+        raise UserError(
+            "dual chunk attention needs a local_size below its chunk_size, not "
+            f"{values['local_size']} and {values['chunk_size']}."
         )
     _warn_of_contradiction(kind, values, max_position_embeddings)
     return RopeScaling(kind=kind, **values)
@@ -142,8 +155,8 @@ def override_rope_scaling(
         or None to keep config.json's.
 
     Raises:
-      UserError: the block is invalid (see parse_rope_scaling and check_widths), the text is neither
-        JSON nor one of these words, rope_theta is not above 1, or the model has ALiBi.
+      UserError: the block is invalid (see parse_rope_scaling and check_scaling), the text is
+        neither JSON nor one of these words, rope_theta is not above 1, or the model has ALiBi.
     """
     if rope_scaling is None:
         return config
@@ -161,23 +174,58 @@ def override_rope_scaling(
     if isinstance(rope_scaling, str):
         rope_scaling = {} if rope_scaling == "off" else parse_json(rope_scaling)
     scaling = parse_rope_scaling(rope_scaling, config.max_position_embeddings)
+    if config.rope_scaling.kind == "dual_chunk" != scaling.kind:
+        # What config.json calls the longest sequence is served by dual chunk attention alone.
+        config = dataclasses.replace(config, max_position_embeddings=config.trained_length)
+        scaling = parse_rope_scaling(rope_scaling, config.max_position_embeddings)
     theta = rope_scaling.get("rope_theta") if rope_scaling else None
     theta = config.rope_theta if theta is None else _check(scaling.kind, "rope_theta", theta)
     if theta <= 1:
         raise UserError(f"rope_scaling field 'rope_theta' must be above 1, not {theta}.")
-    return check_widths(dataclasses.replace(config, rope_scaling=scaling, rope_theta=theta))
+    return check_scaling(dataclasses.replace(config, rope_scaling=scaling, rope_theta=theta))
 
 
-def check_widths(config: ModelConfig) -> ModelConfig:
-    """Checks that longrope's lists have one factor per pair of rotated channels.
+def with_dual_chunk(config: ModelConfig, block: Mapping[str, Any] | None) -> ModelConfig:
+    """Returns the configuration with the dual chunk attention of config.json, if it has any.
+
+    Args:
+      config: model configuration without it.
+      block: the file's dual_chunk_attention_config, or None.
+
+    Raises:
+      UserError: a field is missing or invalid, or the model's positions are others than rotations
+        by its trained frequencies.
+    """
+    if block is None:
+        return config
+    kind = "ALiBi" if config.alibi else config.rope_scaling.kind
+    if kind != "default":
+        raise UserError(
+            f"config.json sets dual_chunk_attention_config beside {kind}; dual chunk attention "
+            "keeps distances within those that the model was trained for, so that nothing is left "
+            "to scale: leave one of the two out."
+        )
+    block = {**block, "rope_type": "dual_chunk"}
+    scaling = parse_rope_scaling(block, config.max_position_embeddings)
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def check_scaling(config: ModelConfig) -> ModelConfig:
+    """Checks that the layers of a model can be scaled as its rope_scaling says.
 
     Returns:
       The configuration, unchanged.
 
     Raises:
-      UserError: a list has a different length.
+      UserError: a list of longrope has another length than one factor per pair of rotated channels,
+        or the model has sliding windows and dual chunk attention.
     """
     scaling = config.rope_scaling
+    if scaling.kind == "dual_chunk" and any(config.windows):
+        raise UserError(
+            "dual chunk attention does not go with sliding windows, which see no earlier chunk; "
+            'use rope_scaling "off", or a model without windows.'
+        )
     if scaling.kind == "longrope":
         for name in ("short_factor", "long_factor"):
             found, pairs = len(getattr(scaling, name)), config.rotary_dim // 2
@@ -243,4 +291,8 @@ def _check(kind: str, name: str, value: Any) -> Any:
         )
     if name in _AT_LEAST_ONE and value < 1:
         raise UserError(f"rope_scaling field {name!r} must be at least 1, not {value!r}.")
+    if name in _TOKENS:
+        if value != int(value):
+            raise UserError(f"rope_scaling field {name!r} is a number of tokens, not {value!r}.")
+        return int(value)
     return float(value)

@@ -16,7 +16,8 @@ from lsjax.shipped.model import ANSWER_TOKENS, TRAINED_LENGTH
 if TYPE_CHECKING:
     from lsjax.language_model import LanguageModel
 
-SETTINGS = ("none", "linear", "ntk", "dynamic", "yarn", "alibi")
+SETTINGS = ("none", "linear", "ntk", "dynamic", "yarn", "dual_chunk", "alibi")
+_LOCAL = 64  # tokens of a chunk of dual chunk attention that stay exact in the next one
 _TEXTS = 4  # texts that perplexity is averaged over
 
 
@@ -44,8 +45,11 @@ def scaling_for(kind: str, length: int) -> str | dict[str, Any]:
     """
     if kind == "none" or length <= TRAINED_LENGTH:
         return "off"
+    original = {"original_max_position_embeddings": TRAINED_LENGTH}
+    if kind == "dual_chunk":
+        return {"rope_type": kind, "chunk_size": TRAINED_LENGTH, "local_size": _LOCAL, **original}
     block = {"rope_type": kind, "factor": 1.0 if kind == "dynamic" else length / TRAINED_LENGTH}
-    return block | ({"original_max_position_embeddings": TRAINED_LENGTH} if kind == "yarn" else {})
+    return block | (original if kind == "yarn" else {})
 
 
 def held_out_passages(length: int, count: int) -> list[Passage]:

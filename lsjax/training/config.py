@@ -12,7 +12,8 @@ from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 from lsjax.errors import UserError
 from lsjax.families import parse_config, read_raw_config
 from lsjax.inference.options import COMPUTE_DTYPES, end_of_documents, one_of
-from lsjax.inference.request import check_exact_length, way_out
+from lsjax.inference.request import way_out
+from lsjax.positions.dual_chunk import chunks_for
 from lsjax.runtime.notes import note
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
 from lsjax.training.batch import length_unit
@@ -217,7 +218,11 @@ def resolve_training(
             "pose_max_position."
         )
     longest = max(data.pose_max_position, *_lengths(logging), 0)
-    check_exact_length(config, longest)
+    if chunks_for(config, longest):
+        raise UserError(
+            f"training reaches {longest} tokens, but dual chunk attention is for reading: train up "
+            f'to {config.trained_length} tokens, or with rope_scaling "off".'
+        )
     if longest > config.served_length and not allow_untrained_length:
         raise UserError(f"training reaches {longest} tokens, but {way_out(config, longest)}")
     if optimizer.warmup_steps >= optimizer.steps:

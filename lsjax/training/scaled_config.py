@@ -34,6 +34,9 @@ def scaled_config(
             'say which, as in {"rope_type": "yarn", "factor": 4.0}.'
         )
     block = {} if rope_scaling == "off" else parse_json(rope_scaling)
+    hf_config = {k: v for k, v in hf_config.items() if k != "dual_chunk_attention_config"}
+    if wanted.max_position_embeddings != config.max_position_embeddings:
+        hf_config["max_position_embeddings"] = wanted.max_position_embeddings
     if hf_config.get("rope_parameters"):  # transformers 5
         kept = {k: v for k, v in hf_config["rope_parameters"].items() if k in _BESIDE}
         said = {**kept, **(block or {"rope_type": "default"}), "rope_theta": wanted.rope_theta}

@@ -22,6 +22,7 @@ from lsjax.planning.compiled import TooLargeError, compile_for
 from lsjax.planning.result import fits
 
 QWEN3 = CONFIGS / "Qwen3-8B.json"
+DUAL_CHUNK = CONFIGS / "Qwen2.5-7B-Instruct-1M.json"
 LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
 
 
@@ -39,6 +40,8 @@ LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
         (QWEN3, "h200:1", (1, 1, 1), 500_000, 16384, "bfloat16", 1),
         (LLAMA, "v5p:2x2x2", (1, 8, 1), 131_072, 4096, "int8", 1),
         (LLAMA, "h100-80gb:8", (1, 1, 8), 131_072, 8192, "int8", 4),
+        (DUAL_CHUNK, "h100-80gb:1", (1, 1, 1), 1_008_000, 4096, "int8", 1),
+        (DUAL_CHUNK, "v5e:2x4", (1, 2, 4), 1_008_000, 4096, "int8", 1),
     ],
 )
 def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length, chunk, kv, batch):

@@ -8,6 +8,7 @@ import pytest
 from lsjax.config import Experts, LayerKind, RopeScaling
 from lsjax.errors import UserError
 from lsjax.families import FAMILIES, parse_config, read_config
+from lsjax.positions.scaling import override_rope_scaling
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "golden" / "configs"
 
@@ -56,7 +57,16 @@ EXPECTED = {
     "Qwen2.5-7B-Instruct": _QWEN2
     | {"num_layers": 28, "num_heads": 28, "num_kv_heads": 4, "rope_theta": 1e6, "norm_eps": 1e-6},
     "Qwen2.5-7B-Instruct-1M": _QWEN2
-    | {"max_position_embeddings": 1010000, "rope_theta": 1e7, "norm_eps": 1e-5},
+    | {
+        "max_position_embeddings": 1010000,
+        "rope_theta": 1e7,
+        "norm_eps": 1e-5,
+        "rope_scaling": RopeScaling(
+            kind="dual_chunk", chunk_size=262144, local_size=8192, original_length=262144
+        ),
+        "trained_length": 262144,
+        "served_length": 1010000,
+    },
     "Qwen3-8B": {
         "architecture": "Qwen3ForCausalLM",
         "qk_norm": True,
@@ -92,7 +102,8 @@ EXPECTED = {
     "glm-4-9b-chat-1m": _GLM
     | {"num_kv_heads": 4, "rope_theta": 1e8, "max_position_embeddings": 1048576},
 }
-UNSCALED = sorted(set(EXPECTED) - {"Llama-3.1-70B-Instruct"})
+DUAL_CHUNK = "Qwen2.5-7B-Instruct-1M"
+UNSCALED = sorted(set(EXPECTED) - {"Llama-3.1-70B-Instruct", DUAL_CHUNK})
 
 
 def raw(name):
@@ -137,6 +148,8 @@ def v5(config):
 def test_both_formats_of_transformers_say_the_same(name, scaling):
     config = raw(name)
     if scaling != "own":
+        config.pop("dual_chunk_attention_config", None)
+    if scaling != "own":
         config["rope_scaling"] = {"rope_type": scaling, "factor": 4.0}
     assert parse_config(v5(config)) == parse_config(config)
 
@@ -167,6 +180,36 @@ def test_yarn_stretches_the_original_length_not_the_config_maximum():
     block = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = parse_config(raw("Qwen3-8B") | {"rope_scaling": block})
     assert (config.trained_length, config.served_length) == (32768, 131072)
+
+
+def test_dual_chunk_attention_is_what_config_json_says_unless_replaced(caplog):
+    config = parse_config(raw(DUAL_CHUNK))
+    assert override_rope_scaling(config, "auto") == config
+    assert "is kept" in caplog.text
+    plain = override_rope_scaling(config, "off")
+    assert plain.served_length == plain.trained_length == 262144
+    yarn = override_rope_scaling(config, {"rope_type": "yarn", "factor": 2.0})
+    assert (yarn.trained_length, yarn.served_length) == (262144, 2 * 262144)
+    # The length for which scores begin to grow may be left out.
+    raw_block = raw(DUAL_CHUNK)["dual_chunk_attention_config"]
+    for original in (0, None):
+        block = raw_block | {"original_max_position_embeddings": original}
+        other = parse_config(raw(DUAL_CHUNK) | {"dual_chunk_attention_config": block})
+        assert other.rope_scaling.original_length is None and other.trained_length == 262144
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "beside yarn; dual chunk attention"),
+        ({"use_sliding_window": True, "max_window_layers": 0}, "does not go with sliding windows"),
+        ({"dual_chunk_attention_config": {"local_size": 8192}}, "needs the field 'chunk_size'"),
+        ({"dual_chunk_attention_config": 262144}, "dual_chunk_attention_config"),
+    ],
+)
+def test_what_does_not_go_with_dual_chunk_attention(change, words):
+    with pytest.raises(UserError, match=words):
+        parse_config(raw(DUAL_CHUNK) | change)
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 4096}

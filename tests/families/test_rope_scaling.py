@@ -20,6 +20,7 @@ BLOCKS = {
     "ntk": {"factor": 4},
     "longrope": {"short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0]},
     "llama3": LLAMA3,
+    "dual_chunk": {"chunk_size": 64, "local_size": 16},
 }
 
 
@@ -64,6 +65,8 @@ def test_null_means_unset_where_transformers_writes_it(name):
         ({"type": "yarn", "factor": 4.0, "truncate": 1}, "truncate"),
         ({"type": "yarn", "factor": 4.0, "beta_fast": None}, "beta_fast"),
         ({"type": "llama3"} | LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor"),
+        ({"type": "dual_chunk", "chunk_size": 16, "local_size": 16}, "local_size below"),
+        ({"type": "dual_chunk", "chunk_size": 16.5, "local_size": 8}, "'chunk_size' is a number"),
     ],
 )
 def test_contradictions(block, words):

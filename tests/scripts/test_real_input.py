@@ -287,8 +287,9 @@ def test_positions_and_attention_that_are_not_applied_refuse_the_request(folder)
     edit(folder / "config.json", rope_local_base_freq=None, dual_chunk_attention_config=sparse)
     _, said = ids(folder)  # 60 tokens and 4
     assert len(said) == 1 and "sparse_attention_config" in said[0]
-    for more in ([], ["--allow_untrained_length"]):
-        assert "at most 64" in refusal(folder, "--input_texts", TEXT + "!", *more)
+    twice = {"type": "linear", "factor": 2.0}
+    edit(folder / "config.json", rope_scaling=twice)
+    assert "beside linear" in refusal(folder, "--input_texts", TEXT)
 
 
 def test_fields_of_transformers_base_class_are_not_worth_a_note(folder):

@@ -1,5 +1,6 @@
 """What scripts/train.py refuses, and how, before a weight is read."""
 
+import json
 import sys
 
 import jax.numpy as jnp
@@ -94,6 +95,15 @@ def test_the_exported_config_says_the_scaling_that_was_trained(block, scaling):
     said, config = scaled_config(raw, scaling)
     assert parse_config(said) == config == override_rope_scaling(parse_config(raw), scaling)
     assert set(said) <= set(raw) | {"rope_scaling"}
+
+
+def test_a_model_with_dual_chunk_attention_is_trained_as_far_as_plain_rotation_reaches():
+    block = {"chunk_size": 512, "local_size": 64}
+    raw = CONFIG | {"dual_chunk_attention_config": block, "max_position_embeddings": 4096}
+    said, config = scaled_config(raw, "off")
+    assert parse_config(said) == config and config.served_length == 512
+    with pytest.raises(UserError, match="up to 512 tokens"):
+        resolved(json.dumps(block | {"rope_type": "dual_chunk"}), pose_max_position=1024)
 
 
 def test_learning_rates_rise_and_fall():

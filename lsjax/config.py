@@ -6,6 +6,9 @@ import math
 # Number of positions for which rotation angles are exact; longer sequences are refused.
 MAX_POSITIONS = 2**22
 
+# Tokens that a recurrence solves together, by matrix products.
+DELTA_CHUNK = 64
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 

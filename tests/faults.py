@@ -43,6 +43,20 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "a recurrence that forgets the tokens of a chunk as if all were its first",
+        "lsjax/nn/delta_rule.py",
+        "kept = jnp.exp(total[..., -1:, :] - total) * keys",
+        "kept = jnp.exp(total[..., -1:, :]) * keys",
+        "tests/nn/test_delta_rule.py",
+    ),
+    Fault(
+        "a token of a recurrence that is read as if its key were the query",
+        "lsjax/nn/delta_rule.py",
+        "change * jnp.sum(token.k * token.q, axis=-1)",
+        "change * jnp.sum(token.k * token.k, axis=-1)",
+        "tests/nn/test_delta_rule.py",
+    ),
+    Fault(
         "chosen experts not renormalized",
         "lsjax/nn/experts.py",
         "if experts.renormalized:",

@@ -47,6 +47,8 @@ class Experts:
       width: width of one expert's gated MLP.
       renormalized: whether the chosen experts' probabilities are scaled to a sum of 1.
       balance_weight: weight of the router's load-balancing loss in training.
+      shared_width: width of a gated MLP that runs on every token beside the chosen experts, times
+        the sigmoid of a gate of its own; 0 for none.
     """
 
     count: int
@@ -54,6 +56,30 @@ class Experts:
     width: int
     renormalized: bool
     balance_weight: float
+    shared_width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet: a recurrence over tokens, with a state of constant size.
+
+    Attributes:
+      key_heads: number of heads of queries and keys.
+      value_heads: number of heads of values; value_heads / key_heads of them share a key head.
+      key_dim, value_dim: width of one head of queries and keys, and of values.
+      conv_width: tokens that the causal convolution of queries, keys and values sees.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+    @property
+    def group(self) -> int:
+        """The number of value heads that share a key head."""
+        return self.value_heads // self.key_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +90,12 @@ class LayerKind:
       window: sliding window in tokens (a query sees itself and the window - 1 tokens before it), or
         None for full attention.
       experts: mixture of experts in the place of the gated MLP, or None.
+      delta_net: recurrence in the place of attention, or None.
     """
 
     window: int | None = None
     experts: Experts | None = None
+    delta_net: DeltaNet | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +128,9 @@ class ModelConfig:
       normalized_head: whether the rows of the output head are scaled to norm 1.
       eos_token_ids: token ids that end an answer.
       dtype: dtype in which the checkpoint was published.
+      gated_attention: whether q projects to a query and a gate per head; the output of attention is
+        multiplied by the gate's sigmoid.
+      zero_centered_norms: whether RMSNorm multiplies by 1 + weight.
     """
 
     architecture: str
@@ -127,6 +158,8 @@ class ModelConfig:
     normalized_head: bool
     eos_token_ids: tuple[int, ...]
     dtype: str
+    gated_attention: bool = False
+    zero_centered_norms: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -141,6 +174,11 @@ class ModelConfig:
     def experts(self) -> tuple[Experts, ...]:
         """The distinct mixtures of experts among the layers."""
         return tuple(dict.fromkeys(kind.experts for kind in self.layers if kind.experts))
+
+    @property
+    def delta_nets(self) -> tuple[DeltaNet, ...]:
+        """The distinct recurrences among the layers."""
+        return tuple(dict.fromkeys(kind.delta_net for kind in self.layers if kind.delta_net))
 
     @property
     def trained_length(self) -> int:

@@ -43,6 +43,55 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "padding that a recurrence runs like a token",
+        "lsjax/nn/delta_net.py",
+        "        inputs = _first(inputs, counts)",
+        "        inputs = _first(inputs, length + 0 * counts)",
+        "tests/nn/test_delta_net.py -k padding",
+    ),
+    Fault(
+        "a convolution that goes on after a row's padding",
+        "lsjax/nn/delta_net.py",
+        "at = counts[:, None] +",
+        "at = jnp.max(counts) + 0 * counts[:, None] +",
+        "tests/nn/test_delta_net.py -k padding",
+    ),
+    Fault(
+        "a recurrence over tokens in zigzag order",
+        "lsjax/nn/delta_net.py",
+        "tiled=True)[:, back]",
+        "tiled=True)",
+        "tests/nn/test_delta_net.py -k transformers",
+    ),
+    Fault(
+        "a refused token of a draft kept in a recurrent state",
+        "lsjax/nn/delta_net.py",
+        "run_steps(layer.matrix, _first(inputs, counts))",
+        "run_steps(layer.matrix, _first(inputs, counts + 1))",
+        "tests/nn/test_delta_net.py -k refused_token",
+    ),
+    Fault(
+        "the query of gated attention taken for its gate",
+        "lsjax/nn/attention.py",
+        "q, gate = jnp.split(q, 2, axis=-1)",
+        "gate, q = jnp.split(q, 2, axis=-1)",
+        "tests/nn/test_golden_logits.py -k qwen3_5",
+    ),
+    Fault(
+        "a zero-centered norm that multiplies by its weight alone",
+        "lsjax/nn/linear.py",
+        "(1 + weight.astype(jnp.float32))",
+        "weight.astype(jnp.float32)",
+        "tests/nn/test_golden_logits.py -k qwen3_5",
+    ),
+    Fault(
+        "a shared expert without its gate",
+        "lsjax/nn/experts.py",
+        "nn.sigmoid(self.shared_gate(x)) * self.shared(x)",
+        "0 * self.shared_gate(x) + self.shared(x)",
+        "tests/nn/test_golden_logits.py -k qwen3_5_moe",
+    ),
+    Fault(
         "a recurrence that forgets the tokens of a chunk as if all were its first",
         "lsjax/nn/delta_rule.py",
         "kept = jnp.exp(total[..., -1:, :] - total) * keys",

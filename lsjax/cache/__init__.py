@@ -9,6 +9,7 @@ from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.head_groups import HeadGroups, HeadSplit, compress
 from lsjax.cache.protocol import KVCache, LayerCache, Step
+from lsjax.cache.recurrent import RecurrentState, empty_state
 from lsjax.cache.rolling import RollingCache
 from lsjax.cache.sharded import update_and_attend
 from lsjax.cache.shared_prefix import (
@@ -45,6 +46,7 @@ __all__ = [
     "HeadSplit",
     "KVCache",
     "LayerCache",
+    "RecurrentState",
     "RollingCache",
     "Step",
     "TokenSlice",
@@ -57,6 +59,7 @@ __all__ = [
     "detach",
     "empty_cache",
     "empty_layer",
+    "empty_state",
     "put_tokens",
     "shared_layers",
     "take_tokens",

@@ -116,4 +116,5 @@ class LayerCache(Protocol):
         """
 
 
+# One per layer; a recurrent layer has its RecurrentState there.
 KVCache = tuple[LayerCache, ...]

@@ -15,8 +15,9 @@ from lsjax.attention.kv_array import empty_kv_array
 from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import KVCache, LayerCache
+from lsjax.cache.recurrent import RecurrentState, empty_state
 from lsjax.cache.rolling import RollingCache
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, ONE_DEVICE, Zigzag
 from lsjax.distributed.sharding import sharding
 
@@ -119,9 +120,14 @@ def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
     """Creates a cache of zeros. Call it under jit, and shard it as its partition specs say."""
     if spec.policy is not None:
         return spec.policy.empty_cache(config, spec, platform)
-    windows = config.windows
-    layers = {window: empty_layer(config, spec, platform, window) for window in set(windows)}
-    return tuple(layers[window] for window in windows)
+
+    def empty(kind: LayerKind) -> LayerCache | RecurrentState:
+        if kind.delta_net:
+            return empty_state(kind.delta_net, spec.batch, spec.compute_dtype, spec.zigzag)
+        return empty_layer(config, spec, platform, kind.window)
+
+    layers = {kind: empty(kind) for kind in set(config.layers)}
+    return tuple(layers[kind] for kind in config.layers)
 
 
 def cache_shapes(config: ModelConfig, mesh: Mesh, spec: CacheSpec, platform: str) -> KVCache:

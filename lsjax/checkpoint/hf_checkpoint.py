@@ -121,12 +121,13 @@ def vocabulary_tensors(config: ModelConfig) -> tuple[str, str]:
     return by_param["embed/weight"], by_param["lm_head/weight"]
 
 
-def ignorable_tensors(config: ModelConfig) -> set[str]:
-    """Returns the tensors that may stay unread without a warning: buffers, and a tied head."""
-    family = family_of(config)
-    untied = dataclasses.replace(config, tie_embeddings=False)
-    names = {tensor.name for tensor in family.tensors(untied)}
-    return names.union(family.ignored) - {tensor.name for tensor in family.tensors(config)}
+def without_ignorable(config: ModelConfig, unread: Sequence[str]) -> tuple[str, ...]:
+    """Returns the unread tensors without those that need no warning; see Family.ignored.
+
+    The head of a tied model needs none, either.
+    """
+    ignored, vocabulary = family_of(config).ignored, vocabulary_tensors(config)
+    return tuple(x for x in unread if x not in vocabulary and not x.startswith(ignored))
 
 
 def abstract_tensor(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, ignorable_tensors, open_hf, warn_unused
+from lsjax.checkpoint.hf_checkpoint import HFCheckpoint, open_hf, warn_unused, without_ignorable
 from lsjax.checkpoint.model_folder import read_model_config
 from lsjax.checkpoint.orbax_checkpoint import (
     OrbaxCheckpoint,
@@ -111,5 +111,5 @@ def _open(
 
 
 def _note_unread(folder: str, config: ModelConfig, checkpoint: HFCheckpoint | OrbaxCheckpoint):
-    silent = () if is_orbax(folder) else ignorable_tensors(config)
-    warn_unused(folder, tuple(name for name in checkpoint.unread if name not in silent))
+    unread = checkpoint.unread
+    warn_unused(folder, unread if is_orbax(folder) else without_ignorable(config, unread))

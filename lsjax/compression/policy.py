@@ -112,8 +112,13 @@ def check_tokens(name: str, count: Any, least: int) -> None:
         )
 
 
-def check_no_windows(kind: str, config: ModelConfig) -> None:
-    """Refuses a model with sliding windows with a UserError."""
+def check_full_attention(kind: str, config: ModelConfig) -> None:
+    """Refuses a model whose layers are not all of full attention with a UserError."""
+    if config.delta_nets:
+        raise UserError(
+            f"kv_compression {kind} does not go with recurrent layers, whose state is constant in "
+            "length; use kv_compression none."
+        )
     if any(config.windows):
         raise UserError(
             f"kv_compression {kind} does not go with sliding windows, whose layers keep no more "

@@ -20,7 +20,7 @@ from lsjax.cache import (
     empty_layer,
 )
 from lsjax.compression.alibi_span import alibi_spans
-from lsjax.compression.policy import Compression, check_no_windows, check_tokens, has_type
+from lsjax.compression.policy import Compression, check_full_attention, check_tokens, has_type
 from lsjax.compression.reorder_heads import query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import ModelConfig
@@ -88,7 +88,7 @@ class RazorConfig:
           UserError: the file of head scores is missing, damaged or another model's; or the model
             does not support RazorAttention or one of the settings.
         """
-        check_no_windows("razor", config)
+        check_full_attention("razor", config)
         _check_goes_with(self, config)
         path = self.heads or os.path.join(folder, HEAD_FILE)
         if config.alibi:
@@ -107,7 +107,7 @@ class RazorConfig:
         """
         if self.heads:
             return self.resolve("", config, shards)
-        check_no_windows("razor", config)
+        check_full_attention("razor", config)
         _check_goes_with(self, config)
         if config.alibi:
             raise UserError(

@@ -30,12 +30,13 @@ def reorder_heads(params: dict, config: ModelConfig, kv_heads: HeadOrder) -> dic
         layer = dict(params[f"layers_{i}"])
         attention = dict(layer["attn"])
         for name, heads in (("q", queries), ("k", order), ("v", order)):
+            parts = 1 + (name == "q" and config.gated_attention)  # a query and its gate
+            channels = _channels(parts * config.head_dim, heads)
             attention[name] = {
-                kind: _taken(x, _channels(config, heads), 0, x.sharding)
-                for kind, x in attention[name].items()
+                kind: _taken(x, channels, 0, x.sharding) for kind, x in attention[name].items()
             }
         weight = attention["o"]["weight"]  # each column has one input channel; a scale has none
-        weight = _taken(weight, _channels(config, queries), 1, weight.sharding)
+        weight = _taken(weight, _channels(config.head_dim, queries), 1, weight.sharding)
         attention["o"] = attention["o"] | {"weight": weight}
         out[f"layers_{i}"] = layer | {"attn": attention}
     return out
@@ -49,8 +50,8 @@ def query_heads(config: ModelConfig, kv_heads: HeadOrder) -> HeadOrder:
     )
 
 
-def _channels(config: ModelConfig, heads: Sequence[int]) -> np.ndarray:
-    return (np.asarray(heads)[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+def _channels(width: int, heads: Sequence[int]) -> np.ndarray:
+    return (np.asarray(heads)[:, None] * width + np.arange(width)).ravel()
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)

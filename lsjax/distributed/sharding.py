@@ -35,6 +35,8 @@ TOKENS_SPEC = PartitionSpec("data")
 CHUNK_QUERIES_SPEC = PartitionSpec("data", "context", "model", None)
 CHUNK_SPEC = PartitionSpec("data", "context")
 HEADS_SPEC = PartitionSpec("model")
+# A recurrence is sequential, so the devices of a context axis share its heads.
+STATE_SPEC = PartitionSpec("data", ("model", "context"))
 
 
 def parse_mesh(mesh: str | Mapping[str, int]) -> dict[str, int]:
@@ -112,6 +114,14 @@ def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
       UserError: a size of the model is not divisible; the message names it, and a mesh of as many
         devices that divides the model.
     """
+    for net in config.delta_nets:
+        shards = sizes["model"] * sizes.get("context", 1)
+        if net.key_heads % shards:
+            raise UserError(
+                f"the {net.key_heads} key heads of the model's recurrent layers cannot be split "
+                f"over context x model = {shards}; make it a divisor of {net.key_heads}, and split "
+                "rows over data."
+            )
     split = {
         "KV heads": config.num_kv_heads,
         "query heads": config.num_heads,
@@ -120,7 +130,7 @@ def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
     }
     if config.experts:
         split["experts"] = math.gcd(*(experts.count for experts in config.experts))
-        if all(kind.experts for kind in config.layers):
+        if all(kind.experts and not kind.experts.shared_width for kind in config.layers):
             del split["MLP channels"]
     model = math.gcd(sizes["model"], *split.values())
     for what, size in split.items():

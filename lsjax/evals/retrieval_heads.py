@@ -15,7 +15,7 @@ from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray
 from lsjax.cache import empty_layer
-from lsjax.compression.policy import check_no_windows
+from lsjax.compression.policy import check_full_attention
 from lsjax.compression.scores import HeadScores
 from lsjax.config import LayerKind
 from lsjax.distributed.multihost import to_host
@@ -54,11 +54,11 @@ def find_heads(
       on_layer: called with 1 after each layer.
 
     Raises:
-      UserError: the mesh has a context or a data axis, the model has ALiBi or sliding windows, or
-        a text as long needs dual chunk attention.
+      UserError: the mesh has a context or a data axis, the model has ALiBi, sliding windows or
+        recurrent layers, or a text as long needs dual chunk attention.
     """
     config, mesh = engine.config, engine.settings.mesh
-    check_no_windows("razor", config)
+    check_full_attention("razor", config)
     if config.alibi:
         raise UserError(
             "retrieval heads are found in models with RoPE; with ALiBi a head's reach follows from "

@@ -12,6 +12,7 @@ from lsjax.families.fields import Fields
 from lsjax.families.glm import CHATGLM, GLM
 from lsjax.families.llama import LLAMA
 from lsjax.families.qwen import QWEN2, QWEN3
+from lsjax.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from lsjax.families.qwen_moe import QWEN3_MOE
 from lsjax.positions.scaling import check_scaling, with_dual_chunk
 from lsjax.runtime.text_files import read_json
@@ -29,7 +30,7 @@ __all__ = [
 
 FAMILIES = {
     name: family
-    for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA, GLM, CHATGLM, BAICHUAN)
+    for family in (QWEN2, QWEN3, QWEN3_MOE, QWEN3_5, QWEN3_5_MOE, LLAMA, GLM, CHATGLM, BAICHUAN)
     for name in family.architectures
 }
 

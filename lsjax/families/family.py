@@ -33,7 +33,8 @@ class Family:
       architectures: names in config.json's `architectures`.
       parse: (fields of config.json, architecture) -> ModelConfig.
       tensors: ModelConfig -> the tensors that a checkpoint of this model holds.
-      ignored: names of tensors that are not needed (buffers that the config determines).
+      ignored: beginnings of names of tensors that are not needed: buffers that the config
+        determines, and other models beside this one.
       stacked: end of the name of a tensor that stacks others along its first axis -> ends of their
         names, with {} for the index; what has the same index is concatenated along its first axis.
         A checkpoint may hold it instead of them.

@@ -1,6 +1,6 @@
 """Tensor names in the checkpoint layouts that transformers writes."""
 
-from lsjax.config import ModelConfig
+from lsjax.config import Experts, ModelConfig
 from lsjax.families.family import Tensor, with_bias
 
 
@@ -8,6 +8,7 @@ def hf_tensors(
     config: ModelConfig,
     norms: dict[str, str],
     fused_gate_up: bool = False,
+    model: str = "model",
 ) -> tuple[Tensor, ...]:
     """Returns the tensors of a checkpoint whose layers are named `model.layers.N`.
 
@@ -15,19 +16,17 @@ def hf_tensors(
       config: model config.
       norms: norm name in a checkpoint layer -> norm name in the parameter tree.
       fused_gate_up: whether one tensor holds gate and up, gate first.
+      model: what all names but that of the head begin with.
     """
-    tensors = [Tensor("model.embed_tokens.weight", ("embed/weight",))]
+    tensors = [Tensor(f"{model}.embed_tokens.weight", ("embed/weight",))]
     for i in range(config.num_layers):
-        layer, block = f"model.layers.{i}", f"layers_{i}"
-        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        for p in ("q", "k", "v"):
-            tensors += with_bias(f"{attn}.{p}_proj", (f"{block}/attn/{p}",), config.qkv_bias)
-        tensors += with_bias(f"{attn}.o_proj", (f"{block}/attn/o",), config.out_bias)
-        if config.qk_norm:
-            for p in ("q", "k"):
-                tensors += with_bias(f"{attn}.{p}_norm", (f"{block}/attn/{p}_norm",), False)
+        layer, block, mlp = f"{model}.layers.{i}", f"layers_{i}", f"{model}.layers.{i}.mlp"
+        if config.layers[i].delta_net:
+            tensors += _delta_net(f"{layer}.linear_attn", f"{block}/delta_net")
+        else:
+            tensors += _attention(f"{layer}.self_attn", f"{block}/attn", config)
         if config.layers[i].experts:
-            tensors += _experts(mlp, f"{block}/mlp", config.layers[i].experts.count)
+            tensors += _experts(mlp, f"{block}/mlp", config.layers[i].experts)
         elif fused_gate_up:
             gate_up = (f"{block}/mlp/gate", f"{block}/mlp/up")
             tensors += with_bias(f"{mlp}.gate_up_proj", gate_up, config.mlp_bias)
@@ -38,16 +37,43 @@ def hf_tensors(
             tensors += with_bias(f"{mlp}.down_proj", (f"{block}/mlp/down",), config.mlp_bias)
         for name, norm in norms.items():
             tensors += with_bias(f"{layer}.{name}", (f"{block}/{norm}",), False)
-    tensors += with_bias("model.norm", ("final_norm",), False)
+    tensors += with_bias(f"{model}.norm", ("final_norm",), False)
     if not config.tie_embeddings:
         tensors += with_bias("lm_head", ("lm_head",), False)
     return tuple(tensors)
 
 
-def _experts(mlp: str, path: str, count: int) -> list[Tensor]:
+def _attention(attn: str, path: str, config: ModelConfig) -> list[Tensor]:
+    tensors = []
+    for p in ("q", "k", "v"):
+        tensors += with_bias(f"{attn}.{p}_proj", (f"{path}/{p}",), config.qkv_bias)
+    tensors += with_bias(f"{attn}.o_proj", (f"{path}/o",), config.out_bias)
+    if config.qk_norm:
+        for p in ("q", "k"):
+            tensors += with_bias(f"{attn}.{p}_norm", (f"{path}/{p}_norm",), False)
+    return tensors
+
+
+def _delta_net(attn: str, path: str) -> list[Tensor]:
+    """Returns the tensors of a Gated DeltaNet; those of queries, keys and values are fused."""
+    fused = ("q", "k", "v")
+    tensors = with_bias(f"{attn}.in_proj_qkv", tuple(f"{path}/{p}" for p in fused), False)
+    for p in ("z", "b", "a"):
+        tensors += with_bias(f"{attn}.in_proj_{p}", (f"{path}/{p}",), False)
+    tensors.append(Tensor(f"{attn}.conv1d.weight", tuple(f"{path}/{p}_conv" for p in fused)))
+    tensors += [Tensor(f"{attn}.{name}", (f"{path}/{name}",)) for name in ("A_log", "dt_bias")]
+    tensors += with_bias(f"{attn}.norm", (f"{path}/norm",), False)
+    return tensors + with_bias(f"{attn}.out_proj", (f"{path}/o",), False)
+
+
+def _experts(mlp: str, path: str, experts: Experts) -> list[Tensor]:
     """Returns the tensors of a router and its experts, which are stacked by projection."""
     tensors = with_bias(f"{mlp}.gate", (f"{path}/router",), False)
-    for i in range(count):
+    if experts.shared_width:
+        for p in ("gate", "up", "down"):
+            tensors += with_bias(f"{mlp}.shared_expert.{p}_proj", (f"{path}/shared/{p}",), False)
+        tensors += with_bias(f"{mlp}.shared_expert_gate", (f"{path}/shared_gate",), False)
+    for i in range(experts.count):
         for p in ("gate", "up", "down"):
             name = f"{mlp}.experts.{i}.{p}_proj.weight"
             tensors.append(Tensor(name, (f"{path}/{p}/weight",), i))

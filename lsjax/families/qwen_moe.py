@@ -32,24 +32,39 @@ def _parse(fields: Fields, architecture: str) -> ModelConfig:
             "config.json field 'mlp_only_layers' must hold indices of layers, from 0 to "
             f"{config.num_layers - 1}."
         )
+    experts = parse_experts(fields, 128, 768)
+    layers = tuple(
+        dataclasses.replace(kind, experts=None if i in dense or (i + 1) % step else experts)
+        for i, kind in enumerate(config.layers)
+    )
+    return dataclasses.replace(config, layers=layers)
+
+
+def parse_experts(
+    fields: Fields, count: int, width: int, renormalized: bool = False, shared_width: int = 0
+) -> Experts:
+    """Reads what layers of experts are.
+
+    Args:
+      fields: fields of config.json.
+      count, width, renormalized: what holds if config.json does not say.
+      shared_width: see Experts.
+    """
     no_balance = fields.raw_value("router_aux_loss_coef") == 0
     experts = Experts(
-        count=fields.size("num_experts", fields.size("num_local_experts", 128)),
+        count=fields.size("num_experts", fields.size("num_local_experts", count)),
         per_token=fields.size("num_experts_per_tok", 8),
-        width=fields.size("moe_intermediate_size", 768),
-        renormalized=fields.get("norm_topk_prob", bool, False),
+        width=fields.size("moe_intermediate_size", width),
+        renormalized=fields.get("norm_topk_prob", bool, renormalized),
         balance_weight=0.0 if no_balance else fields.get("router_aux_loss_coef", float, 0.001),
+        shared_width=shared_width,
     )
     if experts.per_token > experts.count:
         raise UserError(
             f"config.json asks for {experts.per_token} experts per token out of {experts.count}; "
             "num_experts_per_tok is at most num_experts."
         )
-    layers = tuple(
-        dataclasses.replace(kind, experts=None if i in dense or (i + 1) % step else experts)
-        for i, kind in enumerate(config.layers)
-    )
-    return dataclasses.replace(config, layers=layers)
+    return experts
 
 
 QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), _parse, QWEN3.tensors, stacked=_STACKED)

@@ -22,6 +22,7 @@ from lsjax.inference import prompt_lookup
 from lsjax.inference.layerwise_prefill import last_hidden
 from lsjax.inference.sampling import likeliest, next_token
 from lsjax.inference.sharded_model import ShardedModel
+from lsjax.nn.delta_net import keep_accepted
 from lsjax.runtime.compilation import Program
 
 
@@ -155,8 +156,10 @@ def _decode_step(model, params, tables, state, draw, eos, drafted, document):
     if drafted:
         chosen = likeliest(logits)
         new = jnp.minimum(prompt_lookup.num_accepted(draft, chosen), new)
-        if block := cache[0].block:  # logits past the first token's block are undefined
+        # Logits past the first token's block are undefined.
+        if block := next((layer.block for layer in cache if layer.block), None):
             new = jnp.minimum(new, block - state.position % block)
+        cache = keep_accepted(cache, new)
     else:
         if seen is not None:
             seen = seen.at[jnp.arange(seen.shape[0]), state.token].set(True)

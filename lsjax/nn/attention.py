@@ -76,6 +76,8 @@ class LayerInputs:
 class Attention(nn.Module):
     """Q, K and V projections, optional Q and K norms, rotation, attention, output projection.
 
+    With a gate, Q gives the query of a head and then its gate.
+
     Attributes:
       config: model configuration.
       mesh: see lsjax.distributed.sharding.
@@ -101,16 +103,18 @@ class Attention(nn.Module):
         """
         c = self.config
 
-        def heads(name: str, count: int, axis: str) -> jax.Array:
-            y = Linear(count * c.head_dim, (axis, "embed"), c.qkv_bias, name=name)(x)
-            return y.reshape(*y.shape[:2], count, c.head_dim)
+        def heads(name: str, count: int, axis: str, parts: int = 1) -> jax.Array:
+            y = Linear(count * parts * c.head_dim, (axis, "embed"), c.qkv_bias, name=name)(x)
+            return y.reshape(*y.shape[:2], count, parts * c.head_dim)
 
-        q = heads("q", c.num_heads, "heads")
+        q, gate = heads("q", c.num_heads, "heads", 1 + c.gated_attention), None
+        if c.gated_attention:
+            q, gate = jnp.split(q, 2, axis=-1)
         k = heads("k", c.num_kv_heads, "kv_heads")
         v = heads("v", c.num_kv_heads, "kv_heads")
         if c.qk_norm:
-            q = RMSNorm(c.norm_eps, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, name="k_norm")(k)
+            q = RMSNorm(c.norm_eps, c.zero_centered_norms, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.zero_centered_norms, name="k_norm")(k)
         q = inputs.rotated(q, c.rope_interleaved)
         if inputs.angles is not None:
             k = rotate(k, *inputs.angles, c.rope_interleaved)
@@ -135,5 +139,7 @@ class Attention(nn.Module):
                 tables=inputs.tables,
                 rope_interleaved=c.rope_interleaved,
             )
+        if gate is not None:
+            y = y * nn.sigmoid(gate)
         y = y.reshape(*y.shape[:2], c.num_heads * c.head_dim)
         return Linear(c.hidden_size, ("embed", "heads"), c.out_bias, name="o")(y), cache

@@ -1,4 +1,6 @@
-"""One decoder layer: attention and an MLP around the residual stream."""
+"""One decoder layer: attention or a recurrence, and an MLP, around the residual stream."""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,28 +10,16 @@ from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
 from lsjax.config import LayerKind, ModelConfig
 from lsjax.nn.attention import Attention, LayerInputs, SelfAttention
+from lsjax.nn.delta_net import GatedDeltaNet
 from lsjax.nn.experts import MixtureOfExperts
-from lsjax.nn.linear import Linear, RMSNorm
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). Source: arXiv 2002.05202."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        gate, up = (
-            Linear(c.intermediate_size, ("mlp", "embed"), c.mlp_bias, name=name)(x)
-            for name in ("gate", "up")
-        )
-        down = Linear(c.hidden_size, ("embed", "mlp"), c.mlp_bias, name="down")
-        return down(nn.silu(gate) * up)
+from lsjax.nn.gated_mlp import GatedMLP
+from lsjax.nn.linear import RMSNorm
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; families with post norms also normalize what is added back.
+    """Pre-norm attention, or a recurrence, and MLP.
+
+    Families with post norms also normalize what is added back.
 
     `kind` is that of the layer. See Attention for the other attributes, and for the arguments and
     results of `__call__`.
@@ -42,14 +32,22 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        self.attn_norm = RMSNorm(c.norm_eps)
-        self.attn = Attention(c, self.mesh, self.kind.window, self.self_attention)
-        self.mlp_norm = RMSNorm(c.norm_eps)
+        norm = functools.partial(RMSNorm, c.norm_eps, c.zero_centered_norms)
+        self.attn_norm = norm()
+        if self.kind.delta_net:
+            self.delta_net = GatedDeltaNet(self.kind.delta_net, c, self.mesh)
+        else:
+            self.attn = Attention(c, self.mesh, self.kind.window, self.self_attention)
+        self.mlp_norm = norm()
         experts = self.kind.experts
-        self.mlp = MixtureOfExperts(experts, self.mesh) if experts else GatedMLP(c)
+        self.mlp = (
+            MixtureOfExperts(experts, self.mesh)
+            if experts
+            else GatedMLP(c.intermediate_size, c.mlp_bias)
+        )
         if c.post_norms:
-            self.post_attn_norm = RMSNorm(c.norm_eps)
-            self.post_mlp_norm = RMSNorm(c.norm_eps)
+            self.post_attn_norm = norm()
+            self.post_mlp_norm = norm()
 
     def __call__(
         self, x: jax.Array, inputs: LayerInputs, cache: LayerCache | None
@@ -58,8 +56,9 @@ class Block(nn.Module):
         return self.feed_forward(x, inputs.decode), cache
 
     def attend(self, x, inputs, cache):
-        """Runs the attention half, which mixes tokens; arguments and results as in `__call__`."""
-        y, cache = self.attn(self.attn_norm(x), inputs, cache)
+        """Runs the half that mixes tokens, attention or a recurrence; see `__call__`."""
+        mix = self.delta_net if self.kind.delta_net else self.attn
+        y, cache = mix(self.attn_norm(x), inputs, cache)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
     def feed_forward(self, x: jax.Array, decode: bool = False) -> jax.Array:

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.mesh)
         self.layers = [Block(c, self.mesh, kind, self.self_attention) for kind in c.layers]
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps, c.zero_centered_norms)
         if not c.tie_embeddings:
             self.lm_head = Embedding(
                 c.vocab_size, c.hidden_size, self.dtype, self.mesh, c.normalized_head

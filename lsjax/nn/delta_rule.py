@@ -99,9 +99,7 @@ def _run_piece(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Ar
 
     system = beta * decay * einsum("nbhid,nbhjd->nbhij", k, k)[:, :, :, None]
     right = jnp.concatenate([beta * v, beta * left * keys], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        system, right, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = einsum("nbhrij,nbhrjc->nbhric", _inverse_of_unit_lower(system), right)
     changes, of_state = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     near = decay * einsum("nbhid,nbhjd->nbhij", q, k)[:, :, :, None]
     kept = jnp.exp(total[..., -1:, :] - total) * keys
@@ -116,3 +114,23 @@ def _run_piece(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Ar
     per_chunk = changes, of_state, near, left * queries, kept, left[..., -1:, :]
     state, y = jax.lax.scan(run, state, per_chunk)
     return state, jnp.moveaxis(y, (0, -2), (1, 2))
+
+
+def _inverse_of_unit_lower(system: jax.Array) -> jax.Array:
+    """Inverts matrices [..., size, size] of ones on the diagonal and `system` below it.
+
+    Diagonal blocks of 1, 2, 4 ... rows are inverted in turn, each from two of half its size. These
+    are matrix products. LAPACK's solver shares the threads of a CPU with the programs that call it,
+    and waits forever if many devices of one CPU do.
+    """
+    size = system.shape[-1]
+    at = jnp.arange(size)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape)
+    rows = 1
+    while rows < size:
+        block, half = at // (2 * rows), at // rows
+        below = (block[:, None] == block) & (half[:, None] > half)
+        half_way = einsum("...ij,...jk->...ik", jnp.where(below, system, 0), inverse)
+        inverse = inverse - einsum("...ij,...jk->...ik", inverse, half_way)
+        rows *= 2
+    return inverse

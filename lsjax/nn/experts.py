@@ -12,7 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.config import Experts
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, parameter_spec
+from lsjax.nn.gated_mlp import GatedMLP
 from lsjax.nn.grouped_product import grouped_product
+from lsjax.nn.linear import Linear
 from lsjax.runtime.precision import einsum
 
 _AXES = ("experts", None, None)
@@ -49,7 +51,8 @@ class Router(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Computes sum_e p_e down_e(silu(gate_e(x)) * up_e(x)) over the experts chosen for a token.
 
-    Experts are split over the `model` axis: a device computes its own for all tokens that it has.
+    An expert that all tokens share is added, times the sigmoid of its gate. The others are split
+    over the `model` axis: a device computes its own for all tokens that it has.
     """
 
     experts: Experts
@@ -57,6 +60,9 @@ class MixtureOfExperts(nn.Module):
 
     def setup(self):
         self.router = Router(self.experts.count)
+        if self.experts.shared_width:
+            self.shared = GatedMLP(self.experts.shared_width)
+            self.shared_gate = Linear(1, (None, "embed"))
 
     @nn.compact
     def __call__(self, x: jax.Array, decode: bool = False) -> jax.Array:
@@ -82,7 +88,10 @@ class MixtureOfExperts(nn.Module):
             axis_names=mapped,
             check_vma=False,
         )
-        return run(x, probabilities, chosen, weights)
+        y = run(x, probabilities, chosen, weights)
+        if e.shared_width:
+            y = y + nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return y
 
     def balance(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns how evenly tokens are spread: [experts] tokens each has, and its probability.

@@ -1,8 +1,9 @@
 """int8 weights: every matrix is stored in int8 with a float32 scale per output channel.
 
 A matrix [..., out, in] is the pair of parameters `weight` (int8) and `scale` [..., out]; an entry
-is weight * scale. Embedding and head are matrices too; norms and biases stay as they are, and so
-do routers, since rounding them would change which experts are chosen.
+is weight * scale. Embedding and head are matrices too; norms and biases stay as they are. So do
+routers, since rounding them would change which experts are chosen, and the few rows of a recurrence
+that say how much it forgets and writes, since errors of them add up.
 """
 
 import functools
@@ -15,6 +16,7 @@ from lsjax.distributed.sharding import sharding
 
 WEIGHT_DTYPES = ("int8",)  # beside auto, which is the dtype of the activations
 _QMAX = 127
+_FLOATS = ("router/weight", "delta_net/a/weight", "delta_net/b/weight")
 
 
 def quantize_matrix(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +42,7 @@ def int8_shapes(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Shap
     """Returns shape, dtype and sharding of int8 parameters, from those of float ones, by path."""
     found = {}
     for path, leaf in abstract.items():
-        if len(leaf.shape) < 2 or path.endswith("router/weight"):
+        if len(leaf.shape) < 2 or not path.endswith("/weight") or path.endswith(_FLOATS):
             found[path] = leaf
             continue
         rows = sharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:-1]))

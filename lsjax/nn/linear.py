@@ -110,9 +110,14 @@ class RMSNorm(nn.Module):
     """Computes x / rms(x) * weight over the last axis, with the mean in float32.
 
     Source: arXiv 1910.07467; casts are in the order of transformers' LlamaRMSNorm.
+
+    Attributes:
+      epsilon: added to the mean of the squares.
+      zero_centered: whether to multiply by 1 + weight, in float32 as transformers' Qwen3_5RMSNorm.
     """
 
     epsilon: float
+    zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,4 +125,6 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", init, (x.shape[-1],), x.dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        if self.zero_centered:
+            return (y * (1 + weight.astype(jnp.float32))).astype(x.dtype)
         return weight * y.astype(x.dtype)

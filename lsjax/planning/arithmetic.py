@@ -152,7 +152,8 @@ def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:
     if kind.experts is None:
         return _MLP_VECTORS * config.intermediate_size / model
     of_expert = _MLP_VECTORS * kind.experts.width + _EXPERT_HIDDEN_VECTORS * config.hidden_size
-    return kind.experts.per_token * of_expert
+    shared = _MLP_VECTORS * kind.experts.shared_width / model
+    return kind.experts.per_token * of_expert + shared
 
 
 def _code_bytes(config: ModelConfig, platform: str) -> int:

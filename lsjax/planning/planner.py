@@ -17,7 +17,7 @@ from lsjax.compression import (
 )
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
-from lsjax.distributed.sharding import abstract_mesh, check_fits_mesh, parse_mesh
+from lsjax.distributed.sharding import AXES, abstract_mesh, check_fits_mesh, parse_mesh
 from lsjax.documents import check_options
 from lsjax.errors import UserError
 from lsjax.families import read_config
@@ -121,7 +121,7 @@ def plan(
     deployment = asked.best(max_input_length, bound)
     check_chunks(config, deployment, output + (max_input_length or 1))
     if document_length:
-        check_options(deployment)
+        check_options(config, deployment)
     recommended = deployment if asked == free else free.best(max_input_length, bound)
     longest = longest_that_fits(config, target, deployment, bound)
     if compile:
@@ -302,7 +302,7 @@ class SearchSpace:
                 continue
             mesh = (data, count // (data * model), model)
             try:
-                check_fits_mesh(self.config, {"model": model})
+                check_fits_mesh(self.config, dict(zip(AXES, mesh, strict=True)))
             except UserError:
                 continue
             found.append(mesh)

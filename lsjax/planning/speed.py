@@ -16,6 +16,7 @@ from lsjax.planning.arithmetic import active_weight_bytes, cache_bytes, weight_b
 from lsjax.planning.deployment import Deployment
 from lsjax.planning.targets import Target
 from lsjax.runtime.devices import Rates
+from lsjax.runtime.flops import recurrence_cost
 
 # Shares of the peak rates that programs are assumed to reach.
 _OF_FLOPS, _OF_BANDWIDTH, _OF_LINK = 0.5, 0.7, 0.7
@@ -71,7 +72,8 @@ def expected_speed(
     pairs = deployment.batch * _pairs(config, total, deployment.span(total))
     pairs -= (deployment.batch - data) * _pairs(config, document, deployment.span(document))
     attention = 4 * config.num_heads * config.head_dim * pairs
-    computing = (products + attention) / (devices * rates.flops * _OF_FLOPS)
+    recurrence = tokens * sum(recurrence_cost(k.delta_net) for k in config.layers if k.delta_net)
+    computing = (products + attention + recurrence) / (devices * rates.flops * _OF_FLOPS)
     of_each = tokens / (devices / model) * config.hidden_size * itemsize
     summed = 4 * config.num_layers * of_each * (model - 1) / model
     gathered = chunks * whole_layers * (context - 1) / context
@@ -92,9 +94,10 @@ def _pairs(config: ModelConfig, length: int, span: int) -> float:
     A query attends to at most `span` keys.
     """
     seen = 0.0
-    for window in config.windows:
-        within = min(span, window or length)
-        seen += length * within - within**2 / 2
+    for kind in config.layers:
+        if not kind.delta_net:
+            within = min(span, kind.window or length)
+            seen += length * within - within**2 / 2
     return seen
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lsjax.config import Experts, LayerKind, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
+from lsjax.errors import UserError
 from lsjax.nn.attention import LayerInputs
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
@@ -36,6 +37,16 @@ class ChunkSizes:
     logits: int = 1024
 
 
+def check_trainable(config: ModelConfig) -> None:
+    """Refuses a model with recurrent layers with a UserError."""
+    if config.delta_nets:
+        raise UserError(
+            f"{config.architecture} has recurrent layers, which are not trained here: their state "
+            "would pass from one document of a row to the next. Train a model whose layers are all "
+            "of attention."
+        )
+
+
 class Loss:
     """Computes (params, batch, tables) -> the losses of the targets, and that of the routers.
 
@@ -53,6 +64,7 @@ class Loss:
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, chunks: ChunkSizes):
+        check_trainable(config)
         self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
         self._chunks = chunks
         self._decoder = Decoder(config, mesh, self._dtype)

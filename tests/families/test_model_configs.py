@@ -1,11 +1,12 @@
 """config.json of published models -> ModelConfig."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
-from lsjax.config import Experts, LayerKind, RopeScaling
+from lsjax.config import DeltaNet, Experts, LayerKind, RopeScaling
 from lsjax.errors import UserError
 from lsjax.families import FAMILIES, parse_config, read_config
 from lsjax.positions.scaling import override_rope_scaling
@@ -51,6 +52,20 @@ _LLAMA = {
     "num_kv_heads": 8,
     "norm_eps": 1e-5,
 }
+_DELTA_NET = DeltaNet(key_heads=16, value_heads=32, key_dim=128, value_dim=128, conv_width=4)
+_SHARED = Experts(256, 8, 512, True, 0.001, shared_width=512)
+_QWEN3_5 = {
+    "num_heads": 16,
+    "head_dim": 256,
+    "rotary_dim": 64,
+    "rope_theta": 1e7,
+    "vocab_size": 248320,
+    "qk_norm": True,
+    "gated_attention": True,
+    "zero_centered_norms": True,
+    "max_position_embeddings": 262144,
+    "eos_token_ids": (248044,),
+}
 EXPECTED = {
     "Qwen2-72B-Instruct": _QWEN2
     | {"num_layers": 80, "num_heads": 64, "num_kv_heads": 8, "rope_theta": 1e6, "head_dim": 128},
@@ -81,6 +96,20 @@ EXPECTED = {
         "num_kv_heads": 4,
         "max_position_embeddings": 262144,
         "layers": (LayerKind(experts=Experts(128, 8, 768, True, 0.001)),) * 48,
+    },
+    "Qwen3.5-9B": _QWEN3_5
+    | {
+        "architecture": "Qwen3_5ForConditionalGeneration",
+        "num_kv_heads": 4,
+        "intermediate_size": 12288,
+        "layers": (*(LayerKind(delta_net=_DELTA_NET),) * 3, LayerKind()) * 8,
+    },
+    "Qwen3.5-35B-A3B": _QWEN3_5
+    | {
+        "architecture": "Qwen3_5MoeForConditionalGeneration",
+        "num_kv_heads": 2,
+        "hidden_size": 2048,
+        "layers": (*(LayerKind(None, _SHARED, _DELTA_NET),) * 3, LayerKind(None, _SHARED)) * 10,
     },
     "Meta-Llama-3-8B-Instruct": _LLAMA
     | {"max_position_embeddings": 8192, "eos_token_ids": (128009,), "rope_scaling": RopeScaling()},
@@ -141,9 +170,7 @@ def v5(config):
     return config | {"rope_parameters": block, "dtype": dtype}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, e in EXPECTED.items() if e["architecture"] != "ChatGLMModel"]
-)
+@pytest.mark.parametrize("name", [n for n in EXPECTED if not n.startswith(("glm-4", "Qwen3.5"))])
 @pytest.mark.parametrize("scaling", ["own", "yarn", "linear"])
 def test_both_formats_of_transformers_say_the_same(name, scaling):
     config = raw(name)
@@ -152,6 +179,33 @@ def test_both_formats_of_transformers_say_the_same(name, scaling):
     if scaling != "own":
         config["rope_scaling"] = {"rope_type": scaling, "factor": 4.0}
     assert parse_config(v5(config)) == parse_config(config)
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-9B", "Qwen3.5-35B-A3B"])
+def test_the_text_alone_is_as_within_a_model_that_sees_images(name, caplog):
+    config = raw(name)
+    alone = config["architectures"][0].replace("ForConditionalGeneration", "ForCausalLM")
+    text = config["text_config"] | {"architectures": [alone]}
+    found = parse_config(text)
+    assert found == dataclasses.replace(parse_config(config), architecture=alone)
+    text["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0}
+    assert parse_config(text).served_length == 2**20
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"linear_num_value_heads": 24}, "24 value heads over 16 key heads"),
+        ({"attn_output_gate": False}, "attn_output_gate"),
+        ({"rope_local_base": 1e4}, "rope_local_base"),
+    ],
+)
+def test_text_that_is_not_supported(change, words):
+    config = raw("Qwen3.5-9B")
+    with pytest.raises(UserError, match=words):
+        parse_config(config | {"text_config": config["text_config"] | change})
 
 
 def test_rotary_share_of_glm_is_read_from_either_format():

@@ -29,6 +29,16 @@ def test_steps_and_chunks_are_the_definition(length):
         assert max(errors(run(*tokens), expected)) < 2e-6
 
 
+def test_tokens_of_nearly_one_key_are_the_definition():
+    """Each of them takes back nearly all that the one before it wrote."""
+    state, inputs = in_float32(random_inputs(130))
+    one = inputs.k[:, :1] + 1e-3 * inputs.k
+    inputs = inputs.replace(k=one, beta=np.ones_like(inputs.beta))
+    expected = delta_rule(state, inputs)
+    plain = max(errors(run_steps(state, inputs), expected))
+    assert max(errors(run_chunks(state, inputs), expected)) < max(2 * plain, 2e-6)
+
+
 def test_tokens_without_beta_and_decay_leave_the_state():
     state, inputs = in_float32(random_inputs(100, batch=2))
     padding = jnp.arange(100) >= jnp.array([100, 30])[:, None]

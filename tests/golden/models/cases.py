@@ -52,6 +52,47 @@ _QWEN3_MOE = _QWEN3 | {
     "num_experts_per_tok": 4,
     "router_aux_loss_coef": 0.001,
 }
+_QWEN3_5 = _HF | {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "full_attention_interval": 2,
+    "head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_value_head_dim": 12,
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 1e7,
+}
+_QWEN3_5_MOE = _QWEN3_5 | {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "moe_intermediate_size": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 24,
+}
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "in_channels": 3,
+    "intermediate_size": 16,
+    "model_type": "qwen3_5_vision",
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 64,
+    "patch_size": 2,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+}
 _LLAMA = _HF | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -108,6 +149,23 @@ def _v5(config: dict, **rope) -> dict:
         block["partial_rotary_factor"] = config["partial_rotary_factor"]
     kept = {name: value for name, value in config.items() if name not in old}
     return kept | {"rope_parameters": block, "dtype": "float32"}
+
+
+def _with_images(config: dict) -> dict:
+    """The same as the text's part of a model that sees images."""
+    name = config["architectures"][0].replace("ForCausalLM", "ForConditionalGeneration")
+    text = {key: value for key, value in config.items() if key != "architectures"}
+    return {
+        "architectures": [name],
+        "model_type": config["model_type"].removesuffix("_text"),
+        "image_token_id": 90,
+        "text_config": text,
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "video_token_id": 91,
+        "vision_config": _VISION,
+        "vision_end_token_id": 92,
+        "vision_start_token_id": 93,
+    }
 
 
 _ORIGINAL = {"original_max_position_embeddings": 64}
@@ -220,5 +278,30 @@ CASES: dict[str, tuple[dict, int]] = {
         }
         | {"num_experts": 12, "tie_word_embeddings": True, "attention_bias": True},
         80,
+    ),
+    "qwen3_5": (_v5(_QWEN3_5), 160),
+    "qwen3_5_with_images": (
+        _with_images(
+            _v5(
+                _QWEN3_5,
+                rope_type="yarn",
+                mrope_interleaved=True,
+                mrope_section=[2, 1, 1],
+                **_YARN,
+            )
+            | {
+                "attention_bias": True,
+                "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+                "linear_conv_kernel_dim": 3,
+                "linear_num_value_heads": 8,
+                "num_hidden_layers": 3,
+                "tie_word_embeddings": True,
+            },
+        ),
+        256,
+    ),
+    "qwen3_5_moe": (
+        _v5(_QWEN3_5_MOE | {"num_hidden_layers": 3, "full_attention_interval": 3}),
+        160,
     ),
 }

@@ -1,12 +1,14 @@
-"""Makes the golden logits and frequencies, from transformers 5.23 and torch 2.13 on the CPU:
+"""Makes the golden logits and frequencies, on the CPU:
 
     python tests/golden/models/make.py
 
-Writes, beside itself, <case>/config.json and <case>/logits.npz (token ids, positions, float32
-logits at those positions) for each case of cases.py, and frequencies.json with frequencies.npz.
+It needs transformers 5.23, 5.24 for Qwen3.5, and torch 2.13. Writes, beside itself,
+<case>/config.json and <case>/logits.npz (token ids, positions, float32 logits at those positions)
+for each case of cases.py, and frequencies.json with frequencies.npz.
 Weights are not stored: weights.py makes them again from a seed.
 """
 
+import functools
 import json
 import pathlib
 import random
@@ -30,7 +32,8 @@ def main() -> None:
         folder = HERE / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        vocab = config.get("vocab_size") or config["padded_vocab_size"]
+        text = config.get("text_config", config)
+        vocab = text.get("vocab_size") or text["padded_vocab_size"]
         tokens = np.random.default_rng(index).integers(0, vocab, (BATCH, length))
         positions = np.unique(np.linspace(0, length - 1, KEPT).round().astype(np.int32))
         with torch.no_grad():
@@ -58,6 +61,8 @@ def model_of(config: dict) -> torch.nn.Module:
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight")
     source = chatglm_source(chatglm) if chatglm else expert_source
+    if name.startswith("Qwen3_5"):
+        source = functools.partial(expert_source, zero_centered_norms=True)
     weights = {key: torch.from_numpy(source(key, tuple(old.shape))) for key, old in state.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
@@ -65,7 +70,7 @@ def model_of(config: dict) -> torch.nn.Module:
     return model
 
 
-def expert_source(key: str, shape: tuple[int, ...]) -> np.ndarray:
+def expert_source(key: str, shape: tuple[int, ...], **norms: bool) -> np.ndarray:
     """A tensor by its name; experts, which transformers stacks, by the names in checkpoints."""
     for end, parts in {
         "gate_up_proj": ("gate_proj", "up_proj"),
@@ -77,7 +82,7 @@ def expert_source(key: str, shape: tuple[int, ...]) -> np.ndarray:
             names = [[f"{experts}{i}.{part}.weight" for part in parts] for i in range(shape[0])]
             of = [[tensor(SEED, name, (rows, shape[2])) for name in each] for each in names]
             return np.stack([np.concatenate(each) for each in of])
-    return tensor(SEED, key, shape)
+    return tensor(SEED, key, shape, **norms)
 
 
 def glm_config(c: dict) -> dict:

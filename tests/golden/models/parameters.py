@@ -23,7 +23,8 @@ def golden_parameters(config: ModelConfig) -> dict:
             flat[path][entry.index] = tensor(SEED, entry.name, shapes[path][1:])
             continue
         rows = [shapes[path][0] for path in entry.params]
-        fused = tensor(SEED, entry.name, (sum(rows), *shapes[entry.params[0]][1:]))
+        shape = sum(rows), *shapes[entry.params[0]][1:]
+        fused = tensor(SEED, entry.name, shape, config.zero_centered_norms)
         for path, part in zip(entry.params, np.split(fused, np.cumsum(rows)[:-1]), strict=True):
             assert path not in flat, path
             flat[path] = part

@@ -1,0 +1,52 @@
+"""The state of a recurrent layer: constant in size, beside the KV caches of the other layers."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lsjax.config import DeltaNet
+from lsjax.distributed.sequence_layout import Zigzag
+from lsjax.distributed.sharding import STATE_SPEC
+
+
+@flax.struct.dataclass
+class RecurrentState:
+    """What a Gated DeltaNet keeps of all tokens so far, by key head.
+
+    It cannot be rolled back: every token is run once, in order. So a decode step of several tokens,
+    of which some may be refused, leaves it as it was, with the tokens beside it.
+
+    Attributes:
+      matrix: [batch, key_heads, group, value_dim, key_dim] float32 state of the delta rule.
+      recent: [batch, conv_width - 1, key_heads, channels] last inputs of the convolution.
+      zigzag: layout of positions along the mesh's context axis, in which prefill chunks come.
+      draft: tokens of a decode step of several, [batch, length, key_heads, ...]; else None.
+    """
+
+    matrix: jax.Array
+    recent: jax.Array
+    zigzag: Zigzag = flax.struct.field(pytree_node=False)
+    draft: Any = None
+
+    @property
+    def block(self) -> None:
+        return None
+
+    def partition_specs(self) -> "RecurrentState":
+        tokens = PartitionSpec(STATE_SPEC[0], None, STATE_SPEC[1])
+        draft = jax.tree.map(lambda _: tokens, self.draft)
+        return self.replace(matrix=STATE_SPEC, recent=tokens, draft=draft)
+
+
+def empty_state(net: DeltaNet, batch: int, dtype: str, zigzag: Zigzag) -> RecurrentState:
+    """Creates the state before the first token; `dtype` is that of the convolution's inputs."""
+    channels = 2 * net.key_dim + net.group * net.value_dim
+    shape = batch, net.key_heads, net.group, net.value_dim, net.key_dim
+    return RecurrentState(
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((batch, net.conv_width - 1, net.key_heads, channels), dtype),
+        zigzag,
+    )

@@ -1,0 +1,176 @@
+"""Gated DeltaNet: a layer that brings tokens together by a recurrence instead of attention.
+
+Source: arXiv 2412.06464; transformers' modeling_qwen3_5.py.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from lsjax.cache import KVCache, LayerCache, RecurrentState, empty_state
+from lsjax.config import DeltaNet, ModelConfig
+from lsjax.distributed.sequence_layout import Zigzag
+from lsjax.distributed.sharding import CHUNK_QUERIES_SPEC, STATE_SPEC, TOKENS_SPEC
+from lsjax.nn.attention import LayerInputs
+from lsjax.nn.delta_rule import DeltaInputs, run_chunks, run_steps
+from lsjax.nn.linear import Linear, RMSNorm
+
+_HEADS = STATE_SPEC[1]  # axes of the mesh that share the heads
+_EPSILON = 1e-6  # of the norms of queries and keys, whatever config.json says
+
+
+class GatedDeltaNet(nn.Module):
+    """Projections, a causal convolution, the gated delta rule, a gated norm, output projection.
+
+    Everything is laid out by key head: the value heads that share one are side by side.
+    """
+
+    net: DeltaNet
+    config: ModelConfig
+    mesh: Mesh
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: LayerInputs, state: RecurrentState | None
+    ) -> tuple[jax.Array, RecurrentState | None]:
+        """Maps [batch, length, hidden] to the same shape, and runs the tokens through the state.
+
+        Tokens past `inputs.lengths` leave the state as it is. Without a state the tokens are whole
+        rows.
+        """
+        net, (batch, length, hidden) = self.net, x.shape
+        widths = {"q": net.key_dim, "k": net.key_dim, "v": net.group * net.value_dim}
+
+        def project(name: str, width: int) -> jax.Array:
+            y = Linear(net.key_heads * width, ("kv_heads", "embed"), name=name)(x)
+            return y.reshape(batch, length, net.key_heads, width)
+
+        def taps(name: str, width: int) -> jax.Array:
+            init = nn.with_partitioning(nn.initializers.normal(0.02), ("kv_heads", None, None))
+            shape = net.key_heads * width, 1, net.conv_width
+            return self.param(f"{name}_conv", init, shape, x.dtype).reshape(
+                net.key_heads, width, net.conv_width
+            )
+
+        def rate(name: str) -> jax.Array:
+            ones = nn.with_partitioning(nn.initializers.ones, ("kv_heads",))
+            y = self.param(name, ones, (net.value_heads,), jnp.float32)
+            return y.reshape(net.key_heads, net.group)
+
+        sizes = widths | {"b": net.group, "a": net.group}
+        tokens = jnp.concatenate([project(*size) for size in sizes.items()], axis=-1)
+        conv = jnp.concatenate([taps(*size) for size in widths.items()], axis=1)
+        weights = conv, rate("A_log"), rate("dt_bias")
+        y, state = self._recur(tokens, weights, inputs, state)
+        gate = project("z", net.group * net.value_dim)
+        shape = batch, length, net.value_heads, net.value_dim
+        y = RMSNorm(self.config.norm_eps, name="norm")(y.reshape(shape))
+        y = (y * nn.silu(gate.reshape(shape).astype(jnp.float32))).astype(x.dtype)
+        return Linear(hidden, ("embed", "heads"), name="o")(y.reshape(batch, length, -1)), state
+
+    def _recur(self, tokens, weights, inputs, state):
+        """Runs the recurrence on the mesh; see `_on_device`."""
+        devices, (batch, length) = self.mesh.shape["context"], tokens.shape[:2]
+        exchange = devices > 1 and not inputs.decode
+        held = state or empty_state(self.net, batch, tokens.dtype, Zigzag(devices, length))
+        by_head, specs = PartitionSpec("data", None, _HEADS), held.partition_specs()
+        drafted = inputs.decode and length > 1
+        spec = CHUNK_QUERIES_SPEC if exchange else by_head
+        run = jax.shard_map(
+            functools.partial(_on_device, decode=inputs.decode, exchange=exchange),
+            mesh=self.mesh,
+            in_specs=(spec, PartitionSpec(_HEADS), TOKENS_SPEC, TOKENS_SPEC, specs),
+            out_specs=(spec, specs.replace(draft=by_head if drafted else None)),
+            check_vma=False,
+        )
+        y, after = run(tokens, weights, inputs.positions, inputs.lengths, held)
+        return y, state and after
+
+
+def _on_device(tokens, weights, positions, lengths, state, *, decode, exchange):
+    """Runs one device's heads; called under shard_map.
+
+    A recurrence is sequential, so the tokens of a prefill chunk that is sharded over the context
+    axis are exchanged for heads: each device runs all tokens, in order, through some heads.
+
+    Args:
+      tokens: [batch, length, key_heads, channels] queries, keys, values, and logits of the rates.
+      weights: taps of the convolution and the two parameters of the decay, by key head.
+      positions: [batch, length] of all devices' tokens, in the order of `tokens`.
+      lengths: [batch] number of tokens in each row, or None.
+      state: RecurrentState of the device's heads.
+      decode: whether these are the few tokens of a decode step.
+      exchange: whether tokens are sharded over the context axis.
+    """
+    dtype, (batch, length) = tokens.dtype, positions.shape
+    if exchange:
+        order = state.zigzag.permutation(length)
+        back = np.argsort(order)
+        tokens = jax.lax.all_to_all(tokens, "context", 2, 1, tiled=True)[:, back]
+        positions = positions[:, back]
+    inputs, mixed = _prepare(tokens, weights, state)
+    counts = jnp.full(batch, length)
+    if lengths is not None:
+        counts = jnp.sum(positions < lengths[:, None], axis=1)
+        inputs = _first(inputs, counts)
+    y, matrix = (run_steps if decode else run_chunks)(state.matrix, inputs)
+    y = y.reshape(*y.shape[:3], -1).astype(dtype)
+    if exchange:
+        y = jax.lax.all_to_all(y[:, order], "context", 1, 2, tiled=True)
+    if decode and length > 1:  # a draft, of which the next step may keep less
+        return y, state.replace(draft=(inputs, mixed))
+    return y, state.replace(matrix=matrix, recent=_last(mixed, counts, state))
+
+
+def keep_accepted(cache: KVCache, counts: jax.Array) -> KVCache:
+    """Keeps the first `counts` [batch] tokens of a decode step of several in recurrent layers."""
+
+    def keep(layer: LayerCache | RecurrentState) -> LayerCache | RecurrentState:
+        if not isinstance(layer, RecurrentState):
+            return layer
+        inputs, mixed = layer.draft
+        _, matrix = run_steps(layer.matrix, _first(inputs, counts))
+        return layer.replace(matrix=matrix, recent=_last(mixed, counts, layer), draft=None)
+
+    return tuple(map(keep, cache))
+
+
+def _prepare(tokens, weights, state):
+    """Returns what tokens bring to the delta rule, and the inputs of the convolution."""
+    taps, log_rate, bias = weights
+    length, (*_, group, value_dim, key_dim) = tokens.shape[1], state.matrix.shape
+    channels = taps.shape[1]
+    mixed, beta, rate = jnp.split(tokens, [channels, channels + group], axis=-1)
+    mixed = jnp.concatenate([state.recent, mixed], axis=1)
+    wide, taps = mixed.astype(jnp.float32), taps.astype(jnp.float32)
+    y = sum(wide[:, i : i + length] * taps[..., i] for i in range(taps.shape[-1]))
+    q, k, v = jnp.split(nn.silu(y), [key_dim, 2 * key_dim], axis=-1)
+    inputs = DeltaInputs(
+        q=_normalized(q) * key_dim**-0.5,
+        k=_normalized(k),
+        v=v.reshape(*v.shape[:3], group, value_dim),
+        log_decay=-jnp.exp(log_rate) * nn.softplus(rate.astype(jnp.float32) + bias),
+        beta=nn.sigmoid(beta.astype(jnp.float32)),
+    )
+    return inputs, mixed
+
+
+def _normalized(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPSILON)
+
+
+def _first(inputs: DeltaInputs, counts: jax.Array) -> DeltaInputs:
+    """Returns tokens of which those after the first `counts` [batch] leave the state as it is."""
+    real = (jnp.arange(inputs.k.shape[1]) < counts[:, None])[..., None, None]
+    beta, log_decay = (jnp.where(real, x, 0) for x in (inputs.beta, inputs.log_decay))
+    return inputs.replace(beta=beta, log_decay=log_decay)
+
+
+def _last(mixed: jax.Array, counts: jax.Array, state: RecurrentState) -> jax.Array:
+    """Returns the last inputs of the convolution after `counts` [batch] tokens."""
+    at = counts[:, None] + jnp.arange(state.recent.shape[1])
+    return jnp.take_along_axis(mixed, at[..., None, None], axis=1)

@@ -1,0 +1,27 @@
+"""The gated MLP of a decoder layer."""
+
+import flax.linen as nn
+import jax
+
+from lsjax.nn.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)). Source: arXiv 2002.05202.
+
+    Attributes:
+      width: width of gate and up.
+      use_bias: whether the projections add a bias.
+    """
+
+    width: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = (
+            Linear(self.width, ("mlp", "embed"), self.use_bias, name=name)(x)
+            for name in ("gate", "up")
+        )
+        down = Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down")
+        return down(nn.silu(gate) * up)

@@ -1,0 +1,158 @@
+"""Models with recurrent layers: against transformers' logits, and against themselves."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.golden_models import CONFIGS, build, changed_config
+
+import lsjax
+from lsjax import UserError
+from lsjax.cache import CacheSpec, empty_state
+from lsjax.distributed.sequence_layout import ONE_DEVICE
+from lsjax.distributed.sharding import check_fits_mesh, make_mesh
+from lsjax.nn.attention import LayerInputs
+from lsjax.nn.delta_net import GatedDeltaNet, keep_accepted
+from lsjax.training.config import check_trainable
+
+DENSE, IMAGES, EXPERTS = "qwen3_5", "qwen3_5_with_images", "qwen3_5_moe"
+slow = functools.partial(pytest.param, marks=pytest.mark.slow("one chunk and one mesh are quick"))
+
+
+def mesh_of(sizes):
+    return "data={},context={},model={}".format(*sizes)
+
+
+@functools.cache
+def golden(name):
+    return dict(np.load(CONFIGS[name].parent / "logits.npz"))
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "mesh"),
+    [
+        (DENSE, 24, "122"),
+        slow(DENSE, 7, "111"),
+        *(slow(name, 64, "111") for name in (DENSE, IMAGES, EXPERTS)),
+        slow(DENSE, 1, "111"),
+        slow(EXPERTS, 160, "111"),
+        slow(DENSE, 24, "121"),
+        slow(IMAGES, 64, "141"),
+        slow(DENSE, 24, "124"),
+        slow(EXPERTS, 64, "212"),
+        slow(DENSE, 64, "222"),
+    ],
+)
+def test_logits_are_those_of_transformers(name, chunk, mesh):
+    data = golden(name)
+    found = build(name, chunk=chunk, mesh=mesh_of(mesh)).logits(data["tokens"].tolist())
+    found = np.stack(found)[:, data["positions"]]
+    np.testing.assert_allclose(found, data["logits"], rtol=0, atol=1e-4)
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 90, n).tolist() for n in (70, 5, 37)]
+
+
+def greedy(prompts, name=DENSE, tokens=12, **options):
+    done = build(name, **options).generate(
+        prompts, tokens, allow_untrained_length=True, max_input_length=100
+    )
+    return [c.token_ids for c in done]
+
+
+def step_by_step(ids, name=DENSE, tokens=6):
+    """Greedy tokens from the logits of ever longer prompts, each run whole."""
+    lm, ids = build(name), list(ids)
+    for _ in range(tokens):
+        ids.append(int(lm.logits([ids])[0][-1].argmax()))
+    return tuple(ids[-tokens:])
+
+
+def test_rows_of_a_batch_do_not_see_their_padding():
+    """Rows end in the first, the second and the last chunk."""
+    found = greedy(prompts(), chunk=16)
+    assert [row[:3] for row in found] == [greedy([p], chunk=16)[0][:3] for p in prompts()]
+    assert found[2][:3] == step_by_step(prompts()[2], tokens=3)
+
+
+@pytest.mark.slow("rows of a batch are quick")
+@pytest.mark.parametrize("name", [DENSE, EXPERTS])
+def test_tokens_depend_on_the_prompt_alone(name):
+    alone = [greedy([p], name)[0] for p in prompts()]
+    assert greedy(prompts(), name, chunk=7, segment=1) == alone
+    assert greedy(prompts()[:2], name, mesh=mesh_of("222")) == alone[:2]
+    assert step_by_step(prompts()[0], name) == alone[0][:6]
+
+
+@pytest.mark.slow("a token of a draft that is refused is quick")
+def test_tokens_do_not_depend_on_drafts():
+    """Rows that repeat themselves and one that does not, over int8 keys and weights on a mesh."""
+    texts, kind = [prompts()[1] * 9, prompts()[2]], {"weight_dtype": "int8", "kv": "int8"}
+    lm = build(DENSE, mesh=mesh_of("122"), **kind)
+    usual, done = (
+        lm.generate(texts, 24, allow_untrained_length=True, prompt_lookup_num_tokens=drafted)
+        for drafted in (0, 3)
+    )
+    assert [c.token_ids for c in done] == [c.token_ids for c in usual]
+    assert done[0].stats.decode_steps < usual[0].stats.decode_steps
+
+
+def test_a_refused_token_of_a_draft_leaves_no_trace():
+    config = changed_config(DENSE, 0)
+    (net,), mesh = config.delta_nets, make_mesh("")
+    module = GatedDeltaNet(net, config, mesh)
+    x = jax.random.normal(jax.random.key(0), (2, 3, config.hidden_size))
+    at = jnp.broadcast_to(jnp.arange(3), (2, 3))
+    params = nn.unbox(module.init(jax.random.key(1), x, LayerInputs(positions=at), None))
+
+    @jax.jit
+    def run(x, state):
+        inputs = LayerInputs(positions=at[:, : x.shape[1]], decode=True)
+        return module.apply(params, x, inputs, state)
+
+    start = empty_state(net, 2, "float32", ONE_DEVICE)
+    states, outputs = [start], []
+    for t in range(3):
+        y, state = run(x[:, t : t + 1], states[-1])
+        states.append(state)
+        outputs.append(y)
+    y, drafted = run(x, start)
+    np.testing.assert_allclose(y, jnp.concatenate(outputs, axis=1), atol=1e-6)
+    kept = keep_accepted((drafted,), jnp.array([3, 1]))[0]
+    for row, count in enumerate((3, 1)):
+        jax.tree.map(
+            lambda x, expected, row=row: np.testing.assert_allclose(
+                x[row], expected[row], atol=1e-6
+            ),
+            kept,
+            states[count],
+        )
+
+
+def test_a_state_takes_the_same_memory_whatever_the_length():
+    config = changed_config("qwen3_5", 0)
+    recurrent = dataclasses.replace(config, layers=config.layers[:1])
+    sizes = [CacheSpec(1, n, "int8", "float32").nbytes(recurrent) for n in (256, 2**20)]
+    (net,) = config.delta_nets
+    channels = 2 * net.key_heads * net.key_dim + net.value_heads * net.value_dim
+    matrices = net.value_heads * net.key_dim * net.value_dim
+    assert sizes == [4 * (matrices + (net.conv_width - 1) * channels)] * 2
+
+
+def test_what_recurrent_layers_do_not_go_with_is_refused():
+    config, lm = changed_config(DENSE, 0), build(DENSE)
+    with pytest.raises(UserError, match="cannot be split over context x model = 16"):
+        check_fits_mesh(config, {"data": 1, "context": 4, "model": 4})
+    with pytest.raises(UserError, match="documents do not go with recurrent layers"):
+        lm.read(prompts()[0])
+    with pytest.raises(UserError, match="which are not trained here"):
+        check_trainable(config)
+    for kind in ("razor", "streaming_llm"):
+        with pytest.raises(UserError, match=f"{kind} does not go with recurrent layers"):
+            lsjax.plan(config, "cpu:1", kv_compression=kind, max_input_length=100)

@@ -10,7 +10,7 @@
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
 - Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
-  GPU, and float32 prefill on a GPU.
+  GPU, and prefill on a GPU in float32 or of heads wider than 128.
 """
 
 import jax
@@ -31,6 +31,8 @@ from lsjax.attention.partial import Partial
 _GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128
+# Widest head that cuDNN takes on every GPU, and where a program is compiled without one.
+_CUDNN_HEAD_DIM = 128
 # Queries per cuDNN call on a GPU where there are edges. More queries dequantize keys less often.
 # Fewer queries leave less to the blockwise loop, which handles the keys among the queries.
 _GPU_QUERIES = 1024
@@ -60,6 +62,7 @@ def attend(
         if on_gpu and group * length <= _GPU_DECODE_QUERIES:
             return _decode_on_gpu(q, k, v, key_range)
     by_cudnn = on_gpu and slopes is None and q.dtype == jnp.bfloat16
+    by_cudnn = by_cudnn and q.shape[-1] <= _CUDNN_HEAD_DIM
     if by_cudnn and (not is_int4 or length > MAX_DECODE_QUERIES):
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lsjax.config import LayerKind, ModelConfig
+from lsjax.config import DeltaNet, LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
@@ -26,6 +26,7 @@ _EXPERT_HIDDEN_VECTORS = 2  # of a token, for each of its experts
 # Float32 vectors of the queries' size, of rows that attend to a document and to their own tokens:
 # the two Partials, and what they are made of.
 _BESIDE_DOCUMENT_VECTORS = 10
+_RECURRENCE_VECTORS = 4.3  # of a token, of the convolution's size, in float32
 _ALL: Mapping[str, float] = {}
 _TPU_CODE_BYTES = 2 * 2**20  # of a layer's code, which lies in the memory of the data
 
@@ -135,9 +136,10 @@ def _prefill_temporaries(
 ) -> int:
     data, context, model = deployment.sizes.values()
     tokens = deployment.batch // data * deployment.prefill_chunk // context
-    channels = max(_mlp_channels(config, kind, model) for kind in config.layers)
-    channels += _HIDDEN_VECTORS * config.hidden_size
-    total = tokens * channels * jnp.dtype(deployment.dtype).itemsize
+    itemsize = jnp.dtype(deployment.dtype).itemsize
+    widest = max(_mlp_channels(config, kind, model) * itemsize for kind in config.layers)
+    widest = max(widest, *(_recurrence_bytes(net) / model for net in config.delta_nets), 0)
+    total = tokens * (widest + _HIDDEN_VECTORS * config.hidden_size * itemsize)
     if deployment.document_length:
         query_channels = config.num_heads * config.head_dim / model
         total += 4 * tokens * _BESIDE_DOCUMENT_VECTORS * query_channels
@@ -154,6 +156,12 @@ def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:
     of_expert = _MLP_VECTORS * kind.experts.width + _EXPERT_HIDDEN_VECTORS * config.hidden_size
     shared = _MLP_VECTORS * kind.experts.shared_width / model
     return kind.experts.per_token * of_expert + shared
+
+
+def _recurrence_bytes(net: DeltaNet) -> float:
+    """Returns the bytes of what a recurrence holds for a token."""
+    channels = 2 * net.key_heads * net.key_dim + net.value_heads * net.value_dim
+    return _RECURRENCE_VECTORS * channels * jnp.dtype("float32").itemsize
 
 
 def _code_bytes(config: ModelConfig, platform: str) -> int:

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.golden_models import CONFIGS, build, changed_config
+from helpers.golden_models import CONFIGS, build, changed_config, parameters
 from safetensors.numpy import load_file, save_file
 
 import lsjax
@@ -79,17 +78,42 @@ def step_by_step(ids, name=DENSE, tokens=6):
     return tuple(ids[-tokens:])
 
 
-def test_rows_of_a_batch_do_not_see_their_padding():
-    """Rows end in the first, the second and the last chunk."""
-    found = greedy(prompts(), chunk=16)
-    assert [row[:3] for row in found] == [greedy([p], chunk=16)[0][:3] for p in prompts()]
-    assert found[2][:3] == step_by_step(prompts()[2], tokens=3)
+def layer():
+    """The first layer of the dense model: (x, state, lengths) -> (y, state), and an empty state."""
+    config = changed_config(DENSE, 0)
+    (net,) = config.delta_nets
+    module = GatedDeltaNet(net, config, make_mesh(""))
+    params = {"params": parameters(DENSE, 0, "", "auto")["layers_0"]["delta_net"]}
+
+    @functools.partial(jax.jit, static_argnames="decode")
+    def run(x, state, lengths=None, decode=False):
+        at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        inputs = LayerInputs(positions=at, lengths=lengths, decode=decode)
+        return module.apply(params, x, inputs, state)
+
+    return run, empty_state(net, 2, "float32", ONE_DEVICE)
 
 
-@pytest.mark.slow("rows of a batch are quick")
+def assert_same_row(state, expected, row):
+    for x, y in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+        np.testing.assert_allclose(x[row], y[row], atol=1e-5)
+
+
+def test_padding_leaves_no_trace():
+    """A row that ends before the other, after one token in the chunk and before all of the next."""
+    run, state = layer()
+    x = jax.random.normal(jax.random.key(0), (2, 9, 64))
+    _, padded = run(x, state, jnp.array([9, 1]))
+    assert_same_row(padded, run(x, state)[1], 0)
+    _, after_one = run(x[:, :1], state)
+    assert_same_row(padded, after_one, 1)
+    assert_same_row(run(x, padded, jnp.array([9, 0]))[1], after_one, 1)
+
+
+@pytest.mark.slow("padding, chunks and a mesh are quick")
 def test_tokens_depend_on_the_prompt_alone(name=EXPERTS):
     alone = [greedy([p], name)[0] for p in prompts()]
-    assert greedy(prompts(), name, chunk=7, segment=1) == alone
+    assert greedy(prompts(), name, chunk=16, segment=1) == alone
     assert greedy(prompts()[:2], name, mesh=mesh_of("222")) == alone[:2]
     assert step_by_step(prompts()[0], name) == alone[0][:6]
 
@@ -108,35 +132,18 @@ def test_tokens_do_not_depend_on_drafts():
 
 
 def test_a_refused_token_of_a_draft_leaves_no_trace():
-    config = changed_config(DENSE, 0)
-    (net,), mesh = config.delta_nets, make_mesh("")
-    module = GatedDeltaNet(net, config, mesh)
-    x = jax.random.normal(jax.random.key(0), (2, 3, config.hidden_size))
-    at = jnp.broadcast_to(jnp.arange(3), (2, 3))
-    params = nn.unbox(module.init(jax.random.key(1), x, LayerInputs(positions=at), None))
-
-    @jax.jit
-    def run(x, state):
-        inputs = LayerInputs(positions=at[:, : x.shape[1]], decode=True)
-        return module.apply(params, x, inputs, state)
-
-    start = empty_state(net, 2, "float32", ONE_DEVICE)
+    run, start = layer()
+    x = jax.random.normal(jax.random.key(0), (2, 3, 64))
     states, outputs = [start], []
     for t in range(3):
-        y, state = run(x[:, t : t + 1], states[-1])
+        y, state = run(x[:, t : t + 1], states[-1], decode=True)
         states.append(state)
         outputs.append(y)
-    y, drafted = run(x, start)
-    np.testing.assert_allclose(y, jnp.concatenate(outputs, axis=1), atol=1e-6)
-    kept = keep_accepted((drafted,), jnp.array([3, 1]))[0]
+    y, drafted = run(x, start, decode=True)
+    np.testing.assert_allclose(y, jnp.concatenate(outputs, axis=1), atol=1e-5)
+    (kept,) = jax.jit(keep_accepted)((drafted,), jnp.array([3, 1]))
     for row, count in enumerate((3, 1)):
-        jax.tree.map(
-            lambda x, expected, row=row: np.testing.assert_allclose(
-                x[row], expected[row], atol=1e-6
-            ),
-            kept,
-            states[count],
-        )
+        assert_same_row(kept, states[count], row)
 
 
 def test_a_state_takes_the_same_memory_whatever_the_length():

@@ -111,11 +111,11 @@ def test_padding_leaves_no_trace():
 
 
 @pytest.mark.slow("padding, chunks and a mesh are quick")
-def test_tokens_depend_on_the_prompt_alone(name=EXPERTS):
-    alone = [greedy([p], name)[0] for p in prompts()]
-    assert greedy(prompts(), name, chunk=16, segment=1) == alone
-    assert greedy(prompts()[:2], name, mesh=mesh_of("222")) == alone[:2]
-    assert step_by_step(prompts()[0], name) == alone[0][:6]
+def test_tokens_depend_on_the_prompt_alone():
+    alone = [greedy([p], EXPERTS)[0] for p in prompts()]
+    assert greedy(prompts(), EXPERTS, chunk=16, segment=1) == alone
+    assert greedy(prompts()[:2], EXPERTS, mesh=mesh_of("222")) == alone[:2]
+    assert step_by_step(prompts()[0], EXPERTS) == alone[0][:6]
 
 
 @pytest.mark.slow("a token of a draft that is refused is quick")

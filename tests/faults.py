@@ -432,8 +432,8 @@ FAULTS = (
     Fault(
         "a document's last token left out",
         "lsjax/cache/shared_prefix.py",
-        "end = jnp.broadcast_to(self.length, step.positions.shape)",
-        "end = jnp.broadcast_to(self.length - 1, step.positions.shape)",
+        "begin, end, blocks = None, jnp.full((1, rows), self.length), None",
+        "begin, end, blocks = None, jnp.full((1, rows), self.length - 1), None",
         "tests/attention/test_cached_attention.py -k after_a_document",
     ),
     Fault(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
+from lsjax.attention.sparse_rule import SparsePrefill
 from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.compression import CompressionSettings
 from lsjax.distributed.multihost import to_host
@@ -33,6 +34,7 @@ from lsjax.inference.prompts import Prompt, as_prompts
 from lsjax.inference.request import Request, batches
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
+from lsjax.inference.sparsity import OnSparsity
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
@@ -50,6 +52,7 @@ def load(
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
     kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
+    sparse_prefill: str | float | Mapping[str, Any] | SparsePrefill | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> "LanguageModel":
     """Loads a model onto the devices.
@@ -70,6 +73,10 @@ def load(
       kv_compression: "razor" for RazorAttention, with which most heads keep only the last tokens;
         "streaming_llm" for StreamingLLM, which forgets all but the first and the last tokens; or a
         mapping with such a "kind" and its settings, or its JSON. "none" or None turns it off.
+      sparse_prefill: alpha, such as 0.1, with which prompts attend to the blocks of keys whose
+        estimated weight is at least that share of the largest, and to the means of the others; or a
+        mapping with "alpha" and other settings of SparsePrefill, or its JSON. "none" or None has
+        prompts attend to everything, as decoding always does.
       progress: called repeatedly with the number of bytes read since its last call.
 
     Raises:
@@ -84,6 +91,7 @@ def load(
         rope_scaling=rope_scaling,
         prefill_chunk=prefill_chunk,
         kv_compression=kv_compression,
+        sparse_prefill=sparse_prefill,
     )
     return load_from_options(options, progress)
 
@@ -160,19 +168,27 @@ class LanguageModel:
         parts = prompt_logits(self.engine, self.params, token_ids, chunk_size)
         return np.concatenate([to_host(x) for x in parts], axis=1)
 
-    def token_nll(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
+    def token_nll(
+        self,
+        token_ids: Any,
+        chunk_size: int | None = None,
+        on_sparsity: OnSparsity | None = None,
+    ) -> np.ndarray:
         """Computes the negative log-likelihood of every next token.
 
         Args:
           token_ids: [batch, length] or [length] ids.
           chunk_size: tokens per prefill step; None for prefill_chunk.
+          on_sparsity: told what the tokens attended to, with sparse_prefill; see Sparsity.
 
         Returns:
           [batch, length - 1] float32; entry i is that of token i + 1, given tokens 0 to i.
         """
-        return prompt_nll(self.engine, self.params, token_ids, chunk_size)
+        return prompt_nll(self.engine, self.params, token_ids, chunk_size, on_sparsity)
 
-    def teacher_forced_nll(self, token_ids: Any, prompt_length: int) -> np.ndarray:
+    def teacher_forced_nll(
+        self, token_ids: Any, prompt_length: int, on_sparsity: OnSparsity | None = None
+    ) -> np.ndarray:
         """Computes the negative log-likelihood of tokens that are decoded one by one.
 
         Decoding reads the cache as generation would, so this shows what a compressed cache costs.
@@ -180,6 +196,7 @@ class LanguageModel:
         Args:
           token_ids: [batch, length] or [length] ids.
           prompt_length: number of leading tokens that are prefilled as the prompt.
+          on_sparsity: told what the prompts attended to, with sparse_prefill; see Sparsity.
 
         Returns:
           [batch, length - prompt_length - 1] float32 of the tokens after the prompt, without the
@@ -189,7 +206,7 @@ class LanguageModel:
           UserError: the model has no embedding for an id, or fewer than two tokens are left to
             decode.
         """
-        return decoded_nll(self.engine, self.params, token_ids, prompt_length)
+        return decoded_nll(self.engine, self.params, token_ids, prompt_length, on_sparsity)
 
     def generate(
         self,

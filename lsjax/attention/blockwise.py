@@ -191,7 +191,7 @@ def _attend_block(
         acc, sum_exp, running_max = state
         # The last block may overlap the previous one; the mask hides the overlap.
         start = jnp.minimum(i * size, k.capacity - size)
-        scores = _scores(rows, k.block(row, start, size))
+        scores = key_scores(rows, k.block(row, start, size))
         by_query = scores.reshape(batch, kv_heads, group, length, size)
         slots = start + jnp.arange(size)
         if slopes is not None:
@@ -207,7 +207,7 @@ def _attend_block(
             by_query = jnp.where(visible[:, None, None], by_query, -jnp.inf)
         scores = by_query.reshape(scores.shape)
         weights, correction, *softmax = update_softmax(scores, sum_exp, running_max)
-        weighed = _weighted_values(weights, v.block(row, start, size), q.dtype)
+        weighed = weighted_values(weights, v.block(row, start, size), q.dtype)
         return correction[..., None] * acc + weighed, *softmax
 
     # Range of the blocks with keys that some query sees.
@@ -239,7 +239,7 @@ def _attend_block(
     return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), partial)
 
 
-def _scores(rows: jax.Array, k: KVArray) -> jax.Array:
+def key_scores(rows: jax.Array, k: KVArray) -> jax.Array:
     """Returns [batch, kv_heads, rows, block] float32 scores."""
     keys, factor = k.dequantize_lazy(rows.dtype)
     count, size = rows.shape[2], keys.shape[2]
@@ -265,7 +265,7 @@ def _scores_keys_as_rows(rows: jax.Array, keys: jax.Array) -> jax.Array:
     return scores.swapaxes(2, 3)[:, :, :count]
 
 
-def _weighted_values(weights: jax.Array, v: KVArray, dtype: jnp.dtype) -> jax.Array:
+def weighted_values(weights: jax.Array, v: KVArray, dtype: jnp.dtype) -> jax.Array:
     """Returns the weighted sum of the values, [batch, kv_heads, rows, head_dim] float32."""
     values, factor = v.dequantize_lazy(dtype)
     if factor is not None:

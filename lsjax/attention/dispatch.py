@@ -16,7 +16,7 @@
 import jax
 import jax.numpy as jnp
 
-from lsjax.attention import blockwise
+from lsjax.attention import blockwise, sparse
 from lsjax.attention.blockwise import (
     CPU_BLOCKS,
     MAX_DECODE_QUERIES,
@@ -27,6 +27,7 @@ from lsjax.attention.blockwise import (
 )
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
+from lsjax.attention.sparse_rule import attend_in_tiles
 
 _GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
@@ -66,6 +67,17 @@ def attend(
     if by_cudnn and (not is_int4 or length > MAX_DECODE_QUERIES):
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
+
+
+def attend_to_kept(
+    platform: str, q: jax.Array, k: KVArray, v: KVArray, keep: jax.Array, stop: jax.Array
+) -> Partial:
+    """Runs attention to the blocks of slots that tiles of queries keep; see attend_in_tiles."""
+    if platform == "tpu" and k.data.dtype != jnp.uint8:
+        from lsjax.attention.tpu_sparse import attend_tile
+    else:
+        attend_tile = sparse.attend_tile
+    return attend_in_tiles(lambda q, kept: attend_tile(q, k, v, kept), q, keep, stop)
 
 
 def on_gpu(platform: str) -> bool:

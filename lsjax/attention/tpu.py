@@ -17,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from lsjax.attention.partial import Partial, update_softmax
 from lsjax.runtime.precision import einsum
 
-_LANES = 128
-_VMEM = 32 * 2**20  # bytes of VMEM for one kernel; every core since v4 has that much
+LANES = 128
+VMEM = 32 * 2**20  # bytes of VMEM for one kernel; every core since v4 has that much
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -59,7 +59,7 @@ def attend(
     bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, pad)), mode="edge")
     spans = first, stop, _, _ = _spans(bounds, size, keys)
 
-    capacity_minor = head_dim % _LANES != 0
+    capacity_minor = head_dim % LANES != 0
     if capacity_minor:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
     kept = [x for x in (k, v, k_scale, v_scale) if x is not None]
@@ -113,7 +113,7 @@ def attend(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM,
+            vmem_limit_bytes=VMEM,
         ),
         interpret=interpret,
         name="attend",
@@ -129,18 +129,18 @@ def attend(
 def _block_sizes(kv_heads: int, rows: int, head_dim: int, k: jax.Array) -> tuple[int, int, int]:
     """Returns the KV heads, query rows and keys per block.
 
-    A block's data, including the pipeline's second buffers, stays under _VMEM.
+    A block's data, including the pipeline's second buffers, stays under VMEM.
     """
     # Scales are tiled by 8 heads: a block has all heads or a whole tile of them.
     heads = 8 if kv_heads % 8 == 0 else kv_heads
-    width = -(-head_dim // _LANES) * _LANES
+    width = -(-head_dim // LANES) * LANES
     # 1 MiB of accumulated values; about 5 MiB with queries and output, each double-buffered.
-    size = min(max(_power_of_two(2**18 // (heads * width)), _LANES), 512)
+    size = min(max(_power_of_two(2**18 // (heads * width)), LANES), 512)
     size = min(size, -(-rows // 16) * 16)  # tiles of bfloat16 are 16 rows high
     # 1 MiB of keys and 1 MiB of values: a transfer long enough to hide a step's fixed cost. And at
     # most 1 MiB of scores per head, which coexist with the softmax weights computed from them.
     keys = 2**20 // (heads * head_dim * k.dtype.itemsize)
-    keys = max(_power_of_two(min(keys, 2**18 // size)), _LANES)
+    keys = max(_power_of_two(min(keys, 2**18 // size)), LANES)
     return heads, size, min(keys, k.shape[2] & -k.shape[2])
 
 
@@ -201,7 +201,7 @@ def _kernel(
     def each_head(body):
         # Unrolling lets heads overlap. The short dependency chains of a decode step need that; the
         # long ones of prefill do not, and unrolling them would take long to compile.
-        jax.lax.fori_loop(0, q.shape[0], lambda h, _: body(h), None, unroll=q.shape[1] < _LANES)
+        jax.lax.fori_loop(0, q.shape[0], lambda h, _: body(h), None, unroll=q.shape[1] < LANES)
 
     @pl.when(i == 0)
     def start():
@@ -214,13 +214,13 @@ def _kernel(
         def attend_to_block(h):
             scores = einsum(f"rd,{order}->rs", q[h], k[h].astype(q.dtype))
             if scales:
-                scores *= _row(scales[0][...], h)
+                scores *= row_of_tile(scales[0][...], h)
             if visible is not None:
                 scores = jnp.where(visible, scores, -jnp.inf)
             weights, correction, *softmax = update_softmax(scores, sum_exp[h], running_max[h])
             sum_exp[h], running_max[h] = softmax
             if scales:
-                weights *= _row(scales[1][...], h)
+                weights *= row_of_tile(scales[1][...], h)
             added = einsum(f"rs,{order}->rd", weights.astype(q.dtype), v[h].astype(q.dtype))
             acc[h] = correction * acc[h] + added
 
@@ -243,7 +243,7 @@ def _kernel(
             lse[pl.ds(h, 1)] = jnp.where(seen, running_max[h] + jnp.log(sum_exp[h]), -jnp.inf).T
 
 
-def _row(x: jax.Array, h: jax.Array) -> jax.Array:
+def row_of_tile(x: jax.Array, h: jax.Array) -> jax.Array:
     """Returns row h of x as [1, n] float32, by a masked sum.
 
     A row of a bfloat16 tile cannot be indexed with a value known only inside the loop.

@@ -21,6 +21,7 @@ from lsjax.cache.shared_prefix import (
     with_layers,
     without_tails,
 )
+from lsjax.cache.sparse import SparseCache
 from lsjax.cache.spec import (
     CACHE_DTYPES,
     CachePolicy,
@@ -48,6 +49,7 @@ __all__ = [
     "LayerCache",
     "RecurrentState",
     "RollingCache",
+    "SparseCache",
     "Step",
     "TokenSlice",
     "WindowCache",

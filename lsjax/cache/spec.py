@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lsjax.attention.blockwise import MAX_DECODE_QUERIES
-from lsjax.attention.kv_array import empty_kv_array
+from lsjax.attention.kv_array import KVArray, empty_kv_array
+from lsjax.attention.sparse_rule import TILE, SparsePrefill
 from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import KVCache, LayerCache
 from lsjax.cache.recurrent import RecurrentState, empty_state
 from lsjax.cache.rolling import RollingCache
+from lsjax.cache.sparse import BlockMeans, Counts, SparseCache
 from lsjax.config import LayerKind, ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, ONE_DEVICE, Zigzag
 from lsjax.distributed.sharding import sharding
@@ -48,6 +50,8 @@ class CacheSpec:
         can roll.
       prompt_capacity: longest prompt that a row can hold, in tokens.
       policy: what layers keep; None if they keep all that their queries see.
+      sparse: how prefill attends in layers without a sliding window, whose chunks start at fixed
+        positions; None if to everything.
     """
 
     batch: int
@@ -59,6 +63,7 @@ class CacheSpec:
     chunk: int = 0
     prompt_capacity: int = 0
     policy: CachePolicy | None = None
+    sparse: SparsePrefill | None = None
 
     def rolling_capacity(self, window: int) -> int:
         """Returns the capacity of a rolling cache: a window and a prefill chunk.
@@ -77,7 +82,7 @@ class CacheSpec:
         They are the bytes per device if a mesh is given; else replicated arrays count once.
         """
         counts = [1] * config.num_layers
-        if self.policy is None:  # layers of one kind have caches of one size
+        if self.policy is None and self.sparse is None:  # one kind of layer, one size
             kinds = collections.Counter(config.layers)
             config, counts = dataclasses.replace(config, layers=tuple(kinds)), kinds.values()
         cache = jax.eval_shape(lambda: empty_cache(config, self, platform))
@@ -109,25 +114,49 @@ def empty_layer(
         capacity, kind = spec.rolling_capacity(window), RollingCache
     rows = (spec.batch, config.num_kv_heads)
     store = empty_kv_array((*rows, capacity, config.head_dim), spec.dtype, platform)
-    cache = kind(store, store, spec.zigzag)
+    if spec.sparse is not None and spec.chunk and window is None:
+        cache = _empty_sparse(config, spec, spec.sparse, store)
+    else:
+        cache = kind(store, store, spec.zigzag)
     if spec.dtype not in _QUANTIZED:
         return cache
     zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
     return FloatTail(cache, FloatBlock(zeros, zeros), spec.chunk)
 
 
+def _empty_sparse(
+    config: ModelConfig, spec: CacheSpec, rule: SparsePrefill, store: KVArray
+) -> SparseCache:
+    rows = (spec.batch, config.num_kv_heads)
+    means = jnp.zeros((*rows, spec.capacity // TILE, config.head_dim), spec.compute_dtype)
+    ints = jnp.zeros(rows[:1], jnp.int32)
+    group = config.num_heads // config.num_kv_heads
+    counts = Counts(jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, group), jnp.float32), ints)
+    return SparseCache(
+        k=store,
+        v=store,
+        zigzag=spec.zigzag,
+        means=BlockMeans(means, means, ints),
+        counts=counts,
+        rule=rule,
+    )
+
+
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:
     """Creates a cache of zeros. Call it under jit, and shard it as its partition specs say."""
     if spec.policy is not None:
         return spec.policy.empty_cache(config, spec, platform)
+    dense_layers = 0 if spec.sparse is None else spec.sparse.first_layers
+    dense = dataclasses.replace(spec, sparse=None)
 
-    def empty(kind: LayerKind) -> LayerCache | RecurrentState:
+    def empty(spec: CacheSpec, kind: LayerKind) -> LayerCache | RecurrentState:
         if kind.delta_net:
             return empty_state(kind.delta_net, spec.batch, spec.compute_dtype, spec.zigzag)
         return empty_layer(config, spec, platform, kind.window)
 
-    layers = {kind: empty(kind) for kind in set(config.layers)}
-    return tuple(layers[kind] for kind in config.layers)
+    kinds = [(dense if i < dense_layers else spec, x) for i, x in enumerate(config.layers)]
+    layers = {kind: empty(*kind) for kind in set(kinds)}
+    return tuple(layers[kind] for kind in kinds)
 
 
 def cache_shapes(config: ModelConfig, mesh: Mesh, spec: CacheSpec, platform: str) -> KVCache:

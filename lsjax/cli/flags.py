@@ -53,6 +53,13 @@ def define_model_flags() -> None:
         "streaming_llm, which keeps the first and the last tokens; or settings as JSON, such as "
         '\'{"kind": "razor", "window": 2000}\'.',
     )
+    flags.DEFINE_string(
+        "sparse_prefill",
+        "none",
+        "Blocks of keys that a prompt attends to: none for all; a number alpha, such as 0.1, for "
+        "those with at least that share of the largest estimated weight; or settings as JSON, such "
+        'as \'{"alpha": 0.1, "first_layers": 2}\'. Decoding attends to everything.',
+    )
     define_mesh_flags()
 
 
@@ -156,7 +163,8 @@ def connect() -> None:
 
 def model_options() -> dict[str, Any]:
     """Returns define_model_flags' values as arguments of inference.options.resolve_options."""
-    names = ("dtype", "weight_dtype", "kv_cache_dtype", "kv_compression", "mesh", "prefill_chunk")
+    names = ("dtype", "weight_dtype", "kv_cache_dtype", "kv_compression", "sparse_prefill")
+    names += ("mesh", "prefill_chunk")
     path = flags.FLAGS.model_path or shipped_model_path()
     return {"path": path} | {n: flags.FLAGS[n].value for n in names}
 

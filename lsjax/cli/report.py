@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lsjax.compression import served_length
+from lsjax.inference import sparsity
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request
@@ -40,6 +41,7 @@ def effective_config(options: Options, requests: Sequence[Request]) -> dict[str,
         "kept": compression and compression.summary(config, requests[0].prompt_capacity),
         "cache_bytes": _cache_bytes(options, requests[0]),
         "prefill_chunk": options.prefill_chunk,
+        "sparse_prefill": options.sparse_prefill and dataclasses.asdict(options.sparse_prefill),
         "mesh": {axis: int(size) for axis, size in options.mesh.shape.items()},
         "devices": f"{options.mesh.size} x {options.mesh.devices.flat[0].device_kind}",
     }
@@ -115,6 +117,8 @@ def describe(configuration: dict[str, Any]) -> str:
     c = configuration
     mesh = ",".join(f"{axis}={size}" for axis, size in c["mesh"].items())
     kept = f" ({c['kept']})" if c["kept"] else ""
+    sparse = c["sparse_prefill"]
+    sparse = f", sparse with alpha {sparse['alpha']:g}" if sparse else ""
     weights = c["dtype"] if c["weight_dtype"] == "auto" else f"int8 at {c['dtype']}"
     return "\n".join(
         (
@@ -125,7 +129,7 @@ def describe(configuration: dict[str, Any]) -> str:
             f"this request {c['request_length']:,} tokens",
             f"numbers    weights {weights}, KV cache {c['kv_cache_dtype']} of "
             f"{human_bytes(c['cache_bytes'])}{kept}, "
-            f"prefill in chunks of {c['prefill_chunk']:,}",
+            f"prefill in chunks of {c['prefill_chunk']:,}{sparse}",
             f"devices    {c['devices']}, mesh {mesh}",
         )
     )
@@ -140,6 +144,7 @@ def summary(stats: Stats) -> str:
             f"first      {s.time_to_first_token_seconds:.2f} s to the first token, compiling "
             "included",
             f"prefill    {s.prefill_seconds:.2f} s, {s.prefill_tokens_per_second:,.1f} tokens/s",
+            *((f"attended   to {s.sparsity}",) if s.sparsity else ()),
             f"decode     {s.decode_seconds:.2f} s, {s.decode_tokens_per_second:,.1f} tokens/s in "
             f"{s.decode_steps:,} steps",
             f"compiling  {s.compile_seconds:.2f} s, {s.compilations} programs compiled",
@@ -191,4 +196,5 @@ def combine(stats: Sequence[Stats]) -> Stats:
         compile_seconds=total("compile_seconds"),
         compilations=total("compilations"),
         peak_memory_bytes=max(s.peak_memory_bytes for s in stats),
+        sparsity=first.sparsity and sparsity.combine([s.sparsity for s in stats]),
     )

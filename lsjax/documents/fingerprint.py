@@ -34,6 +34,7 @@ def fingerprint(config: ModelConfig, settings: EngineConfig, params: dict) -> di
         "weight_dtype": settings.weight_dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "block": str(settings.cache_block),
+        "sparse_prefill": str(settings.sparse_prefill),
     }
 
 
@@ -44,7 +45,7 @@ def check_fingerprint(where: str, found: Mapping[str, str], wanted: Mapping[str,
       UserError: the fingerprints differ; the message names the first difference.
     """
     for name, value in wanted.items():
-        if found.get(name) != value:
+        if found.get(name, "None") != value:  # saved before there was such an option
             raise UserError(
                 f"{where} was read with another {name} ({found.get(name)}, not {value}); load the "
                 "model as it was, or read the document again."

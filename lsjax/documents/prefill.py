@@ -75,6 +75,8 @@ def prefill_document(
 def _empty(engine: Engine, tokens: int, **changes: int) -> KVCache:
     rows = engine.settings.mesh.shape["data"]  # one on each device, all alike
     spec = engine.settings.cache_spec(rows, max(tokens, 1), 0)
+    if spec.sparse:  # a document's last tokens are not those of a prompt
+        spec = dataclasses.replace(spec, sparse=dataclasses.replace(spec.sparse, last_tokens=0))
     return engine.new_cache(dataclasses.replace(spec, **changes))
 
 

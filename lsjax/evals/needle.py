@@ -12,6 +12,7 @@ import numpy as np
 from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.passkey import SHORTEST, Passage, make_passage
+from lsjax.inference.sparsity import Sparsity
 from lsjax.runtime.html import grid
 from lsjax.tokenizer import Tokenizer
 
@@ -68,6 +69,7 @@ def needle_map(
     max_batch_size: int = 1,
     cells: Cells | None = None,
     progress: Callable[[int], object] | None = None,
+    on_sparsity: Callable[[int, Sparsity], object] | None = None,
 ) -> NeedleMap:
     """Asks for `keys` pass keys at each length and depth.
 
@@ -79,6 +81,8 @@ def needle_map(
       max_batch_size: texts answered together.
       cells: keeps whether each key was read right; those that it has are not asked for again.
       progress: called with the number of texts answered.
+      on_sparsity: called with the length and what a batch's prompts attended to, if that was not
+        everything.
     """
     cells, asked = Cells() if cells is None else cells, []
     for length in lengths:
@@ -102,6 +106,8 @@ def needle_map(
             )
             right = [_digits(a.text) == p.answer for a, p in zip(answers, passages, strict=True)]
             cells.add(dict(zip(batch, right, strict=True)))
+            if on_sparsity and (sparsity := answers[0].stats.sparsity):
+                on_sparsity(length, sparsity)
             if progress:
                 progress(len(batch))
     return NeedleMap.of({name: cells.values[name] for name in asked})

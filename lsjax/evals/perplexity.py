@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsjax.errors import UserError
+from lsjax.inference.sparsity import Sparsity, combine
 
 if TYPE_CHECKING:
     from lsjax.language_model import LanguageModel
@@ -19,11 +20,13 @@ class Curve:
       ends: last position of each stretch, in tokens.
       losses: mean loss of each stretch's tokens, in nats.
       perplexity: exp of the mean loss over all tokens.
+      density: what prompts attended to, relative to full attention; see Sparsity.
     """
 
     ends: tuple[int, ...]
     losses: tuple[float, ...]
     perplexity: float
+    density: float = 1.0
 
 
 def loss_curve(
@@ -56,10 +59,12 @@ def loss_curve(
             "longer text or a length of 2 up to that number."
         )
     texts = [token_ids[i * length : (i + 1) * length] for i in range(windows)]
+    sparsity: list[Sparsity] = []
+    tell = {"on_sparsity": sparsity.append}
     if prompt_length:
-        rows = [model.teacher_forced_nll([text], prompt_length)[0] for text in texts]
+        rows = [model.teacher_forced_nll([text], prompt_length, **tell)[0] for text in texts]
     else:
-        rows = [model.token_nll([text])[0] for text in texts]
+        rows = [model.token_nll([text], **tell)[0] for text in texts]
     losses = np.mean(rows, axis=0)
     parts = np.array_split(losses, min(stretches, len(losses)))
     begin = length - 1 - len(losses)
@@ -67,4 +72,5 @@ def loss_curve(
         ends=tuple(int(e) for e in begin + np.cumsum([len(p) for p in parts])),
         losses=tuple(float(p.mean()) for p in parts),
         perplexity=float(np.exp(losses.mean())),
+        density=combine(sparsity).density if sparsity else 1.0,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from lsjax.inference.sparsity import Sparsity
 from lsjax.runtime.html import table
 from lsjax.runtime.memory import human_bytes
 
@@ -30,6 +31,7 @@ class Stats:
       cache_bytes: size of the KV cache over all devices, with replicas counted once.
       peak_memory_bytes: peak memory so far, of the fullest device on an accelerator and of the
         process on a CPU.
+      sparsity: what prompts have attended to; None if to everything.
     """
 
     prompt_tokens: int
@@ -44,6 +46,7 @@ class Stats:
     compilations: int
     cache_bytes: int
     peak_memory_bytes: int
+    sparsity: Sparsity | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,11 +162,18 @@ class Engine:
         return prefill_by_layer(self._model, params, tables, hidden, lengths, spec, on_chunk)
 
     def score(
-        self, params: dict, tables: RotaryTables, cache: KVCache, tokens: np.ndarray, start: int
+        self,
+        params: dict,
+        tables: RotaryTables,
+        cache: KVCache,
+        tokens: np.ndarray,
+        start: int,
+        lengths: np.ndarray,
     ) -> tuple[KVCache, jax.Array]:
         """Like `prefill`, but returns every position's logits: [batch, chunk, vocab] float32."""
         self._check_chunk(tokens, start)
-        return steps.score(self._model, params, tables, cache, self._place(tokens), np.int32(start))
+        tokens, lengths = self._place(tokens), self._place(lengths)
+        return steps.score(self._model, params, tables, cache, tokens, np.int32(start), lengths)
 
     def for_samples(
         self, cache: KVCache, last: jax.Array, samples: int

@@ -4,6 +4,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
+from lsjax.attention.sparse_rule import SparsePrefill
 from lsjax.cache import BLOCK, CacheSpec
 from lsjax.compression import Compression
 from lsjax.config import ModelConfig
@@ -28,6 +29,7 @@ class EngineConfig:
       kv_cache_dtype: dtype of the KV cache, one of CACHE_DTYPES.
       prefill_chunk: prompt tokens per prefill step; a whole number of zigzag blocks, see Zigzag.
       compression: what layers keep of their KV cache; None for all that their queries see.
+      sparse_prefill: how prompts attend to their keys; None for all of them.
       segment: decode steps between two checks for end-of-sequence.
       cache_block: block size of a quantized cache, see CacheSpec.
     """
@@ -38,6 +40,7 @@ class EngineConfig:
     prefill_chunk: int
     weight_dtype: str = "auto"
     compression: Compression | None = None
+    sparse_prefill: SparsePrefill | None = None
     segment: int = SEGMENT
     cache_block: int = BLOCK
 
@@ -75,6 +78,7 @@ class EngineConfig:
             chunk=self.prefill_chunk,
             prompt_capacity=prompt_capacity,
             policy=self.compression,
+            sparse=self.sparse_prefill,
         )
 
 

@@ -17,6 +17,7 @@ from lsjax.inference.engine import Engine
 from lsjax.inference.request import Request, chunks
 from lsjax.inference.sampling import NOT_A_NUMBER
 from lsjax.inference.segments import Segment, Segments, SegmentsAhead
+from lsjax.inference.sparsity import OnSparsity, Sparsity, measure
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
@@ -37,6 +38,7 @@ class Timing:
       decoded: tokens decoded after the first, counting the longest row of each segment.
       steps: number of decode steps.
       cache_bytes: size of the cache over all devices, with replicas counted once.
+      sparsity: what the prompts have attended to; None if to everything.
     """
 
     prefill: float = 0.0
@@ -46,6 +48,7 @@ class Timing:
     decoded: int = 0
     steps: int = 0
     cache_bytes: int = 0
+    sparsity: Sparsity | None = None
 
 
 def generate(
@@ -84,6 +87,7 @@ def generate(
     draw = request.sampling.arrays(request.numbers)
 
     cache, last = _prefill(engine, params, request, spec, tables, lengths, on_prefill, document)
+    timing.sparsity = measure(cache, engine.config, lengths[: request.num_real])
     if request.num_samples > 1:
         cache, last = engine.for_samples(cache, last, request.num_samples)
         tables = engine.tables(request.for_samples(request.lengths))
@@ -127,7 +131,9 @@ def generate(
             on_end(segments.state)
 
 
-def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Iterator[jax.Array]:
+def teacher_forced_scores(
+    engine: Engine, params: dict, request: Request, on_sparsity: OnSparsity | None = None
+) -> Iterator[jax.Array]:
     """Computes logits of given answers.
 
     Prompts are prefilled as in `generate`. The tokens that follow are then decoded one by one,
@@ -138,6 +144,7 @@ def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Ite
       params: model parameters.
       request: batch whose prompts all have one length; their first `prompt_capacity` tokens are
         prefilled and the rest is decoded.
+      on_sparsity: see OnSparsity.
 
     Yields:
       [batch, up to a segment, vocab] float32 logits, each of the token after a decoded token.
@@ -150,6 +157,8 @@ def teacher_forced_scores(engine: Engine, params: dict, request: Request) -> Ite
     spec = request.cache_spec(engine.settings)
     lengths = np.array([prompt_capacity] * len(request.prompts), np.int32)
     cache, _ = _prefill(engine, params, begun, spec, tables, lengths, None)
+    if on_sparsity and (found := measure(cache, engine.config, lengths)):
+        on_sparsity(found)
     segment = engine.settings.segment
     for at in range(prompt_capacity, end, segment):
         tokens = token_batch(request, at, at + segment)
@@ -336,4 +345,5 @@ class Run:
             compilations=CLOCK.compilations - self._compilations,
             cache_bytes=t.cache_bytes,
             peak_memory_bytes=peak_memory_bytes(),
+            sparsity=t.sparsity,
         )

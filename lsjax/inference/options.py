@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from lsjax.attention.sparse_rule import SparsePrefill
 from lsjax.cache import CACHE_DTYPES
 from lsjax.checkpoint import holds_int8, read_model_config
 from lsjax.compression import CompressionSettings, parse_compression
@@ -18,6 +19,7 @@ from lsjax.families import refuse_gguf
 from lsjax.families.generation_config import NAME, eos_token_ids, read_generation_config, unapplied
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.sampling import Sampling, suggested_sampling
+from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.runtime.html import table
@@ -61,6 +63,9 @@ class Options(EngineConfig):
                 "KV compression": "none"
                 if self.compression is None
                 else type(self.compression).__name__,
+                "sparse prefill": "off"
+                if self.sparse_prefill is None
+                else f"alpha {self.sparse_prefill.alpha:g}",
                 "prefill chunk": f"{self.prefill_chunk:,} tokens",
             }
         )
@@ -76,6 +81,7 @@ def resolve_options(
     rope_scaling: str | Mapping[str, Any] | None = None,
     prefill_chunk: int | None = None,
     kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
+    sparse_prefill: str | float | Mapping[str, Any] | SparsePrefill | None = None,
 ) -> Options:
     """Resolves and checks all options; see `lsjax.load` for the arguments.
 
@@ -114,7 +120,7 @@ def resolve_options(
         note(f"generation_config.json sets {', '.join(asked)}, which lsjax does not support.")
     settings = parse_compression(kv_compression)
     prefill_chunk = round_up_to_blocks(prefill_chunk, mesh.shape["context"])
-    return Options(
+    options = Options(
         folder=folder,
         config=config,
         mesh=mesh,
@@ -126,7 +132,11 @@ def resolve_options(
         suggested=suggested_sampling(published),
         tokenizer=tokenizer,
         compression=settings and settings.resolve(folder, config, mesh.shape["model"]),
+        sparse_prefill=parse_sparse_prefill(sparse_prefill),
     )
+    if options.sparse_prefill:
+        check_sparse_prefill(config, options)
+    return options
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:

@@ -13,14 +13,21 @@ from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
+from lsjax.inference.engine_config import round_up
 from lsjax.inference.generate import teacher_forced_scores
 from lsjax.inference.prompts import as_rows
 from lsjax.inference.request import Request, check_ids
 from lsjax.inference.sampling import Sampling
+from lsjax.inference.sparse_prefill import tile_multiple
+from lsjax.inference.sparsity import OnSparsity, measure
 
 
 def prompt_logits(
-    engine: Engine, params: dict, token_ids: Any, chunk_size: int | None
+    engine: Engine,
+    params: dict,
+    token_ids: Any,
+    chunk_size: int | None,
+    on_sparsity: OnSparsity | None = None,
 ) -> Iterator[jax.Array]:
     """Yields the logits of each chunk in turn, [batch, up to chunk, vocab_size] float32.
 
@@ -29,6 +36,7 @@ def prompt_logits(
       params: model parameters.
       token_ids: [batch, length] or [length] ids.
       chunk_size: tokens per prefill step; None for prefill_chunk.
+      on_sparsity: told at the end what the tokens attended to; see OnSparsity.
 
     Raises:
       UserError: the model has no embedding for an id, or its compression does not score prompts.
@@ -43,25 +51,44 @@ def prompt_logits(
     ids = _checked_rows(engine.config, token_ids)
     batch, length = ids.shape
     chunk = min(chunk_size or settings.prefill_chunk, length)
-    chunk = round_up_to_blocks(chunk, settings.mesh.shape["context"])
+    context = settings.mesh.shape["context"]
+    chunk = round_up_to_blocks(chunk, context)
+    if settings.sparse_prefill:
+        chunk = round_up(chunk, tile_multiple(context))
     settings = dataclasses.replace(settings, prefill_chunk=chunk)
     engine = Engine(engine.config, settings)
     cache = engine.new_cache(settings.cache_spec(batch, length, 0))
     tables = engine.tables([length] * batch)
+    lengths = np.full(batch, length, np.int32)
     for at in range(0, length, chunk):
         part = ids[:, at : at + chunk]
         tokens = np.pad(part, ((0, 0), (0, chunk - part.shape[1])))
-        cache, scores = engine.score(params, tables, cache, tokens, at)
+        cache, scores = engine.score(params, tables, cache, tokens, at, lengths)
         yield scores[:, : part.shape[1]]
+    if on_sparsity and (found := measure(cache, engine.config, lengths)):
+        on_sparsity(found)
 
 
-def prompt_nll(engine: Engine, params: dict, token_ids: Any, chunk_size: int | None) -> np.ndarray:
+def prompt_nll(
+    engine: Engine,
+    params: dict,
+    token_ids: Any,
+    chunk_size: int | None,
+    on_sparsity: OnSparsity | None = None,
+) -> np.ndarray:
     """Computes the negative log-likelihood of every next token; see LanguageModel.token_nll."""
     ids = as_rows(token_ids)
-    return _token_nll(prompt_logits(engine, params, ids, chunk_size), ids[:, 1:])
+    parts = prompt_logits(engine, params, ids, chunk_size, on_sparsity)
+    return _token_nll(parts, ids[:, 1:])
 
 
-def decoded_nll(engine: Engine, params: dict, token_ids: Any, prompt_length: int) -> np.ndarray:
+def decoded_nll(
+    engine: Engine,
+    params: dict,
+    token_ids: Any,
+    prompt_length: int,
+    on_sparsity: OnSparsity | None = None,
+) -> np.ndarray:
     """Computes losses of decoded tokens; see LanguageModel.teacher_forced_nll.
 
     Raises:
@@ -82,7 +109,7 @@ def decoded_nll(engine: Engine, params: dict, token_ids: Any, prompt_length: int
         sampling=Sampling(),
         eos_token_ids=frozenset(),
     )
-    scores = teacher_forced_scores(engine, params, request)
+    scores = teacher_forced_scores(engine, params, request, on_sparsity)
     return _token_nll(scores, ids[:, prompt_length + 1 :])
 
 

@@ -90,9 +90,9 @@ def _prefill(model, params, tables, cache, tokens, start, lengths, last, documen
     return cache, model.by_row(last_hidden(hidden, positions, lengths, last))
 
 
-def _score(model, params, tables, cache, tokens, start):
+def _score(model, params, tables, cache, tokens, start, lengths):
     tokens, positions = _in_zigzag_order(model, tokens, start)
-    hidden, cache = _run(model, params, tokens, positions, tables, cache)
+    hidden, cache = _run(model, params, tokens, positions, tables, cache, lengths)
     if model.zigzag.devices > 1:
         hidden = hidden[:, np.argsort(model.zigzag.permutation(hidden.shape[1]))]
     return cache, model.by_row(_logits(model, params, hidden))

@@ -3,6 +3,7 @@
 python scripts/eval_needle.py --lengths 512,2048,8192 --rope_scaling auto --plot needle.png
 """
 
+import collections
 import sys
 
 import numpy as np
@@ -20,6 +21,7 @@ from lsjax.errors import UserError
 from lsjax.evals.cells import Cells, read_cells
 from lsjax.evals.needle import NeedleMap, needle_map
 from lsjax.evals.plots import plot_needle_curves, plot_needles
+from lsjax.inference.sparsity import Sparsity, combine
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
 from lsjax.runtime.text_files import check_writable
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> None:
     model = load(**model_options(), rope_scaling=FLAGS.rope_scaling)
     measured = model.fingerprint | {"kv_compression": FLAGS.kv_compression}
     cells = Cells(FLAGS.output_json, measured)
+    attended: dict[int, list[Sparsity]] = collections.defaultdict(list)
     with tqdm(
         total=len(lengths) * len(depths) * FLAGS.keys_per_cell, unit="text", file=sys.stderr
     ) as bar:
@@ -77,9 +80,11 @@ def main(argv: list[str]) -> None:
             max_batch_size=FLAGS.max_batch_size,
             cells=cells,
             progress=bar.update,
+            on_sparsity=lambda length, found: attended[length].append(found),
         )
     for length, share in zip(lengths, needles.by_length(), strict=True):
-        print(f"{length:>10,} tokens  {share:6.1%}")
+        density = f"  density {combine(attended[length]).density:.1%}" if attended[length] else ""
+        print(f"{length:>10,} tokens  {share:6.1%}{density}")
     if earlier:
         plot_needle_curves(earlier | {FLAGS.label: needles}, FLAGS.plot)
     elif FLAGS.plot:

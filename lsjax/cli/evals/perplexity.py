@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
             )
             cells.add({name: dataclasses.asdict(curve)})
         curves[name] = Curve(**cells.values[name])
-        print(f"{curves[name].perplexity:10.4f}  {name}", flush=True)
+        density = f", density {curves[name].density:.1%}" if model.options.sparse_prefill else ""
+        print(f"{curves[name].perplexity:10.4f}  {name}{density}", flush=True)
     if FLAGS.plot:
         plot_curves(curves, model.config.trained_length, FLAGS.plot)
 

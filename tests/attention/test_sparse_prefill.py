@@ -1,0 +1,166 @@
+"""Sparse prefill against its definition in float64: what is chosen, what stands for the rest."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import sparse_oracle
+from helpers.oracle import attention, dequantised
+
+from lsjax.attention import blockwise, dispatch
+from lsjax.attention.blockwise import Blocks, KeyRange
+from lsjax.attention.hadamard import hadamard_matrix
+from lsjax.attention.kv_array import KVArray
+from lsjax.attention.sparse_rule import TILE, SparsePrefill
+from lsjax.cache import CacheSpec, FloatTail, cache_shapes, empty_layer, update_and_attend
+from lsjax.config import ModelConfig
+from lsjax.distributed.sequence_layout import zigzag_of
+from lsjax.distributed.sharding import make_mesh
+from lsjax.families import parse_config
+from lsjax.shipped.model import HF_CONFIGS
+
+HEAD_DIM, KV_HEADS, GROUP = 16, 2, 2
+
+
+def rule_of(alpha, last_tokens=0, dense_length=0):
+    return SparsePrefill(alpha, 0, last_tokens, dense_length)
+
+
+RULE = rule_of(0.1)
+
+
+def config() -> ModelConfig:
+    sizes = {"num_attention_heads": KV_HEADS * GROUP, "num_key_value_heads": KV_HEADS}
+    sizes["hidden_size"] = KV_HEADS * GROUP * HEAD_DIM
+    return parse_config(HF_CONFIGS["rotary"] | sizes)
+
+
+def topics(length, batch=1, seed=0):
+    """Queries, keys and values of which each block has a topic, so that few blocks matter."""
+    rng = np.random.default_rng(seed)
+    blocks = -(-length // TILE)
+    of_block = rng.standard_normal((batch, blocks, 1, HEAD_DIM))
+    asked = rng.integers(0, np.arange(1, blocks + 1), (2, blocks))
+
+    def draw(topic, heads, weight):
+        noise = rng.standard_normal((batch, blocks * TILE, heads, HEAD_DIM))
+        return (noise + weight * np.repeat(topic, TILE, axis=1))[:, :length].astype("f4")
+
+    k = draw(of_block, KV_HEADS, 1.0)
+    q = draw(of_block[:, asked].sum(axis=1), KV_HEADS * GROUP, 1.0)
+    return q, k, rng.standard_normal(k.shape).astype("f4")
+
+
+def prefill(q, k, v, rule, chunk, mesh="", dtype="float32", lengths=None):
+    """Runs a prompt in chunks, the last one padded; returns the result and the cache."""
+    batch, length = q.shape[:2]
+    mesh = make_mesh(mesh)
+    devices = mesh.shape["context"]
+    zigzag = zigzag_of(chunk, devices)
+    capacity = math.ceil(length / chunk) * chunk
+    spec = CacheSpec(
+        batch=batch,
+        capacity=math.ceil(capacity / 256 / devices) * 256 * devices,
+        dtype=dtype,
+        compute_dtype="float32",
+        zigzag=zigzag,
+        block=256,
+        chunk=chunk,
+        sparse=rule,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, cache_shapes(config(), mesh, spec, "cpu")[0])
+    cache = jax.device_put(empty_layer(config(), spec), shardings)
+    lengths = jnp.full(batch, length) if lengths is None else jnp.asarray(lengths)
+    step = jax.jit(functools.partial(update_and_attend, mesh, decode=False))
+    found = np.zeros(q.shape)
+    for start in range(0, length, chunk):
+        at = start + zigzag.permutation(chunk)
+        new = (np.pad(x, ((0, 0), (0, chunk), (0, 0), (0, 0)))[:, at] for x in (q, k, v))
+        positions = np.broadcast_to(at, (batch, chunk))
+        out, cache = step(*new, positions, lengths, cache)
+        here = at < length
+        found[:, at[here]] = out[:, here]
+    return found, cache
+
+
+def test_the_softmax_is_over_kept_tokens_and_a_token_for_each_other_block():
+    q, k, v = topics(12 * TILE)
+    keep = sparse_oracle.chosen(q, k, RULE.alpha)
+    wanted, mass = sparse_oracle.attention(q, k, v, keep)
+    found, cache = prefill(q, k, v, RULE, 4 * TILE)
+    assert 0.3 < keep.sum() / keep.size * 2 < 0.9
+    assert np.abs(found - wanted).max() < 1e-5
+    assert np.array_equal(cache.counts.blocks, keep.sum(axis=(2, 3)))
+    sampled = mass[:, 4 * TILE - 1 :: 4 * TILE].sum(axis=1).reshape(1, KV_HEADS, GROUP)
+    np.testing.assert_allclose(cache.counts.mass, sampled, rtol=1e-5)
+
+
+def test_alpha_0_is_dense_attention_to_the_last_bit():
+    q, k, v = topics(12 * TILE)
+    found, _ = prefill(q, k, v, rule_of(0.0), 4 * TILE)
+    assert np.abs(found - attention(q, k, v, np.arange(12 * TILE)[None])[0]).max() < 1e-5
+    queries = jnp.asarray(q.reshape(1, -1, KV_HEADS, GROUP, HEAD_DIM).transpose(0, 2, 3, 1, 4))
+    stores = [KVArray(jnp.asarray(x.swapaxes(1, 2)), None) for x in (k, v)]
+    stop = jnp.arange(1, 12 * TILE + 1)[None]
+    in_order = blockwise.attend(
+        queries, *stores, KeyRange(None, stop, stop - 1), blocks=Blocks(GROUP * TILE, 4 * TILE, 0)
+    )
+    keep = jnp.ones((1, KV_HEADS, 12, 12), bool)
+    partial = dispatch.attend_to_kept("cpu", queries, *stores, keep, stop)
+    assert jax.tree.all(jax.tree.map(np.array_equal, partial, in_order))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_the_chunk_makes_no_difference(dtype):
+    """A prompt that ends within a block, in chunks of one tile, some, and all."""
+    q, k, v = topics(11 * TILE + 50)
+    rule = rule_of(0.2, TILE, 3 * TILE)
+    found = [prefill(q, k, v, rule, n * TILE, dtype=dtype) for n in (1, 4, 12)]
+    for other, cache in found[1:]:
+        assert np.abs(other - found[0][0]).max() < 1e-5
+        inner, first = (x.inner if isinstance(x, FloatTail) else x for x in (cache, found[0][1]))
+        assert np.array_equal(inner.counts.blocks, first.counts.blocks)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype"), [("context=2", "float32"), ("data=2,context=4,model=2", "int8")]
+)
+def test_devices_make_no_difference(mesh, dtype):
+    q, k, v = topics(15 * TILE + 20, batch=2)
+    lengths = [15 * TILE + 20, 9 * TILE + 7]
+    rule = rule_of(0.2, TILE)
+    chunk = 1024 if "4" in mesh else 512
+    (alone, one), (found, many) = (
+        prefill(q, k, v, rule, chunk, on, dtype, lengths) for on in ("", mesh)
+    )
+    for row, length in enumerate(lengths):
+        assert np.abs(found[row, :length] - alone[row, :length]).max() < 1e-5
+    one, many = (x.inner if isinstance(x, FloatTail) else x for x in (one, many))
+    assert np.array_equal(one.counts.blocks, many.counts.blocks)
+
+
+def test_means_are_of_the_quantized_keys_of_full_blocks():
+    q, k, v = topics(5 * TILE + 3)
+    _, cache = prefill(q, k, v, RULE, 2 * TILE, dtype="int8")
+    means = cache.inner.means
+    assert means.known.tolist() == [5 * TILE]
+    for store, mean in ((cache.inner.k, means.k), (cache.inner.v, means.v)):
+        wanted = sparse_oracle.block_means(dequantised(store)).swapaxes(1, 2)
+        np.testing.assert_allclose(mean[:, :, :5], wanted[:, :, :5], atol=1e-6)
+    turned = sparse_oracle.block_means(k) @ hadamard_matrix(HEAD_DIM) / np.sqrt(HEAD_DIM)
+    np.testing.assert_allclose(means.k[:, :, :5], turned.swapaxes(1, 2)[:, :, :5], atol=0.02)
+
+
+def test_a_token_alone_in_a_block_of_noise_is_lost_with_its_block():
+    """The weak point of means; the tokens that stand for blocks hold only the others' weight."""
+    q, k, v = (0.2 * x for x in topics(16 * TILE, seed=3))
+    needle = 7 * TILE + 60
+    q[:, -TILE:] += 3.0 / np.sqrt(HEAD_DIM) * 2
+    k[:, needle] = 8.0
+    v[:, needle] = 50.0
+    dense, _ = attention(q, k, v, np.arange(q.shape[1])[None])
+    found, cache = prefill(q, k, v, rule_of(0.1), 16 * TILE)
+    print(np.abs(dense[:, -1]).max(), np.abs(found[:, -1]).max(), cache.counts)

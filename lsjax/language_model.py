@@ -34,7 +34,6 @@ from lsjax.inference.prompts import Prompt, as_prompts
 from lsjax.inference.request import Request, batches
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
-from lsjax.inference.sparsity import OnSparsity
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
@@ -168,27 +167,19 @@ class LanguageModel:
         parts = prompt_logits(self.engine, self.params, token_ids, chunk_size)
         return np.concatenate([to_host(x) for x in parts], axis=1)
 
-    def token_nll(
-        self,
-        token_ids: Any,
-        chunk_size: int | None = None,
-        on_sparsity: OnSparsity | None = None,
-    ) -> np.ndarray:
+    def token_nll(self, token_ids: Any, chunk_size: int | None = None) -> np.ndarray:
         """Computes the negative log-likelihood of every next token.
 
         Args:
           token_ids: [batch, length] or [length] ids.
           chunk_size: tokens per prefill step; None for prefill_chunk.
-          on_sparsity: told what the tokens attended to, with sparse_prefill; see Sparsity.
 
         Returns:
           [batch, length - 1] float32; entry i is that of token i + 1, given tokens 0 to i.
         """
-        return prompt_nll(self.engine, self.params, token_ids, chunk_size, on_sparsity)
+        return prompt_nll(self.engine, self.params, token_ids, chunk_size)
 
-    def teacher_forced_nll(
-        self, token_ids: Any, prompt_length: int, on_sparsity: OnSparsity | None = None
-    ) -> np.ndarray:
+    def teacher_forced_nll(self, token_ids: Any, prompt_length: int) -> np.ndarray:
         """Computes the negative log-likelihood of tokens that are decoded one by one.
 
         Decoding reads the cache as generation would, so this shows what a compressed cache costs.
@@ -196,7 +187,6 @@ class LanguageModel:
         Args:
           token_ids: [batch, length] or [length] ids.
           prompt_length: number of leading tokens that are prefilled as the prompt.
-          on_sparsity: told what the prompts attended to, with sparse_prefill; see Sparsity.
 
         Returns:
           [batch, length - prompt_length - 1] float32 of the tokens after the prompt, without the
@@ -206,7 +196,7 @@ class LanguageModel:
           UserError: the model has no embedding for an id, or fewer than two tokens are left to
             decode.
         """
-        return decoded_nll(self.engine, self.params, token_ids, prompt_length, on_sparsity)
+        return decoded_nll(self.engine, self.params, token_ids, prompt_length)
 
     def generate(
         self,

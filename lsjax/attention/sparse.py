@@ -10,8 +10,8 @@ from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, from_sums, update_softmax
 from lsjax.attention.sparse_rule import TILE, KeptBlocks
 
-# Blocks of keys that one matmul takes: the scores of a tile stay in a core's cache.
-_BLOCKS = 4
+# Blocks of keys that one matmul takes: as many keys as in the dense loop.
+_BLOCKS = 2
 
 
 def attend_tile(q: jax.Array, k: KVArray, v: KVArray, kept: KeptBlocks) -> Partial:
@@ -33,20 +33,19 @@ def attend_tile(q: jax.Array, k: KVArray, v: KVArray, kept: KeptBlocks) -> Parti
     def attend_head(i: jax.Array) -> Partial:
         row, head = i // kv_heads, i % kv_heads
         stop = jnp.tile(kept.stop[row], rows // TILE)[:, None]
-        whole = kept.whole[row, head] // _BLOCKS
-        step = functools.partial(
-            _attend_step, q[row, head], (k, v), ids[row, head], kept.count[row, head], stop, i
-        )
-        zeros = jnp.zeros(q.shape[2:], jnp.float32)
-        state = zeros, zeros[:, 0], jnp.full(rows, -jnp.inf, jnp.float32)
+        count, whole = kept.count[row, head], kept.whole[row, head] // _BLOCKS
+        head_q = q[row, head][None, None]
+        step = functools.partial(_attend_step, head_q, (k, v), ids[row, head], count, stop, i)
+        zeros = jnp.zeros((1, 1, *q.shape[2:]), jnp.float32)
+        state = zeros, zeros[..., 0], jnp.full((1, 1, rows), -jnp.inf, jnp.float32)
         # Steps whose blocks all rows see completely skip the mask.
         state = jax.lax.fori_loop(0, whole, functools.partial(step, masked=False), state)
-        steps = -(-kept.count[row, head] // _BLOCKS)
+        steps = -(-count // _BLOCKS)
         state = jax.lax.fori_loop(whole, steps, functools.partial(step, masked=True), state)
         return from_sums(*state)
 
     partial = jax.lax.map(attend_head, jnp.arange(batch * kv_heads))
-    return jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[1:]), partial)
+    return jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[3:]), partial)
 
 
 def _attend_step(q, stores, ids, count, stop, i, step, state, *, masked):
@@ -55,14 +54,14 @@ def _attend_step(q, stores, ids, count, stop, i, step, state, *, masked):
     first = step * _BLOCKS
     starts = TILE * jax.lax.dynamic_slice_in_dim(ids, first, _BLOCKS)
     k, v = (_side_by_side(store, i, starts) for store in stores)
-    scores = key_scores(q[None, None], k)[0, 0]
+    scores = key_scores(q, k)
     if masked:
         there = jnp.repeat(first + jnp.arange(_BLOCKS) < count, TILE)
         slots = (starts[:, None] + jnp.arange(TILE)).ravel()
         scores = jnp.where(there & (slots < stop), scores, -jnp.inf)
     weights, correction, *softmax = update_softmax(scores, sum_exp, running_max)
-    added = weighted_values(weights[None, None], v, q.dtype)[0, 0]
-    return correction[:, None] * acc + added, *softmax
+    added = weighted_values(weights, v, q.dtype)
+    return correction[..., None] * acc + added, *softmax
 
 
 def _side_by_side(store: KVArray, i: jax.Array, starts: jax.Array) -> KVArray:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsjax.errors import UserError
+from lsjax.inference.scoring import decoded_nll, prompt_nll
 from lsjax.inference.sparsity import Sparsity, combine
 
 if TYPE_CHECKING:
@@ -60,11 +61,8 @@ def loss_curve(
         )
     texts = [token_ids[i * length : (i + 1) * length] for i in range(windows)]
     sparsity: list[Sparsity] = []
-    tell = {"on_sparsity": sparsity.append}
-    if prompt_length:
-        rows = [model.teacher_forced_nll([text], prompt_length, **tell)[0] for text in texts]
-    else:
-        rows = [model.token_nll([text], **tell)[0] for text in texts]
+    nll, parts = (decoded_nll, prompt_length) if prompt_length else (prompt_nll, None)
+    rows = [nll(model.engine, model.params, [text], parts, sparsity.append)[0] for text in texts]
     losses = np.mean(rows, axis=0)
     parts = np.array_split(losses, min(stretches, len(losses)))
     begin = length - 1 - len(losses)

@@ -86,6 +86,10 @@ def prefill(q, k, v, rule, chunk, mesh="", dtype="float32", lengths=None):
     return found, cache
 
 
+def counts(cache):
+    return (cache.inner if isinstance(cache, FloatTail) else cache).counts
+
+
 def test_the_softmax_is_over_kept_tokens_and_a_token_for_each_other_block():
     q, k, v = topics(12 * TILE)
     keep = sparse_oracle.chosen(q, k, RULE.alpha)
@@ -106,27 +110,32 @@ def test_alpha_0_is_dense_attention_to_the_last_bit():
     stores = [KVArray(jnp.asarray(x.swapaxes(1, 2)), None) for x in (k, v)]
     stop = jnp.arange(1, 12 * TILE + 1)[None]
     in_order = blockwise.attend(
-        queries, *stores, KeyRange(None, stop, stop - 1), blocks=Blocks(GROUP * TILE, 4 * TILE, 0)
+        queries, *stores, KeyRange(None, stop, stop - 1), blocks=Blocks(GROUP * TILE, 2 * TILE, 0)
     )
     keep = jnp.ones((1, KV_HEADS, 12, 12), bool)
     partial = dispatch.attend_to_kept("cpu", queries, *stores, keep, stop)
     assert jax.tree.all(jax.tree.map(np.array_equal, partial, in_order))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-def test_the_chunk_makes_no_difference(dtype):
-    """A prompt that ends within a block, in chunks of one tile, some, and all."""
-    q, k, v = topics(11 * TILE + 50)
-    rule = rule_of(0.2, TILE, 3 * TILE)
-    found = [prefill(q, k, v, rule, n * TILE, dtype=dtype) for n in (1, 4, 12)]
-    for other, cache in found[1:]:
-        assert np.abs(other - found[0][0]).max() < 1e-5
-        inner, first = (x.inner if isinstance(x, FloatTail) else x for x in (cache, found[0][1]))
-        assert np.array_equal(inner.counts.blocks, first.counts.blocks)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow("int8 in chunks of a tile is quick"))
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dtype"), [("context=2", "float32"), ("data=2,context=4,model=2", "int8")]
+    ("dtype", "tiles"), [("int8", 1), slow("float32", 4), slow("int8", 4), slow("int4", 1)]
+)
+def test_the_chunk_makes_no_difference(dtype, tiles):
+    """A prompt that ends within a block, in chunks of some tiles, and at once."""
+    q, k, v = topics(11 * TILE + 50)
+    rule = rule_of(0.2, TILE, 3 * TILE)
+    (found, some), (whole, once) = (
+        prefill(q, k, v, rule, n * TILE, dtype=dtype) for n in (tiles, 12)
+    )
+    assert np.abs(found - whole).max() < 1e-5
+    assert np.array_equal(counts(some).blocks, counts(once).blocks)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype"), [("context=2,model=2", "int8"), slow("data=2,context=4", "float32")]
 )
 def test_devices_make_no_difference(mesh, dtype):
     q, k, v = topics(15 * TILE + 20, batch=2)
@@ -138,8 +147,7 @@ def test_devices_make_no_difference(mesh, dtype):
     )
     for row, length in enumerate(lengths):
         assert np.abs(found[row, :length] - alone[row, :length]).max() < 1e-5
-    one, many = (x.inner if isinstance(x, FloatTail) else x for x in (one, many))
-    assert np.array_equal(one.counts.blocks, many.counts.blocks)
+    assert np.array_equal(counts(one).blocks, counts(many).blocks)
 
 
 def test_means_are_of_the_quantized_keys_of_full_blocks():

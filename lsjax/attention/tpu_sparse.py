@@ -65,7 +65,7 @@ def attend_tile(
 
     def of_scales(j: int):
         def index(b, h, r, i, ids, count, whole):
-            return b, h // heads, block(j, b, h, i, ids, count)
+            return b, jax.lax.div(h, heads), block(j, b, h, i, ids, count)
 
         return pl.BlockSpec((None, heads, TILE), index)
 
@@ -149,7 +149,7 @@ def _kernel(
         def scores_of(j):
             scores = einsum(f"rd,{order}->rs", q[...], stores[0][j][...].astype(q.dtype))
             if scales:
-                scores *= row_of_tile(scales[0][j][...], h % heads)
+                scores *= row_of_tile(scales[0][j][...], jax.lax.rem(h, heads))
             if masked:
                 slots = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
                 slots += ids[b, h, first + j] * TILE
@@ -164,7 +164,7 @@ def _kernel(
         for j in range(_BLOCKS):
             part = weights[:, j * TILE : (j + 1) * TILE]
             if scales:
-                part *= row_of_tile(scales[1][j][...], h % heads)
+                part *= row_of_tile(scales[1][j][...], jax.lax.rem(h, heads))
             store = stores[1][j][...].astype(q.dtype)
             added += einsum(f"rs,{order}->rd", part.astype(q.dtype), store)
         acc[...] = added

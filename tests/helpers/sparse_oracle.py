@@ -46,7 +46,7 @@ def chosen(q, k, alpha, lengths=None, last_tokens=0, dense_length=0):
     return keep
 
 
-def attention(q, k, v, keep):
+def attention(q, k, v, keep, corrected=True):
     """Softmax over the tokens of kept blocks, and a token for each block that is not kept.
 
     That token has the mean of the block's keys and of its values, and its score is raised by
@@ -56,6 +56,7 @@ def attention(q, k, v, keep):
       q: [batch, length, heads, head_dim], not scaled.
       k, v: [batch, length, kv_heads, head_dim].
       keep: see `chosen`.
+      corrected: whether there are such tokens.
 
     Returns:
       [batch, length, heads, head_dim] float64, and the share of plain attention's weights that is
@@ -69,7 +70,7 @@ def attention(q, k, v, keep):
         of, tile = head // group, at // BLOCK
         blocks = keep[row, of, tile]
         tokens = np.repeat(blocks, BLOCK)[: at + 1]
-        pruned = np.flatnonzero(~blocks[:tile])
+        pruned = np.flatnonzero(~blocks[:tile]) if corrected else []
         all_scores = k[row, : at + 1, of] @ q[row, at, head] / np.sqrt(head_dim)
         scores = np.concatenate(
             [

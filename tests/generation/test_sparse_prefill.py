@@ -1,0 +1,117 @@
+"""Sparse prefill in a model: whatever the chunk and the devices, told, refused, and documents."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers.golden_models import build
+
+import lsjax
+from lsjax import UserError
+from lsjax.attention.sparse_rule import TILE, SparsePrefill
+from lsjax.cli import report
+from lsjax.evals.passkey import make_passage
+from lsjax.inference.options import resolve_options
+from lsjax.inference.sparse_prefill import parse_sparse_prefill
+from lsjax.inference.sparsity import Sparsity, combine
+from lsjax.language_model import LanguageModel
+from lsjax.shipped import shipped_model_path
+
+RULE = SparsePrefill(0.9, first_layers=1, last_tokens=TILE, dense_length=2 * TILE)
+LENGTH = 12 * TILE + 30
+
+
+def model(chunk=256, mesh="", kv="float32", rule=RULE):
+    lm = build("glm4", kv, chunk, mesh, layers=2, block=256)
+    return LanguageModel(dataclasses.replace(lm.options, sparse_prefill=rule), lm.params)
+
+
+def prompt(length=LENGTH):
+    return np.random.default_rng(5).integers(0, 64, length).tolist()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"chunk": 128},
+        pytest.param(
+            {"chunk": 512, "mesh": "context=2"},
+            marks=pytest.mark.slow("caches are tested on such a mesh"),
+        ),
+    ],
+)
+def test_logits_do_not_depend_on_chunks_and_devices(other):
+    usual = model().logits([prompt()])
+    assert np.abs(model(**other).logits([prompt()]) - usual).max() < 1e-4
+    assert np.abs(model(rule=None).logits([prompt()]) - usual).max() > 1e-3
+
+
+def test_what_prompts_attended_to_is_told():
+    """With alpha 1 a tile keeps the best block, beside those that all tiles keep."""
+    rule = SparsePrefill(1.0, first_layers=1, last_tokens=0, dense_length=0)
+    lm = lsjax.load(rope_scaling="auto", sparse_prefill=rule)
+    passage = make_passage("sparse", 16 * TILE, 0.5).prompt
+    stats = lm.generate(passage, 4, allow_untrained_length=True)[0].stats
+    found, all_of = stats.sparsity, 16 * 17 / 2
+    always = sum(min(tile + 1, 7) for tile in range(16))
+    assert found.samples == 4 and found.pairs == all_of
+    assert all_of + always <= 2 * all_of * found.density <= all_of + always + 9
+    assert 0 < found.least_mass <= found.kept_mass < 1 and found.least_head[0] == 1
+    line = report.summary(report.combine([stats, stats]))
+    assert f"attended   to {found.density:.1%} of full attention, with " in line
+
+
+def test_figures_of_batches_are_weighted_by_their_sizes():
+    found = combine(
+        [Sparsity(0.5, 10, 1, 0.9, 0.8, (1, 2)), Sparsity(0.2, 30, 3, 0.7, 0.6, (0, 1))]
+    )
+    assert found == Sparsity(pytest.approx(0.275), 40, 4, pytest.approx(0.75), 0.6, (0, 1))
+
+
+@pytest.mark.slow("documents are quick, and means are found from the slots in any case")
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_a_document_may_be_read_in_two_parts(tmp_path, kv):
+    """The longer one begins with the shorter one, whose means have to be found again."""
+    lm, ids = model(kv=kv), prompt()
+
+    def answers(lm, **options):
+        document = lm.read(ids, allow_untrained_length=True, **options)
+        options = {"document": document, "allow_untrained_length": True, "ignore_eos": True}
+        return [c.token_ids for c in lm.generate([[1, 2], [3]], 8, **options)]
+
+    usual = answers(lm)
+    lm.read(ids[: 6 * TILE], document_cache=tmp_path, allow_untrained_length=True)
+    assert answers(lm, document_cache=tmp_path) == usual
+
+
+def test_a_document_is_not_used_with_another_alpha(tmp_path):
+    model().read(prompt(200), save_to=tmp_path / "it", allow_untrained_length=True)
+    for rule in (None, dataclasses.replace(RULE, alpha=0.5)):
+        with pytest.raises(UserError, match="read with another sparse_prefill"):
+            model(rule=rule).open_document(tmp_path / "it")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kv_compression": "streaming_llm"}, "does not go with kv_compression"),
+        ({"path": shipped_model_path("alibi")}, "does not go with ALiBi"),
+        ({"prefill_chunk": 200}, "prefill_chunk to a multiple of as many"),
+        ({"prefill_chunk": 128, "mesh": "context=2"}, "a multiple of 256 for each device"),
+        ({"sparse_prefill": "much"}, "is not known; use none, a number alpha"),
+        ({"sparse_prefill": 1.5}, "alpha must be from 0 to 1, not 1.5"),
+        ({"sparse_prefill": '{"alpha": 0.1, "first": 1}'}, "no setting 'first'"),
+        ({"sparse_prefill": {"alpha": 0.1, "last_tokens": -1}}, "last_tokens must be a number"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(options, reason):
+    options = {"path": shipped_model_path(), "sparse_prefill": 0.1} | options
+    with pytest.raises(UserError, match=reason):
+        resolve_options(**options)
+
+
+def test_settings_are_a_number_or_json():
+    assert parse_sparse_prefill("none") is None
+    assert parse_sparse_prefill("0.1") == parse_sparse_prefill(0.1) == SparsePrefill(0.1)
+    text = '{"alpha": 0.2, "first_layers": 2}'
+    assert parse_sparse_prefill(text) == SparsePrefill(0.2, first_layers=2)

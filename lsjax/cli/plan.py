@@ -21,7 +21,7 @@ from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.planning import Plan, plan
 from lsjax.planning.shared_document import DocumentPlan
-from lsjax.planning.speed import ASSUMED
+from lsjax.planning.speed import ASSUMED, DENSITY
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.text_files import check_writable, write_atomically
 
@@ -150,8 +150,14 @@ def _print(p: Plan) -> None:
     for reason in p.reasons:
         print(f"           {reason}")
     if p.speed:
+        seconds = p.speed.sparse_prefill_seconds
+        sparse = (
+            ""
+            if seconds is None
+            else f" ({seconds:,.3g} s sparsely, at a density of {DENSITY:.0%})"
+        )
         print(
-            f"expected   prefill {p.speed.prefill_seconds:,.3g} s, decode "
+            f"expected   prefill {p.speed.prefill_seconds:,.3g} s{sparse}, decode "
             f"{p.speed.decode_tokens_per_second:,.3g} tokens/s, {ASSUMED}; not measured"
         )
     print(f"\nper device, {'compiled' if p.compiled else 'by arithmetic'}")

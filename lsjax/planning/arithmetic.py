@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from lsjax.attention.sparse_rule import TILE
 from lsjax.config import DeltaNet, LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
@@ -47,6 +48,8 @@ def needs_of(
     cache = cache_bytes(config, platform, deployment, input_length)
     decode = _code_bytes(config, platform)
     prefill = _prefill_temporaries(config, platform, deployment, layers)
+    if deployment.sparse_prefill:
+        prefill += _choice_bytes(config, deployment, input_length)
     if deployment.compression and deployment.compression.by_layer:
         spec = dataclasses.replace(deployment.cache_spec_for(input_length), policy=None)
         one = dataclasses.replace(config, layers=config.layers[:1])
@@ -147,6 +150,13 @@ def _prefill_temporaries(
         gathered = sum(layers) if platform == "cpu" else _GATHERED * max(layers)
         total += context * gathered
     return int(total) + _code_bytes(config, platform)
+
+
+def _choice_bytes(config: ModelConfig, deployment: Deployment, input_length: int) -> int:
+    """Returns the bytes of the scores by which a tile of queries chooses its blocks of keys."""
+    data, _, model = deployment.sizes.values()
+    blocks = deployment.cache_spec_for(input_length).capacity // TILE
+    return deployment.batch // data * config.num_heads // model * TILE * blocks * 4
 
 
 def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:

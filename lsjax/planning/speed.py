@@ -10,6 +10,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
+from lsjax.attention.sparse_rule import TILE
 from lsjax.config import ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.planning.arithmetic import active_weight_bytes, cache_bytes, weight_bytes
@@ -20,6 +21,8 @@ from lsjax.runtime.flops import recurrence_cost
 
 # Shares of the peak rates that programs are assumed to reach.
 _OF_FLOPS, _OF_BANDWIDTH, _OF_LINK = 0.5, 0.7, 0.7
+# Share of full attention that sparse prefill is assumed to attend to; its choice comes on top.
+DENSITY = 0.05
 # Latency of one collective, in seconds.
 _MEETING = 10e-6
 ASSUMED = (
@@ -34,10 +37,13 @@ class Speed:
 
     Attributes:
       prefill_seconds: seconds to prefill prompts of the planned length, and to read a document.
+      sparse_prefill_seconds: the same with sparse prefill that attends to DENSITY; around a ring
+        all keys are sent in any case. None where sparse prefill is refused.
       decode_tokens_per_second: decode rate after such prompts, summed over all rows.
     """
 
     prefill_seconds: float
+    sparse_prefill_seconds: float | None
     decode_tokens_per_second: float
 
 
@@ -73,7 +79,8 @@ def expected_speed(
     pairs -= (deployment.batch - data) * _pairs(config, document, deployment.span(document))
     attention = 4 * config.num_heads * config.head_dim * pairs
     recurrence = tokens * sum(recurrence_cost(k.delta_net) for k in config.layers if k.delta_net)
-    computing = (products + attention + recurrence) / (devices * rates.flops * _OF_FLOPS)
+    products += recurrence
+    rate = devices * rates.flops * _OF_FLOPS
     of_each = tokens / (devices / model) * config.hidden_size * itemsize
     summed = 4 * config.num_layers * of_each * (model - 1) / model
     gathered = chunks * whole_layers * (context - 1) / context
@@ -82,10 +89,19 @@ def expected_speed(
     # A separate embedding table, half of `rest`, is only looked up and not read as a whole.
     active, _ = active_weight_bytes(config, *formats, deployment.batch // data)
     read = sum(active) + (rest if config.tie_embeddings else rest / 2)
-    read += cache_bytes(config, target.platform, deployment, input_length)
+    cache = cache_bytes(config, target.platform, deployment, input_length)
+    read += cache
     meetings = (2 if model > 1 else 0) + (8 if context > 1 else 0)
     step = read / (rates.bandwidth * _OF_BANDWIDTH) + config.num_layers * meetings * _MEETING
-    return Speed(computing + sending, deployment.batch / step)
+    # Each chunk sends what is there of the cache once around: half of the whole, on average.
+    ring = chunks * cache / 2 * (context - 1) / (rates.link * _OF_LINK)
+    chosen = min(max(attention * (DENSITY + 1 / TILE) / rate, ring), attention / rate)
+    refused = target.platform == "gpu" or config.alibi or deployment.compression is not None
+    return Speed(
+        prefill_seconds=(products + attention) / rate + sending,
+        sparse_prefill_seconds=None if refused else products / rate + chosen + sending,
+        decode_tokens_per_second=deployment.batch / step,
+    )
 
 
 def _pairs(config: ModelConfig, length: int, span: int) -> float:

@@ -9,7 +9,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lsjax.attention import dispatch
+from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import merge_over_axis
+from lsjax.attention.sparse_rule import TILE
 from lsjax.attention.tpu import attend
 
 CAPACITY = 131072  # slots of a device
@@ -133,3 +136,18 @@ def test_a_decode_loop_writes_its_cache_in_place(devices, heads):
     cache = nbytes(store) / devices
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < 0.1 * cache
+
+
+@pytest.mark.parametrize(("heads", "dtype"), [(GLM_4_9B, "int8"), (QWEN2_5_0_5B, "bfloat16")])
+def test_the_kernel_for_kept_blocks_reads_them_in_place(heads, dtype):
+    k, v, *scales = store_avals(heads, dtype, capacity=2**20)
+    keep = jax.ShapeDtypeStruct((1, heads.kv_heads, 4096 // TILE, 2**20 // TILE), "bool")
+    stop = jax.ShapeDtypeStruct((1, 4096), "int32")
+
+    def attend_to_kept(q, k, v, k_scale, v_scale, keep, stop):
+        stores = KVArray(k, k_scale), KVArray(v, v_scale)
+        return dispatch.attend_to_kept("tpu", q, *stores, keep, stop)
+
+    avals = query_avals(heads, 4096), k, v, *scales, keep, stop
+    program = compiled(mesh("v5e:2x2", 1), attend_to_kept, *avals)
+    assert program.memory_analysis().temp_size_in_bytes < 2**20

@@ -159,6 +159,15 @@ def test_a_faster_target_is_expected_to_be_faster():
     assert fast.decode_tokens_per_second > slow.decode_tokens_per_second
 
 
+def test_sparse_prefill_is_expected_to_be_faster_where_there_is_a_kernel():
+    def speed(target, **options):
+        return lsjax.plan(GLM, target, max_input_length=1_000_000, **options).speed
+
+    on_tpu = speed("v5e:2x4", mesh="context=8")
+    assert 4 < on_tpu.prefill_seconds / on_tpu.sparse_prefill_seconds < 1 / 0.05
+    assert speed("h200:1").sparse_prefill_seconds is None
+
+
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [

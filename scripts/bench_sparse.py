@@ -44,18 +44,23 @@ def main(argv: list[str]) -> None:
     dense, sparse = Prefill(LanguageModel(options, model.params), ids), Prefill(model, ids)
     for prefill in (dense, sparse):
         prefill.repeat_first()  # compiles
-    first, of_dense, of_sparse = [], [], []
+    seconds = np.zeros((0, 3))
     for start in range(0, len(ids), chunk):
-        of_dense.append(dense.run(start))
-        of_sparse.append(sparse.run(start))
-        first.append(dense.repeat_first())
-    sparsity = measure(sparse.cache, model.config, [len(ids)])
-    for name, seconds in (("dense", of_dense), ("sparse", of_sparse)):
-        attention = sum(seconds) - sum(first)
-        print(f"{name:8} prefill {sum(seconds):8.1f} s, attention {attention:8.1f} s")
-    ratio = (sum(of_dense) - sum(first)) / (sum(of_sparse) - sum(first))
-    print(f"attention {ratio:.2f}x as fast; prefill {sum(of_dense) / sum(of_sparse):.2f}x")
-    print(f"attended to {sparsity or 'everything'}")
+        times = dense.run(start), sparse.run(start), dense.repeat_first()
+        seconds = np.vstack([seconds, times])
+        done = len(seconds)
+        if (done > 1 and done & (done - 1) == 0) or done == len(ids) // chunk:
+            _print_times(done * chunk, *seconds.sum(axis=0))
+    print(f"attended to {measure(sparse.cache, model.config, [len(ids)]) or 'everything'}")
+
+
+def _print_times(tokens: int, dense: float, sparse: float, first: float) -> None:
+    ratio = (dense - first) / (sparse - first)
+    print(
+        f"{tokens:9,} tokens: dense {dense:.1f} s, of which attention {dense - first:.1f} s; "
+        f"sparse {sparse:.1f} s and {sparse - first:.1f} s; attention {ratio:.2f}x as fast",
+        flush=True,
+    )
 
 
 class Prefill:

@@ -102,11 +102,16 @@ class SparseCache(FullCache):
         They are read from the cache, so that a chunk may end within a block, and blocks may have
         come from elsewhere.
         """
-        means, device = self.means, jax.lax.axis_index("context")
-        stop = self.zigzag.num_local_slots_before(device, step.positions[0, 0]) + length
-        end = step.positions[:, 0] + length * self.zigzag.devices
-        end = end if step.lengths is None else jnp.minimum(end, step.lengths)
-        first = self.zigzag.num_local_slots_before(device, jnp.min(means.known))
+        means, zigzag, at = self.means, self.zigzag, step.positions[0, 0]
+        device = jax.lax.axis_index("context")
+        start = at if zigzag.devices == 1 else at // zigzag.block_length * zigzag.block_length
+        end = jnp.full_like(means.known, start + length * zigzag.devices)
+        begin = means.known
+        if step.lengths is not None:
+            end = jnp.minimum(end, step.lengths)
+            begin = jnp.where(step.lengths > start, begin, start)  # no need once a prompt has ended
+        first = zigzag.num_local_slots_before(device, jnp.min(begin))
+        stop = zigzag.num_local_slots_before(device, at) + length
 
         def add(i: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             def put(held: jax.Array, store: KVArray) -> jax.Array:

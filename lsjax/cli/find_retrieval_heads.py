@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     options = model_options()
     if options.pop("kv_compression") != "none":
         raise UserError("heads are found in the uncompressed model; leave --kv_compression out.")
+    if options.pop("sparse_prefill") != "none":
+        raise UserError("heads are found with all their weights; leave --sparse_prefill out.")
     model = load(**options, rope_scaling=FLAGS.rope_scaling)
     output = FLAGS.output or os.path.join(model.options.folder, HEAD_FILE)
     for path in filter(None, (output, FLAGS.plot)):

@@ -19,6 +19,6 @@ def test_a_chunk_that_begins_where_no_cache_expects_one_is_refused(model):
     lm = model("glm4", chunk=64)
     engine, tokens = Engine(lm.config, lm.options), np.zeros((1, 64), np.int32)
     with pytest.raises(ValueError, match="at most 64 tokens and starts at a multiple"):
-        engine.score(lm.params, None, None, tokens, 32)
+        engine.score(lm.params, None, None, tokens, 32, [96])
     with pytest.raises(ValueError, match="65 tokens at 64"):
-        engine.score(lm.params, None, None, np.zeros((1, 65), np.int32), 64)
+        engine.score(lm.params, None, None, np.zeros((1, 65), np.int32), 64, [129])

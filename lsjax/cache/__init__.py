@@ -2,7 +2,7 @@
 
 `protocol` says what a layer's cache does. Caches of one kind wrap or group others: FloatTail keeps
 the current block of a quantized cache in floats, HeadGroups gives groups of heads their own,
-SharedPrefix puts a document before the tokens of each row, and SparseCache has prefill attend to the
+SharedPrefix puts a document before the tokens of each row. SparseCache has prefill attend to the
 blocks that matter.
 """
 

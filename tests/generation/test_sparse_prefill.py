@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.golden_models import build
+from helpers.golden_models import build, changed_config
 
 import lsjax
 from lsjax import UserError
@@ -12,7 +12,7 @@ from lsjax.attention.sparse_rule import TILE, SparsePrefill
 from lsjax.cli import report
 from lsjax.evals.passkey import make_passage
 from lsjax.inference.options import resolve_options
-from lsjax.inference.sparse_prefill import parse_sparse_prefill
+from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
 from lsjax.inference.sparsity import Sparsity, combine
 from lsjax.language_model import LanguageModel
 from lsjax.shipped import shipped_model_path
@@ -33,7 +33,7 @@ def prompt(length=LENGTH):
 @pytest.mark.parametrize(
     "other",
     [
-        {"chunk": 128},
+        pytest.param({"chunk": 128}, marks=pytest.mark.slow("caches are tested with chunks")),
         pytest.param(
             {"chunk": 512, "mesh": "context=2"},
             marks=pytest.mark.slow("caches are tested on such a mesh"),
@@ -96,6 +96,10 @@ def test_a_document_is_not_used_with_another_alpha(tmp_path):
     [
         ({"kv_compression": "streaming_llm"}, "does not go with kv_compression"),
         ({"path": shipped_model_path("alibi")}, "does not go with ALiBi"),
+        (
+            {"rope_scaling": {"rope_type": "dual_chunk", "chunk_size": 512, "local_size": 64}},
+            "the several views of dual chunk attention",
+        ),
         ({"prefill_chunk": 200}, "prefill_chunk to a multiple of as many"),
         ({"prefill_chunk": 128, "mesh": "context=2"}, "a multiple of 256 for each device"),
         ({"sparse_prefill": "much"}, "is not known; use none, a number alpha"),
@@ -108,6 +112,11 @@ def test_what_does_not_go_with_it_is_refused(options, reason):
     options = {"path": shipped_model_path(), "sparse_prefill": 0.1} | options
     with pytest.raises(UserError, match=reason):
         resolve_options(**options)
+
+
+def test_recurrent_layers_are_refused():
+    with pytest.raises(UserError, match="not been tested with recurrent layers"):
+        check_sparse_prefill(changed_config("qwen3_5", 4), model().options)
 
 
 def test_settings_are_a_number_or_json():

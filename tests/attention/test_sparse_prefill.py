@@ -162,6 +162,7 @@ def test_means_are_of_the_quantized_keys_of_full_blocks():
     np.testing.assert_allclose(means.k[:, :, :5], turned.swapaxes(1, 2)[:, :, :5], atol=0.02)
 
 
+@pytest.mark.slow("what the rule itself cannot see; that the code follows the rule is quick")
 @pytest.mark.parametrize("needle", [False, True])
 def test_a_token_alone_in_a_block_of_noise_is_lost_with_its_block(needle):
     """The weak point of means, with the tokens that stand for blocks and without; told as such.

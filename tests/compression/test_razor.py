@@ -71,6 +71,7 @@ def test_perplexity_stays_within_a_hundredth(full, small):
     assert abs(kept / exact - 1) < 0.01
 
 
+@pytest.mark.slow("what each query sees is quick in test_window, prompts and answers alike")
 def test_decoded_tokens_lose_what_prompt_tokens_lose(full):
     ids = full.tokenizer.encode(" ".join(sentences(random.Random(2), 700)))[:600]
     found = full.teacher_forced_nll([ids, ids[::-1]], 540)

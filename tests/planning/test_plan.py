@@ -119,6 +119,7 @@ def test_a_compressed_cache_is_planned_to_the_byte(mesh):
     assert found * lm.options.mesh.size < 1.2 * answer.stats.cache_bytes
 
 
+@pytest.mark.slow("what heads keep is tested in tests/compression, and bytes against arrays")
 def test_a_compressed_cache_takes_a_third():
     planned = lsjax.plan(GLM, "h100-80gb:1", kv_compression="razor", max_input_length=131_072)
     whole = lsjax.plan(GLM, "h100-80gb:1", max_input_length=131_072)

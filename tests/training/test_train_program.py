@@ -52,6 +52,7 @@ def test_a_program_without_what_it_needs_says_so_in_a_sentence(tmp_path):
     assert done.returncode == 2 and "leave out --config, --data, --learning_rate" in done.stderr
 
 
+@pytest.mark.slow("one handler is for all programs, and others are run as processes quickly")
 def test_as_a_process_it_ends_with_the_same_sentence(tmp_path):
     ended = finish(start(path_of("train.py"), "--output_dir", tmp_path / "out"))
     assert (ended.returncode, ended.stdout) == (2, "")

@@ -150,4 +150,5 @@ def test_the_kernel_for_kept_blocks_reads_them_in_place(heads, dtype):
 
     avals = query_avals(heads, 4096), k, v, *scales, keep, stop
     program = compiled(mesh("v5e:2x2", 1), attend_to_kept, *avals)
-    assert program.memory_analysis().temp_size_in_bytes < 2**20
+    # What is held is of the size of the queries: a copy of the keys alone would be half of these.
+    assert program.memory_analysis().temp_size_in_bytes < 0.2 * (k.size + v.size) * k.dtype.itemsize

@@ -26,10 +26,10 @@ def rms(x):
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim", "format", "dtype"),
     [
+        (2, 2, 128, "int8", "bfloat16"),
         pytest.param(
-            *(2, 2, 128, "int8", "bfloat16"), marks=pytest.mark.slow("scales are one line")
+            *(1, 3, 64, "float32", "float32"), marks=pytest.mark.slow("the same without scales")
         ),
-        (1, 3, 64, "float32", "float32"),
     ],
 )
 def test_a_tile_attends_to_the_blocks_that_it_keeps(kv_heads, group, head_dim, format, dtype):

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from helpers.golden_models import BLOCK, build
+from helpers.golden_models import BLOCK, build, mesh_of
 
 # What a mesh sees of a model: a window, ALiBi, an embedding that is the head as well, rotary tables
 # for each row, and the float tail of a quantized cache. Heads are as many as every mesh divides,
@@ -43,7 +43,7 @@ def prompt(length):
 
 def run(name, kv, mesh, chunk):
     """The tokens of two rows and, over a float cache, the logits of two others."""
-    mesh = "data={},context={},model={}".format(*mesh)
+    mesh = mesh_of(mesh)
     weights = "int8" if name.endswith(INT8) else "auto"
     lm = build(name.removesuffix(INT8), kv, chunk, mesh, weight_dtype=weights, **CHANGES)
     prompts = [prompt(LONGER[kv] + LONG), prompt(SHORT)]

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import numpy as np
 from golden.models.parameters import golden_parameters
 
 from lsjax.distributed.sequence_layout import round_up_to_blocks
@@ -56,6 +57,16 @@ def build(
 
 
 @functools.cache
+def mesh_of(sizes):
+    """Returns the mesh of sizes such as "124", as build takes it."""
+    return "data={},context={},model={}".format(*sizes)
+
+
+@functools.cache
+def golden_logits(name):
+    return dict(np.load(CONFIGS[name].parent / "logits.npz"))
+
+
 def changed_config(name, layers, **changes):
     config = parse_config(json.loads(CONFIGS[name].read_text()))
     config = dataclasses.replace(config, **changes)

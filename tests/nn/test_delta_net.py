@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.golden_models import CONFIGS, build, changed_config, parameters
+from helpers.golden_models import CONFIGS, build, changed_config, golden_logits, mesh_of, parameters
 from safetensors.numpy import load_file, save_file
 
 import lsjax
@@ -27,15 +27,6 @@ DENSE, IMAGES, EXPERTS = "qwen3_5", "qwen3_5_with_images", "qwen3_5_moe"
 slow = functools.partial(pytest.param, marks=pytest.mark.slow("one chunk and one mesh are quick"))
 
 
-def mesh_of(sizes):
-    return "data={},context={},model={}".format(*sizes)
-
-
-@functools.cache
-def golden(name):
-    return dict(np.load(CONFIGS[name].parent / "logits.npz"))
-
-
 @pytest.mark.parametrize(
     ("name", "chunk", "mesh"),
     [
@@ -52,7 +43,7 @@ def golden(name):
     ],
 )
 def test_logits_are_those_of_transformers(name, chunk, mesh):
-    data = golden(name)
+    data = golden_logits(name)
     found = build(name, chunk=chunk, mesh=mesh_of(mesh)).logits(data["tokens"].tolist())
     found = np.stack(found)[:, data["positions"]]
     np.testing.assert_allclose(found, data["logits"], rtol=0, atol=1e-4)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.golden_models import CONFIGS, build
+from helpers.golden_models import CONFIGS, build, golden_logits, mesh_of
 from helpers.tiny_models import documents, in_parts, parameters, tiny
 from safetensors.numpy import load_file, save_file
 
@@ -32,15 +32,6 @@ EXPERTS = Experts(count=8, per_token=2, width=24, renormalized=True, balance_wei
 slow = functools.partial(pytest.param, marks=pytest.mark.slow("a chunk of 7 and decode are quick"))
 
 
-def mesh_of(sizes):
-    return "data={},context={},model={}".format(*sizes)
-
-
-@functools.cache
-def golden(name):
-    return dict(np.load(CONFIGS[name].parent / "logits.npz"))
-
-
 @pytest.mark.parametrize(
     ("name", "chunk", "mesh"),
     [
@@ -51,7 +42,7 @@ def golden(name):
     ],
 )
 def test_logits_are_those_of_transformers(name, chunk, mesh):
-    data = golden(name)
+    data = golden_logits(name)
     found = build(name, chunk=chunk, mesh=mesh_of(mesh)).logits(data["tokens"].tolist())
     found = np.stack(found)[:, data["positions"]]
     np.testing.assert_allclose(found, data["logits"], rtol=0, atol=1e-4)

@@ -81,6 +81,11 @@ class DeltaNet:
         """The number of value heads that share a key head."""
         return self.value_heads // self.key_heads
 
+    @property
+    def channels(self) -> int:
+        """Inputs of the convolution for a key head: its query, its key, and its group's values."""
+        return 2 * self.key_dim + self.group * self.value_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:

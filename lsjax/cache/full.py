@@ -1,5 +1,7 @@
 """A cache of all tokens."""
 
+from typing import Self
+
 import flax.struct
 import jax
 
@@ -40,18 +42,24 @@ class FullCache:
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
     ) -> tuple[Partial, "FullCache"]:
+        cache, new_k, new_v = self._written(k, v, step)
+        if step.around_ring(self.zigzag) and step.blocks:
+            args = q, cache.k, cache.v, new_k, new_v, step, self.zigzag
+            return attend_by_chunk(*args), cache
+        device = jax.lax.axis_index("context")
+        first = step.positions[0, 0]
+        count = self.zigzag.num_local_slots_before(device, first) + k.shape[2]
+        partial = attend_to_slots(
+            q, cache.k, cache.v, step, self.zigzag, step.begin, step.end, count
+        )
+        return merge_devices(partial, step, self.zigzag), cache
+
+    def _written(self, k: jax.Array, v: jax.Array, step: Step) -> tuple[Self, KVArray, KVArray]:
+        """Returns the cache with a step's keys and values, and these in its format."""
         first = step.positions[:, 0]
         new_k, new_v = quantize_both(self.k, k, v)
         cache = self.replace(
             k=write_slots(self.k, new_k, first, step, self.zigzag),
             v=write_slots(self.v, new_v, first, step, self.zigzag),
         )
-        if step.around_ring(self.zigzag) and step.blocks:
-            args = q, cache.k, cache.v, new_k, new_v, step, self.zigzag
-            return attend_by_chunk(*args), cache
-        device = jax.lax.axis_index("context")
-        count = self.zigzag.num_local_slots_before(device, first[0]) + k.shape[2]
-        partial = attend_to_slots(
-            q, cache.k, cache.v, step, self.zigzag, step.begin, step.end, count
-        )
-        return merge_devices(partial, step, self.zigzag), cache
+        return cache, new_k, new_v

@@ -43,10 +43,9 @@ class RecurrentState:
 
 def empty_state(net: DeltaNet, batch: int, dtype: str, zigzag: Zigzag) -> RecurrentState:
     """Creates the state before the first token; `dtype` is that of the convolution's inputs."""
-    channels = 2 * net.key_dim + net.group * net.value_dim
     shape = batch, net.key_heads, net.group, net.value_dim, net.key_dim
     return RecurrentState(
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros((batch, net.conv_width - 1, net.key_heads, channels), dtype),
+        jnp.zeros((batch, net.conv_width - 1, net.key_heads, net.channels), dtype),
         zigzag,
     )

@@ -14,7 +14,6 @@ from lsjax.attention.partial import Partial, merge, merge_over_axis
 from lsjax.attention.sparse_rule import TILE, SparsePrefill, choose
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import Step
-from lsjax.cache.slots import quantize_both, write_slots
 from lsjax.distributed.sharding import CACHE_SPEC, FLOAT_TAIL_SPEC, TOKENS_SPEC
 
 
@@ -63,10 +62,8 @@ class SparseCache(FullCache):
     rule: SparsePrefill = flax.struct.field(pytree_node=False)
 
     def partition_specs(self) -> "SparseCache":
-        full = jax.tree.map(lambda _: CACHE_SPEC, (self.k, self.v))
-        return self.replace(
-            k=full[0],
-            v=full[1],
+        specs = super().partition_specs()
+        return specs.replace(
             means=BlockMeans(CACHE_SPEC, CACHE_SPEC, TOKENS_SPEC),
             counts=Counts(FLOAT_TAIL_SPEC, FLOAT_TAIL_SPEC, TOKENS_SPEC),
         )
@@ -76,12 +73,8 @@ class SparseCache(FullCache):
     ) -> tuple[Partial, "SparseCache"]:
         if step.decode:
             return super().update_and_attend(q, k, v, step)
-        first, length = step.positions[:, 0], k.shape[2]
-        new_k, new_v = quantize_both(self.k, k, v)
-        cache = self.replace(
-            k=write_slots(self.k, new_k, first, step, self.zigzag),
-            v=write_slots(self.v, new_v, first, step, self.zigzag),
-        )
+        length = k.shape[2]
+        cache, _, _ = self._written(k, v, step)
         cache = cache.replace(means=cache._caught_up(step, length))
         # Whole tiles: what is behind the last query is dropped.
         pad = -length % TILE

@@ -7,9 +7,13 @@ from typing import Any
 
 from lsjax.attention.dispatch import on_gpu
 from lsjax.attention.sparse_rule import TILE, SparsePrefill
+from lsjax.compression import Compression
+from lsjax.compression.policy import has_type
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
 from lsjax.inference.engine_config import EngineConfig
+
+_NUMBER = (int, float)
 
 
 def parse_sparse_prefill(
@@ -23,11 +27,11 @@ def parse_sparse_prefill(
     if given is None or given == "none":
         return None
     rule = given if isinstance(given, SparsePrefill) else _of_settings(given)
-    if not _is_number(rule.alpha) or not 0 <= rule.alpha <= 1:
+    if not has_type(rule.alpha, _NUMBER) or not 0 <= rule.alpha <= 1:
         raise UserError(f"sparse_prefill: alpha must be from 0 to 1, not {rule.alpha!r}.")
     for name in ("first_layers", "last_tokens", "dense_length"):
         value = getattr(rule, name)
-        if not _is_number(value) or value != int(value) or value < 0:
+        if not has_type(value, _NUMBER) or value != int(value) or value < 0:
             raise UserError(f"sparse_prefill: {name} must be a number from 0, not {value!r}.")
     return rule
 
@@ -38,7 +42,7 @@ def _of_settings(given: str | float | Mapping[str, Any]) -> SparsePrefill:
             given = json.loads(given)
         except ValueError:
             raise _unknown(given) from None
-    if _is_number(given):
+    if has_type(given, _NUMBER):
         return SparsePrefill(given)
     if not isinstance(given, Mapping) or "alpha" not in given:
         raise _unknown(given)
@@ -57,38 +61,42 @@ def _unknown(given: Any) -> UserError:
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def check_sparse_prefill(config: ModelConfig, settings: EngineConfig) -> None:
     """Refuses what sparse prefill does not go with.
 
     Raises:
       UserError: the message names the first reason.
     """
-    reason, platform = None, settings.mesh.devices.flat[0].platform
-    if on_gpu(platform):
-        reason = "has no kernel for a GPU yet, and a loop would be slower than cuDNN"
-    elif settings.compression is not None:
-        reason = "does not go with kv_compression, which drops the tokens that it would choose from"
-    elif config.alibi:
-        reason = "does not go with ALiBi, whose scores depend on distances, which no mean has"
-    elif config.rope_scaling.kind == "dual_chunk":
-        reason = "does not choose for the several views of dual chunk attention yet"
-    elif any(kind.delta_net for kind in config.layers):
-        reason = "has not been tested with recurrent layers yet, whose prompts attend in few layers"
-    elif all(config.windows):
-        reason = "does not go with sliding windows in all layers, which read few keys as it is"
-    elif settings.prefill_chunk % TILE:
+    platform = settings.mesh.devices.flat[0].platform
+    reason = why_not_sparse(config, platform, settings.compression)
+    if reason is None and settings.prefill_chunk % TILE:
         reason = f"chooses for {TILE} queries at once; set prefill_chunk to a multiple of as many"
-    elif settings.zigzag.piece_length % TILE:
+    elif reason is None and settings.zigzag.piece_length % TILE:
         reason = (
             f"chooses for {TILE} queries at once, which a device must hold; set prefill_chunk to a "
             f"multiple of {2 * TILE} for each device of the context axis"
         )
     if reason:
         raise UserError(f"sparse_prefill {reason}, or leave out sparse_prefill.")
+
+
+def why_not_sparse(
+    config: ModelConfig, platform: str, compression: Compression | None
+) -> str | None:
+    """Says why prefill of a model cannot be sparse on a platform; None if it can."""
+    if on_gpu(platform):
+        return "has no kernel for a GPU yet, and a loop would be slower than cuDNN"
+    if compression is not None:
+        return "does not go with kv_compression, which drops the tokens that it would choose from"
+    if config.alibi:
+        return "does not go with ALiBi, whose scores depend on distances, which no mean has"
+    if config.rope_scaling.kind == "dual_chunk":
+        return "does not choose for the several views of dual chunk attention yet"
+    if config.delta_nets:
+        return "has not been tested with recurrent layers yet, whose prompts attend in few layers"
+    if all(config.windows):
+        return "does not go with sliding windows in all layers, which read few keys as it is"
+    return None
 
 
 def tile_multiple(devices: int) -> int:

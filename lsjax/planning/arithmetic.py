@@ -170,8 +170,7 @@ def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:
 
 def _recurrence_bytes(net: DeltaNet) -> float:
     """Returns the bytes of what a recurrence holds for a token."""
-    channels = 2 * net.key_heads * net.key_dim + net.value_heads * net.value_dim
-    return _RECURRENCE_VECTORS * channels * jnp.dtype("float32").itemsize
+    return _RECURRENCE_VECTORS * net.key_heads * net.channels * jnp.dtype("float32").itemsize
 
 
 def _code_bytes(config: ModelConfig, platform: str) -> int:

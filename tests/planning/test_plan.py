@@ -169,6 +169,12 @@ def test_sparse_prefill_is_expected_to_be_faster_where_there_is_a_kernel():
     assert speed("h200:1").sparse_prefill_seconds is None
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-7B-Instruct-1M", "Qwen3.5-9B"])
+def test_sparse_prefill_is_not_expected_of_a_model_that_refuses_it(name):
+    found = lsjax.plan(CONFIGS / f"{name}.json", "v5e:2x4", max_input_length=250_000)
+    assert found.speed.sparse_prefill_seconds is None
+
+
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [

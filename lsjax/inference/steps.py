@@ -137,21 +137,27 @@ def _put(text: jax.Array | None, ids: jax.Array, position: jax.Array) -> jax.Arr
     )
 
 
+def _run_next(model, params, tables, cache, tokens, position, document=None):
+    """Runs each row's next tokens [batch, count], the first at `position`; also returns logits."""
+    positions = position[:, None] + jnp.arange(tokens.shape[1])
+    hidden, cache = _run(
+        model, params, tokens, positions, tables, cache, decode=True, document=document
+    )
+    return cache, _logits(model, params, hidden)
+
+
 def _decode_step(model, params, tables, state, draw, eos, drafted, document):
     """Runs each row's last token and `drafted` drafts after it.
 
     Returns:
       The new state, [batch, drafted + 1] chosen ids, and [batch] how many of them are accepted.
     """
-    tokens, at = state.token[:, None], state.position[:, None]
+    tokens = state.token[:, None]
     if drafted:
         draft = prompt_lookup.draft(state.text, state.position, drafted)
         tokens = jnp.concatenate([tokens, draft], axis=1)
-    positions = at + jnp.arange(drafted + 1)
-    hidden, cache = _run(
-        model, params, tokens, positions, tables, state.cache, decode=True, document=document
-    )
-    logits, seen = _logits(model, params, hidden), state.seen
+    cache, logits = _run_next(model, params, tables, state.cache, tokens, state.position, document)
+    seen = state.seen
     new = state.last - state.position  # 0 in rows that are done
     if drafted:
         chosen = likeliest(logits)
@@ -202,10 +208,10 @@ def _decode(model, params, tables, state, draw, eos, document=None, *, steps, dr
 def _teacher_forced_decode(model, params, tables, cache, tokens, position):
     def step(carry, token):
         cache, at = carry
-        positions = jnp.broadcast_to(at, token.shape)[:, None]
-        hidden, cache = _run(model, params, token[:, None], positions, tables, cache, decode=True)
-        return (cache, at + 1), _logits(model, params, hidden)[:, 0]
+        cache, logits = _run_next(model, params, tables, cache, token[:, None], at)
+        return (cache, at + 1), logits[:, 0]
 
+    position = jnp.broadcast_to(position, tokens.shape[:1])
     (cache, _), scores = jax.lax.scan(step, (cache, position), tokens.T)
     return model.as_cache(cache), model.by_row(scores.swapaxes(0, 1))
 

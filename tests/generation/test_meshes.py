@@ -23,7 +23,6 @@ CASES = [
     (ALIBI, "int8", "222"),
     (TIED + INT8, "float32", "222"),
     (WINDOW, "float32", "142"),
-    (WINDOW, "float32", "181"),
     (ROWS, "int4", "181"),
     # Three divides the rows of the MLP, but not those of attention.
     ("glm4", "float32", "131"),

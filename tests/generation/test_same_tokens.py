@@ -22,11 +22,7 @@ CHUNKED = [
     slow("glm4", "int4", 7),
 ]
 # Rows of a batch meet these too, and rotary tables that differ.
-BATCHED = [
-    ("qwen2_window", "int8"),
-    slow("qwen3_dynamic", "float32"),
-    slow("glm4", "int4"),
-]
+BATCHED = [("qwen2_window", "int8"), slow("qwen3_dynamic", "float32")]
 
 
 def prompt(seed, length=LENGTH, vocab=64):
@@ -66,7 +62,7 @@ def test_whatever_the_batch_beside_it(model, name, kv):
 
 @pytest.mark.parametrize(
     ("name", "kv"),
-    [("llama_tied_llama3", "float32"), slow("qwen2_window", "int8"), slow("glm4", "int4")],
+    [("llama_tied_llama3", "float32"), slow("glm4", "int4")],
 )
 def test_generation_is_the_argmax_of_the_logits(model, name, kv):
     """Covers the case that a quantized cache's block ends within the answer."""
@@ -111,9 +107,10 @@ def test_whatever_is_drafted(model, drafted, name, kv, mesh):
     """Rows that repeat themselves and rows that do not, past a block's end and the answer's."""
     near_a_block_end = (prompt(14, 30) * 40)[: max(LENGTH, LONGER[kv] - 9)]
     prompts = [near_a_block_end, prompt(15, 100), prompt(16, 8) * 6]
-    usual = model(name, kv, mesh=mesh).generate(prompts, OUTPUT, allow_untrained_length=True)
-    done = model(name, kv, mesh=mesh).generate(
-        prompts, OUTPUT, allow_untrained_length=True, prompt_lookup_num_tokens=drafted
+    lm = model(name, kv, mesh=mesh, layers=2 if "window" in name else 1)
+    usual, done = (
+        lm.generate(prompts, OUTPUT, allow_untrained_length=True, prompt_lookup_num_tokens=n)
+        for n in (0, drafted)
     )
     assert [c.token_ids for c in done] == [c.token_ids for c in usual]
 

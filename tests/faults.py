@@ -332,6 +332,13 @@ FAULTS = (
         "tests/attention/test_gpu_kernels.py -k decode",
     ),
     Fault(
+        "Mosaic GPU's decode kernel reads past a row's end",
+        "lsjax/attention/gpu_mosaic.py",
+        "(slot < over(end, scores, 1))",
+        "(slot <= over(end, scores, 1))",
+        "tests/attention/test_gpu_kernels.py -k without_triton",
+    ),
+    Fault(
         "a segment dispatched ahead is lost",
         "lsjax/inference/segments.py",
         "        state, found = self._ahead.result()\n",

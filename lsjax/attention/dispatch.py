@@ -1,7 +1,9 @@
 """Chooses the attention implementation by platform; nothing else makes this choice.
 
 - CPU: the blockwise loop. XLA has no faster attention there, and fuses the dequantization of int8.
-- GPU, decode: our own kernel, since no library's kernel reads int8.
+- GPU, decode: our own kernels, since no library's kernel reads int8. Pallas' Triton backend, which
+  is deprecated, compiles them. The one for its successor, Mosaic GPU, has run on no GPU yet: it
+  decodes only if JAX has no Triton, on a Hopper.
 - GPU, prefill: cuDNN, the fastest for floats, over int8 and int4 that are dequantized piece by
   piece. Queries in blocks need nothing else, see QueryBlocks. The edges of other key ranges are
   left to the blockwise loop: those of chunks that may begin within a block of a quantized cache, of
@@ -10,8 +12,11 @@
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
 - Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
-  GPU, and prefill on a GPU in float32 or of heads wider than 128.
+  GPU, prefill on a GPU in float32 or of heads wider than 128, and what `gpu_mosaic.takes` refuses.
 """
+
+import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +34,8 @@ from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
 from lsjax.attention.sparse_rule import attend_in_tiles
 
+# Whether `gpu.py` and `gpu_token.py` can be compiled.
+HAS_TRITON = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 _GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128
@@ -55,13 +62,13 @@ def attend(
     `blocks` is what is known of `key_range` when the program is compiled, or None. See
     `blockwise.attend` for the other arguments and the result.
     """
-    group, length = q.shape[2:4]
+    length = q.shape[3]
     on_gpu, is_int4 = platform in _GPU, k.data.dtype == jnp.uint8
     if slopes is None and not is_int4:
         if platform == "tpu":
             return _on_tpu(q, k, v, key_range)
-        if on_gpu and group * length <= _GPU_DECODE_QUERIES:
-            return _decode_on_gpu(q, k, v, key_range)
+        if on_gpu and (decode := _gpu_decode(q, k)) is not None:
+            return decode(q, k, v, key_range)
     by_cudnn = on_gpu and slopes is None and q.dtype == jnp.bfloat16
     by_cudnn = by_cudnn and q.shape[-1] <= _CUDNN_HEAD_DIM
     if by_cudnn and (not is_int4 or length > MAX_DECODE_QUERIES):
@@ -108,7 +115,7 @@ def takes_token(
     """Returns whether `write_and_attend` takes a decode step."""
     one = q.shape[3] == 1 and q.shape[2] <= _GPU_DECODE_QUERIES
     formats = k.data.dtype == jnp.int8 and near.data.dtype == q.dtype
-    return platform in _GPU and slopes is None and one and formats
+    return platform in _GPU and HAS_TRITON and slopes is None and one and formats
 
 
 def write_and_attend(
@@ -146,6 +153,13 @@ def write_and_attend(
     return gpu.decode(q, far, beside, q.dtype), both, floats
 
 
+def decode_by_mosaic(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
+    """Decodes by Mosaic GPU, also where JAX has Triton; `gpu_mosaic.takes` says what."""
+    from lsjax.attention import gpu_mosaic
+
+    return gpu_mosaic.decode(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
+
+
 def blocks_of(platform: str) -> Blocks:
     """Returns the block sizes of the blockwise loops on a platform."""
     return CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
@@ -157,10 +171,20 @@ def _on_tpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partia
     return tpu.attend(q, k.data, v.data, k.scale, v.scale, *_range(key_range))
 
 
-def _decode_on_gpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
+def _decode_by_triton(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
     from lsjax.attention import gpu
 
     return gpu.decode(q, gpu.Slots(k.data, v.data, k.scale, v.scale, *_range(key_range)))
+
+
+def _gpu_decode(q: jax.Array, k: KVArray) -> Callable[..., Partial] | None:
+    """Returns the kernel that decodes on a GPU, if one takes these queries and keys."""
+    if HAS_TRITON:
+        fits = q.shape[2] * q.shape[3] <= _GPU_DECODE_QUERIES
+        return _decode_by_triton if fits else None
+    from lsjax.attention import gpu_mosaic
+
+    return decode_by_mosaic if gpu_mosaic.takes(q, k.data) else None
 
 
 def _prefill_on_gpu(

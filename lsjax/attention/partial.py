@@ -44,36 +44,40 @@ def merge_over_axis(partial: Partial, axis_name: str) -> Partial:
 
 
 def update_softmax(
-    scores: jax.Array, sum_exp: jax.Array, running_max: jax.Array
+    scores: jax.Array, sum_exp: jax.Array, running_max: jax.Array, axis: int = -1
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Takes one step of a running softmax, over a block of keys.
 
     Args:
       scores: [..., keys] float32, -inf where a key is not visible.
       sum_exp, running_max: [...] or, for kernels that keep the axis, [..., 1]; see from_sums.
+      axis: axis of scores that is keys.
 
     Returns:
       The block's weights [..., keys], the factor of what was summed up before, the new sum_exp and
       the new running_max.
     """
     keep = running_max.ndim == scores.ndim
-    new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1, keepdims=keep))
+    new_max = jnp.maximum(running_max, jnp.max(scores, axis=axis, keepdims=keep))
     finite = _finite(new_max)
-    weights = jnp.exp(scores - (finite if keep else finite[..., None]))
+    weights = jnp.exp(scores - (finite if keep else _along(axis, finite, scores)))
     correction = jnp.exp(running_max - finite)
-    sum_exp = correction * sum_exp + jnp.sum(weights, axis=-1, keepdims=keep)
+    sum_exp = correction * sum_exp + jnp.sum(weights, axis=axis, keepdims=keep)
     return weights, correction, sum_exp, new_max
 
 
-def from_sums(acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array) -> Partial:
+def from_sums(
+    acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array, axis: int = -1
+) -> Partial:
     """Builds a Partial from the state of a running softmax.
 
     Args:
       acc: [..., head_dim], sum of exp(score - running_max) * value.
       sum_exp: [...], sum of exp(score - running_max).
       running_max: [...], largest score so far, -inf where no key was visible.
+      axis: axis of acc, and of the Partial's values, that is head_dim.
     """
-    return _normalize(acc, sum_exp, _finite(running_max))
+    return _normalize(acc, sum_exp, _finite(running_max), axis)
 
 
 def _finite(running_max: jax.Array) -> jax.Array:
@@ -81,7 +85,15 @@ def _finite(running_max: jax.Array) -> jax.Array:
     return jnp.where(running_max == -jnp.inf, 0.0, running_max)
 
 
-def _normalize(acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array) -> Partial:
+def _along(axis: int, x: jax.Array, like: jax.Array) -> jax.Array:
+    # At once, since Mosaic GPU has no axes of size 1.
+    kept = [i for i in range(like.ndim) if i != axis % like.ndim]
+    return jax.lax.broadcast_in_dim(x, like.shape, kept)
+
+
+def _normalize(
+    acc: jax.Array, sum_exp: jax.Array, running_max: jax.Array, axis: int = -1
+) -> Partial:
     seen = sum_exp > 0
-    values = acc / jnp.where(seen, sum_exp, 1.0)[..., None]
+    values = acc / _along(axis, jnp.where(seen, sum_exp, 1.0), acc)
     return Partial(values=values, lse=jnp.where(seen, running_max + jnp.log(sum_exp), -jnp.inf))

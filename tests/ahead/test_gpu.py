@@ -3,11 +3,14 @@
 Needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cudnn-cu13; no driver.
 """
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lsjax.attention import dispatch
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.cudnn import in_blocks
 from lsjax.attention.gpu import Slots
@@ -117,9 +120,23 @@ def test_sixteen_tokens_are_written_and_attended_to_in_place(cache, batch):
     assert share_of_cache(program, data, scale) < 0.1
 
 
-@CACHES
-@pytest.mark.parametrize("attend, length", [(decode, 1), (prefill_of_prefix, 512)])
-def test_a_cache_split_over_eight_stays_where_it_is(attend, length, cache):
+def decode_without_triton(q, k, v, k_scale, v_scale, begin, end):
+    with mock.patch.object(dispatch, "HAS_TRITON", False):
+        key_range = KeyRange(begin, end, end)
+        return dispatch.attend("gpu", q, KVArray(k, k_scale), KVArray(v, v_scale), key_range, None)
+
+
+@pytest.mark.parametrize(
+    "attend, length, cache, kernel",
+    [
+        (decode, 1, "int8", "decode_attention"),
+        (decode, 1, "bfloat16", "decode_attention"),
+        (prefill_of_prefix, 512, "int8", "cudnn"),
+        (prefill_of_prefix, 512, "bfloat16", "cudnn"),
+        (decode_without_triton, 1, "int8", "mosaic_gpu"),
+    ],
+)
+def test_a_cache_split_over_eight_stays_where_it_is(attend, length, cache, kernel):
     def step(q, k, v, k_scale, v_scale, begin, end):
         first = jax.lax.axis_index("context") * k.shape[2]
         partial = attend(q, k, v, k_scale, v_scale, begin - first, end - first)
@@ -137,5 +154,6 @@ def test_a_cache_split_over_eight_stays_where_it_is(attend, length, cache):
         check_vma=False,
     )
     program = compiled(mesh, sharded, q, data, data, scale, scale, bound, bound)
+    assert kernel in program.as_text()
     assert "all-gather" not in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < 72 * 2**20  # a piece, widened

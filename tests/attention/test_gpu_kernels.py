@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cudnn import dot_product_attention
+from helpers.mosaic_gpu import interpreter
 
-from lsjax.attention import cudnn
+from lsjax.attention import cudnn, dispatch, gpu_mosaic
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.gpu import Slots
 from lsjax.attention.gpu import decode as decode_on_gpu
@@ -192,6 +193,52 @@ def test_int8_keys_that_the_kernel_could_not_address_are_refused():
     q, bound = of((5, 4, 8, 1, 128), "bfloat16"), of((5, 1), "int32")
     with pytest.raises(ValueError, match="split the cache"):
         jax.eval_shape(decode_on_gpu, q, Slots(store, store, scale, scale, bound, bound))
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """Decode on an H100 in a JAX without Triton, interpreted."""
+    with interpreter() as interpret:
+        monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+        monkeypatch.setattr(gpu_mosaic, "on_hopper", lambda: True)
+        monkeypatch.setattr(gpu_mosaic, "_PROGRAMS", 4)  # splits of more blocks than one
+        interpreted = functools.partial(gpu_mosaic.decode, interpret=interpret)
+        monkeypatch.setattr(gpu_mosaic, "decode", interpreted)
+        yield
+
+
+ROWS = (-7, 700), (3, 3), (100, 300)
+OTHERS = pytest.mark.slow("the interpreter takes seconds; the first case has each of its steps")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(((300, 500), (3, 3)), 64, 7, "int8", "bfloat16", capacity=512, kv_heads=1),
+        *(
+            pytest.param(case, marks=OTHERS)
+            for case in (
+                Case(ROWS, 64, 4, "bfloat16", "bfloat16", capacity=512, kv_heads=1, length=16),
+                Case(ROWS[2:], 128, 8, "int8", "bfloat16", capacity=512, length=5),
+                Case(ROWS[2:], 128, 1, "bfloat16", "bfloat16", capacity=512),
+            )
+        ),
+    ],
+    ids=lambda case: f"{case.cache}-{case.head_dim}-{case.group}x{case.length}",
+)
+def test_decode_without_triton_is_as_near_the_truth(without_triton, case):
+    q, *stores, begin, end = inputs(case)
+    later = np.arange(case.length, dtype="i4")
+    args = q, *stores, begin + later, end + later
+    k, v, k_scale, v_scale, *_ = spoiled_where_unseen(*stores, begin[:, :1], args[-1][:, -1:])
+
+    @jax.jit
+    def decode(*stores_of_each, begin, end):
+        k, v = (KVArray(*x) for x in stores_of_each)
+        return dispatch.attend("gpu", q, k, v, KeyRange(begin, end, end), None)
+
+    got = decode((k, k_scale), (v, v_scale), begin=args[-2], end=args[-1])
+    assert_as_near(got, plain(*args), args)
 
 
 @jax.jit

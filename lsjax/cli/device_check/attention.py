@@ -1,12 +1,16 @@
 """Times attention alone: decode in bytes per second, prefill in FLOPs per second."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from lsjax.attention import gpu_mosaic
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
-from lsjax.attention.dispatch import attend
+from lsjax.attention.dispatch import attend, decode_by_mosaic
+from lsjax.attention.partial import Partial
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import HEADS, Heads, Sizes
 from lsjax.cli.device_check.timing import (
@@ -22,18 +26,22 @@ _FEWEST_LAYERS, _MOST_LAYERS = 2, 16
 def decode(sizes: Sizes, record: Recorder) -> None:
     """Times decode of one token over several layers' caches, one after the other as in a model."""
     platform = jax.default_backend()
-    for keys in sizes.decode_keys:
-        for name in sizes.heads:
-            for cache in ("int8", "bfloat16"):
-                row = {"what": "decode attention", "heads": name, "keys": keys, "cache": cache}
+    dispatched = functools.partial(attend, platform, slopes=None)
+    ways = [("decode attention", dispatched, cache) for cache in ("int8", "bfloat16")]
+    if platform == "gpu" and gpu_mosaic.on_hopper():
+        ways.append(("Mosaic GPU's decode attention", decode_by_mosaic, "int8"))
+    for what, way, cache in ways:
+        for keys in sizes.decode_keys:
+            for name in sizes.heads:
+                row = {"what": what, "heads": name, "keys": keys, "cache": cache}
                 try:
-                    row |= _decode(platform, sizes, HEADS[name], keys, cache)
+                    row |= _decode(way, sizes, HEADS[name], keys, cache)
                 except Exception as error:  # such as out of memory; other cases may still run
                     row["why"] = repr(error)[:300]
                 record(**row)
 
 
-def _decode(platform: str, sizes: Sizes, heads: Heads, keys: int, cache: str) -> dict:
+def _decode(way: Callable[..., Partial], sizes: Sizes, heads: Heads, keys: int, cache: str) -> dict:
     shape = 1, heads.kv_heads, keys, heads.head_dim
     one = 2 * math.prod(shape) * jnp.dtype(cache).itemsize
     layers = min(max(_FEWEST_LAYERS, math.ceil(sizes.rotated_bytes / one)), _MOST_LAYERS)
@@ -45,7 +53,7 @@ def _decode(platform: str, sizes: Sizes, heads: Heads, keys: int, cache: str) ->
     def run(q, stores):
         for k, v in stores:
             key_range = KeyRange(None, end, end - 1)
-            q = q + attend(platform, q, k, v, key_range, None).values.astype(q.dtype)
+            q = q + way(q, k, v, key_range).values.astype(q.dtype)
         return q
 
     first, seconds = first_and_median(lambda: run(q, stores), sizes.rounds)

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsjax.attention import dispatch, gpu_mosaic
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
-from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import Sizes
-from lsjax.cli.device_check.token_step import check_token
 
 Attend = Callable[[jax.Array, KVArray, KVArray, KeyRange], Partial]
 
@@ -29,6 +28,7 @@ _ALIGNED = (
     256  # longest block of keys that a kernel reads, if no higher power of 2 divides their number
 )
 _COMPILED_AT_ONCE = 8
+_GROUP = 7  # query heads per KV head in a decode step
 _QUERIES_PER_BLOCK = 260
 _SAMPLED_QUERIES = 64  # queries of a prefill that are checked, since float64 is slow
 
@@ -87,7 +87,9 @@ def kernels(sizes: Sizes, record: Recorder) -> None:
     with ThreadPoolExecutor(min(os.cpu_count(), _COMPILED_AT_ONCE)) as pool:
         for row in pool.map(checked, work):
             record(**row)
-    if platform != "tpu":
+    if _has_triton(platform):
+        from lsjax.cli.device_check.token_step import check_token
+
         for head_dim in sizes.head_dims:
             row = {"check": "the GPU's kernel that writes a token", "case": {"head_dim": head_dim}}
             record(**row, **check_token(head_dim, interpret=platform == "cpu"))
@@ -113,19 +115,22 @@ def _cases(sizes: Sizes) -> Iterator[Case]:
 
 def _ways(platform: str, sizes: Sizes) -> Iterator[Way]:
     def dispatched(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
-        return attend(platform, q, k, v, key_range, None)
+        return dispatch.attend(platform, q, k, v, key_range, None)
 
-    in_place = {"gpu": _gpu_decode_takes, "tpu": _tpu_takes}.get(platform, lambda case: False)
+    gpu_takes = _gpu_decode_takes if dispatch.HAS_TRITON else _mosaic_takes
+    in_place = {"gpu": gpu_takes, "tpu": _tpu_takes}.get(platform, lambda case: False)
     yield Way(f"attention on {platform}", dispatched, lambda case: True, in_place)
     if platform == "gpu":
         for window in (None, _prefill_window(sizes)):
             yield _in_blocks(platform, window)
-    if platform != "tpu":
+        yield Way("Mosaic GPU's decode", dispatch.decode_by_mosaic, _mosaic_takes, _mosaic_takes)
+    if _has_triton(platform):
         beside = functools.partial(_gpu_decode_beside_floats, interpret=platform == "cpu")
         yield Way("the GPU's decode kernel, floats beside int8", beside, _is_token, _no)
     if platform == "cpu":
-        decode = "the GPU's decode kernel, interpreted"
-        yield Way(decode, _gpu_decode, _gpu_decode_takes, _gpu_decode_takes)
+        if _has_triton(platform):
+            decode = "the GPU's decode kernel, interpreted"
+            yield Way(decode, _gpu_decode, _gpu_decode_takes, _gpu_decode_takes)
         yield Way("the TPU's kernel, interpreted", _tpu_kernel, _tpu_takes, _tpu_takes)
 
 
@@ -136,7 +141,7 @@ def _in_blocks(platform: str, window: int | None) -> Way:
         size = math.gcd(q.shape[3], _QUERIES_PER_BLOCK)
         blocks = QueryBlocks(size, causal=True, window=window)
         start = None if window is None else key_range.start
-        return attend(platform, q, k, v, key_range._replace(start=start), None, blocks)
+        return dispatch.attend(platform, q, k, v, key_range._replace(start=start), None, blocks)
 
     def takes(case: Case) -> bool:
         return case.queries > 16 and case.window == window and case.dtype == "bfloat16"
@@ -151,6 +156,16 @@ def _prefill_window(sizes: Sizes) -> int:
 
 def _gpu_decode_takes(case: Case) -> bool:
     return case.cache != "int4" and case.queries <= 16
+
+
+def _mosaic_takes(case: Case) -> bool:
+    q = jax.ShapeDtypeStruct((1, 1, _GROUP, case.queries, case.head_dim), case.dtype)
+    k = jax.ShapeDtypeStruct((1, 1, case.keys, case.head_dim), case.cache)
+    return gpu_mosaic.takes(q, k)
+
+
+def _has_triton(platform: str) -> bool:
+    return platform != "tpu" and dispatch.HAS_TRITON
 
 
 def _is_token(case: Case) -> bool:
@@ -232,7 +247,7 @@ def check(case: Case, way: Way, platform: str) -> dict[str, Any]:
 
 def _inputs(case: Case, platform: str) -> tuple[jax.Array, KVArray, KVArray, jax.Array, jax.Array]:
     """Draws peaked q, k, v, begin and end; in decode one row sees nothing, one reaches the end."""
-    batch, kv_heads, group = (3, 2, 7) if case.queries <= 16 else (1, 2, 4)
+    batch, kv_heads, group = (3, 2, _GROUP) if case.queries <= 16 else (1, 2, 4)
     rng = np.random.default_rng(case.head_dim + case.queries)
     shape = batch, kv_heads, group, case.queries, case.head_dim
     q = jnp.asarray(2 * rng.standard_normal(shape) * case.head_dim**-0.5, jnp.float32)

@@ -129,6 +129,7 @@ def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow("the ring's result and its layouts are quick in tests/attention")
 def test_the_ring_by_device_count_and_layout(tmp_path):
     files = ["--output_json", tmp_path / "ring.json", "--plot", tmp_path / "ring.png"]
     asked = ["--devices", "1,4", "--lengths", 2048, "--chunk", 1024, "--heads", 2]

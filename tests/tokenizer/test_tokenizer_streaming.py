@@ -17,7 +17,7 @@ def tokenizer(request, golden):
 
 
 @given(chunks=st.lists(st.lists(st.integers(0, 650), max_size=6), max_size=12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_streamed_text_joins_to_the_decoded_text(tokenizer, chunks):
     stream = tokenizer.stream_decoder()
     streamed = "".join(stream.push(chunk) for chunk in chunks) + stream.flush()
@@ -25,7 +25,7 @@ def test_streamed_text_joins_to_the_decoded_text(tokenizer, chunks):
 
 
 @given(text=st.text(max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_half_character_is_shown(tokenizer, text):
     ids = tokenizer.encode(text.replace("\ufffd", ""))
     whole = tokenizer.decode(ids)

@@ -43,6 +43,19 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "a norm's factor that multiplies the bias too",
+        "lsjax/nn/linear.py",
+        """        if factor is not None:
+            y = y * factor
+        if self.use_bias:
+            zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[:1])
+            y = y + self""",
+        """        if self.use_bias:
+            zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[:1])
+            y = (y if factor is None else y * factor) + (1 if factor is None else factor) * self""",
+        "tests/nn/test_norm.py",
+    ),
+    Fault(
         "padding that a recurrence runs like a token",
         "lsjax/nn/delta_net.py",
         "        inputs = _first(inputs, counts)",

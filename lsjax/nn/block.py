@@ -57,14 +57,18 @@ class Block(nn.Module):
 
     def attend(self, x, inputs, cache):
         """Runs the half that mixes tokens, attention or a recurrence; see `__call__`."""
-        mix = self.delta_net if self.kind.delta_net else self.attn
-        y, cache = mix(self.attn_norm(x), inputs, cache)
+        if self.kind.delta_net:
+            y, cache = self.delta_net(self.attn_norm(x), inputs, cache)
+        else:
+            y, cache = self.attn(self.attn_norm(x, inputs.decode), inputs, cache)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache
 
     def feed_forward(self, x: jax.Array, decode: bool = False) -> jax.Array:
         """Runs the MLP half on each token separately; [batch, length, hidden] in and out."""
-        y = self.mlp_norm(x)
-        y = self.mlp(y, decode) if self.kind.experts else self.mlp(y)
+        if self.kind.experts:
+            y = self.mlp(self.mlp_norm(x), decode)
+        else:
+            y = self.mlp(self.mlp_norm(x, decode))
         return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
 
     def balance(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

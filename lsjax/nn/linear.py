@@ -1,6 +1,7 @@
 """Linear projection, token embedding and RMS norm."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,22 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.distributed.sharding import TOKENS_SPEC, parameter_spec
 from lsjax.nn.matmul import matmul
+
+
+class Scaled(NamedTuple):
+    """Activations as values and a factor, by which Linear multiplies its product.
+
+    Attributes:
+      values: [batch, length, features].
+      factor: [batch, length, 1] float32.
+    """
+
+    values: jax.Array
+    factor: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
 
 
 class Linear(nn.Module):
@@ -27,10 +44,13 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Scaled) -> jax.Array:
+        x, factor = x if isinstance(x, Scaled) else (x, None)
         init = nn.with_partitioning(nn.initializers.normal(0.02), self.axes)
         weight = self.param("weight", init, (self.features, x.shape[-1]), x.dtype)
         y = matmul(x, weight, self.get_variable("params", "scale"))
+        if factor is not None:
+            y = y * factor
         if self.use_bias:
             zeros = nn.with_partitioning(nn.initializers.zeros, self.axes[:1])
             y = y + self.param("bias", zeros, (self.features,), x.dtype)
@@ -120,11 +140,24 @@ class RMSNorm(nn.Module):
     zero_centered: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, for_linear: bool = False) -> jax.Array | Scaled:
+        """Normalizes [..., features], or leaves the factor 1 / rms(x) to Linear.
+
+        With a few tokens, products that do not wait for the factor make shorter chains of kernels.
+        """
         init = nn.with_partitioning(nn.initializers.ones, (None,))
         weight = self.param("weight", init, (x.shape[-1],), x.dtype)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         if self.zero_centered:
-            return (y * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+            weight = 1 + weight.astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        if for_linear:
+            # Without the barrier XLA makes one kernel of the mean and the values.
+            squares = jnp.square(jax.lax.optimization_barrier(x).astype(jnp.float32))
+            return Scaled((y * weight).astype(x.dtype), self._factor(squares))
+        y = y * self._factor(y * y)
+        if self.zero_centered:
+            return (y * weight).astype(x.dtype)
         return weight * y.astype(x.dtype)
+
+    def _factor(self, squares: jax.Array) -> jax.Array:
+        return jax.lax.rsqrt(jnp.mean(squares, axis=-1, keepdims=True) + self.epsilon)

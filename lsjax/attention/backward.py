@@ -5,6 +5,7 @@ d_v = p^T d_out, d_s = p * (d_out v^T - delta), d_q = d_s k, d_k = d_s^T q.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,98 +23,107 @@ class Queries(NamedTuple):
 
     Attributes:
       q: [batch, kv_heads, group, length, head_dim], scaled.
-      d_out: gradient of the attention output, shaped as q.
+      out: attention output, shaped as q.
+      d_out: its gradient.
       lse: [batch, kv_heads, group, length] float32, log-sum-exp of the scores.
       delta: [batch, kv_heads, group, length] float32, sum of out * d_out.
     """
 
     q: jax.Array
+    out: jax.Array
     d_out: jax.Array
     lse: jax.Array
     delta: jax.Array
 
+    def slice(self, start: jax.Array, size: int) -> "Queries":
+        """Returns `size` queries from `start` on."""
+        return Queries(*(jax.lax.dynamic_slice_in_dim(x, start, size, axis=3) for x in self))
+
     def block(self, start: jax.Array, size: int) -> "Queries":
         """Returns `size` queries from `start` on, a group as rows: [batch, kv_heads, rows, ...]."""
-
-        def rows(x: jax.Array) -> jax.Array:
-            taken = jax.lax.dynamic_slice_in_dim(x, start, size, axis=3)
-            return taken.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-        return Queries(*map(rows, self))
+        taken = self.slice(start, size)
+        return Queries(*(x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in taken))
 
 
-# Gradients of keys and of values, each [batch, kv_heads, slots, head_dim] float32.
-KeyGradients = tuple[jax.Array, jax.Array]
+class Gradients(NamedTuple):
+    """float32 gradients of queries, keys and values, each of the shape of its array."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+# (gradients so far, queries, keys, values, slots that the queries see) -> gradients with what these
+# keys and values add
+AddGradients = Callable[[Gradients, Queries, jax.Array, jax.Array, KeyRange], Gradients]
 
 
 def gradients(
+    add_gradients: AddGradients,
     zigzag: Zigzag,
     queries: Queries,
     k: jax.Array,
     v: jax.Array,
     key_range: KeyRange,
-    slopes: jax.Array | None,
     size: int,
-    blocks: Blocks,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Gradients:
     """Returns gradients of the local queries, keys and values; called under shard_map.
 
     Keys and values rotate around the ring as in `ring.attend`. Their gradients follow one step
     behind: the sums of the previous devices are in flight while this device computes its own.
 
     Args:
+      add_gradients: function that adds what a block of one device's slots contributes.
       zigzag: layout of a row's tokens along the context axis.
       queries: local queries.
       k, v: [batch, kv_heads, length, head_dim], local keys and values.
       key_range: key range of each local query, as indices in the row.
-      slopes: [kv_heads, group] ALiBi slopes, or None.
       size: number of slots sent at once, a divisor of length.
-      blocks: block sizes of the computation.
-
-    Returns:
-      float32 gradients, shaped as q, k and v.
     """
-    d_q = jnp.zeros(queries.q.shape, jnp.float32)
-    if zigzag.devices == 1:
-        d_q, (d_k, d_v) = attend_block(d_q, queries, k, v, key_range, slopes, blocks)
-        return d_q, d_k, d_v
 
-    def slot_block_fn(i: jax.Array, state):
-        d_q, whole = state
+    def zeros(x: jax.Array) -> jax.Array:
+        return jnp.zeros(x.shape, jnp.float32)
+
+    nothing = Gradients(*map(zeros, (queries.q, k, v)))
+    if zigzag.devices == 1:
+        return add_gradients(nothing, queries, k, v, key_range)
+
+    def slot_block_fn(i: jax.Array, whole: Gradients) -> Gradients:
         first = i * size
 
         def block_fn(state, block, owner: jax.Array):
             d_q, added = state
             added = ring.ring_shift(added, zigzag.devices)
             local_range = local_key_range(zigzag, owner, first, size, key_range)
-            d_q, block_gradients = attend_block(d_q, queries, *block, local_range, slopes, blocks)
-            return d_q, jax.tree.map(jnp.add, added, block_gradients)
+            # The sums of the previous devices arrive meanwhile.
+            start = Gradients(d_q, *map(zeros, block))
+            d_q, *block_gradients = add_gradients(start, queries, *block, local_range)
+            return d_q, jax.tree.map(jnp.add, added, tuple(block_gradients))
 
         block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=2) for x in (k, v))
-        added = tuple(jnp.zeros(x.shape, jnp.float32) for x in block)
-        d_q, added = ring.scan(block_fn, (d_q, added), block, zigzag.devices)
+        state = whole.q, tuple(map(zeros, block))
+        d_q, added = ring.scan(block_fn, state, block, zigzag.devices)
         added = ring.ring_shift(added, zigzag.devices)  # and home
         put = jax.lax.dynamic_update_slice_in_dim
-        return d_q, tuple(put(x, a, first, axis=2) for x, a in zip(whole, added, strict=True))
+        d_k, d_v = (put(x, a, first, axis=2) for x, a in zip(whole[1:], added, strict=True))
+        return Gradients(d_q, d_k, d_v)
 
-    whole = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    d_q, (d_k, d_v) = jax.lax.fori_loop(0, k.shape[2] // size, slot_block_fn, (d_q, whole))
-    return d_q, d_k, d_v
+    return jax.lax.fori_loop(0, k.shape[2] // size, slot_block_fn, nothing)
 
 
-def attend_block(
-    d_q: jax.Array,
+def add_blockwise(
+    gradients: Gradients,
     queries: Queries,
     k: jax.Array,
     v: jax.Array,
     key_range: KeyRange,
     slopes: jax.Array | None,
     blocks: Blocks,
-) -> tuple[jax.Array, KeyGradients]:
-    """Adds the contribution of some keys and values to d_q, and returns their own gradients.
+) -> Gradients:
+    """Adds the contribution of some keys and values to the gradients, by loops over blocks.
 
     Args:
-      d_q: float32 gradient of all local queries so far, shaped as queries.q.
+      gradients: gradients so far.
       queries: all local queries.
       k, v: [batch, kv_heads, slots, head_dim].
       key_range: range of slots that each query sees.
@@ -126,8 +136,8 @@ def attend_block(
     keys_size = even_block_size(slots, blocks.keys)
     positions = jnp.arange(slots) if key_range.key_positions is None else key_range.key_positions
 
-    def query_block_fn(state, start: jax.Array, key_range: KeyRange):
-        d_q, sums = state
+    def query_block_fn(state: Gradients, start: jax.Array, key_range: KeyRange) -> Gradients:
+        d_q, *sums = state
         rows = queries.block(start, size)
         begin, end, at = key_range.start, key_range.stop, key_range.query_positions
 
@@ -166,10 +176,9 @@ def attend_block(
 
         first, last = jnp.min(begin) // keys_size, -(-jnp.max(end) // keys_size)
         d_rows = jnp.zeros(rows.q.shape, jnp.float32)
-        d_rows, sums = jax.lax.fori_loop(first, last, key_block_fn, (d_rows, sums))
+        d_rows, sums = jax.lax.fori_loop(first, last, key_block_fn, (d_rows, tuple(sums)))
         d_rows = d_rows.reshape(batch, kv_heads, group, size, head_dim)
         d_rows += jax.lax.dynamic_slice_in_dim(d_q, start, size, axis=3)
-        return jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, start, axis=3), sums
+        return Gradients(jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, start, axis=3), *sums)
 
-    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    return loop_over_query_blocks(query_block_fn, (d_q, sums), key_range, slots, size)
+    return loop_over_query_blocks(query_block_fn, gradients, key_range, slots, size)

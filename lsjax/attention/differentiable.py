@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lsjax.attention import backward, ring
 from lsjax.attention.blocking import even_block_size, local_key_range, loop_over_query_blocks
 from lsjax.attention.blockwise import Blocks, KeyRange, QueryBlocks
-from lsjax.attention.dispatch import attend, blocks_of
+from lsjax.attention.dispatch import add_gradients, attend, blocks_of
 from lsjax.attention.head_layout import by_head, by_token
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
@@ -177,10 +177,11 @@ def _gradients(zigzag, platform, sizes, residuals, d_out):
     q, k, v, out, lse, key_range, slopes = residuals
     key_range = _from_first(key_range)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    queries = backward.Queries(q, d_out, lse, delta)
+    queries = backward.Queries(q, out, d_out, lse, delta)
     slots = ring.block_size(k.shape[2], sizes.slots)
     blocks = sizes.blocks or blocks_of(platform)
-    d_q, d_k, d_v = backward.gradients(zigzag, queries, k, v, key_range, slopes, slots, blocks)
+    add = functools.partial(add_gradients, platform, slopes=slopes, blocks=blocks)
+    d_q, d_k, d_v = backward.gradients(add, zigzag, queries, k, v, key_range, slots)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 

@@ -9,10 +9,12 @@
   left to the blockwise loop: those of chunks that may begin within a block of a quantized cache, of
   a window within which a block of queries does not fit or that is larger than a piece, of
   StreamingLLM, and of windows around the ring.
+- GPU, gradients: cuDNN's backward pass for the slots that 1,024 queries all see; edges as above.
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
 - Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
-  GPU, prefill on a GPU in float32 or of heads wider than 128, and what `gpu_mosaic.takes` refuses.
+  GPU, prefill and gradients on a GPU in float32 or of heads wider than 128, and what
+  `gpu_mosaic.takes` refuses. Gradients elsewhere are its own, too.
 """
 
 import importlib.util
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention import blockwise, sparse
+from lsjax.attention.backward import Gradients, Queries, add_blockwise
 from lsjax.attention.blockwise import (
     CPU_BLOCKS,
     MAX_DECODE_QUERIES,
@@ -62,18 +65,37 @@ def attend(
     `blocks` is what is known of `key_range` when the program is compiled, or None. See
     `blockwise.attend` for the other arguments and the result.
     """
-    length = q.shape[3]
-    on_gpu, is_int4 = platform in _GPU, k.data.dtype == jnp.uint8
+    is_int4 = k.data.dtype == jnp.uint8
     if slopes is None and not is_int4:
         if platform == "tpu":
             return _on_tpu(q, k, v, key_range)
-        if on_gpu and (decode := _gpu_decode(q, k)) is not None:
+        if on_gpu(platform) and (decode := _gpu_decode(q, k)) is not None:
             return decode(q, k, v, key_range)
-    by_cudnn = on_gpu and slopes is None and q.dtype == jnp.bfloat16
-    by_cudnn = by_cudnn and q.shape[-1] <= _CUDNN_HEAD_DIM
-    if by_cudnn and (not is_int4 or length > MAX_DECODE_QUERIES):
+    if _by_cudnn(platform, q, slopes) and (not is_int4 or q.shape[3] > MAX_DECODE_QUERIES):
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
+
+
+def add_gradients(
+    platform: str,
+    gradients: Gradients,
+    queries: Queries,
+    k: jax.Array,
+    v: jax.Array,
+    key_range: KeyRange,
+    slopes: jax.Array | None,
+    blocks: Blocks,
+) -> Gradients:
+    """Adds what some keys and values contribute to gradients; see backward.add_blockwise."""
+
+    def edges(gradients: Gradients, queries: Queries, key_range: KeyRange) -> Gradients:
+        return add_blockwise(gradients, queries, k, v, key_range, slopes, blocks)
+
+    if not _by_cudnn(platform, queries.q, slopes):
+        return edges(gradients, queries, key_range)
+    from lsjax.attention import cudnn_gradients
+
+    return cudnn_gradients.add_gradients(gradients, queries, k, v, key_range, edges)
 
 
 def attend_to_kept(
@@ -163,6 +185,12 @@ def decode_by_mosaic(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) 
 def blocks_of(platform: str) -> Blocks:
     """Returns the block sizes of the blockwise loops on a platform."""
     return CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
+
+
+def _by_cudnn(platform: str, q: jax.Array, slopes: jax.Array | None) -> bool:
+    """Returns whether cuDNN takes these queries and what they see."""
+    wide = q.shape[-1] > _CUDNN_HEAD_DIM
+    return on_gpu(platform) and slopes is None and q.dtype == jnp.bfloat16 and not wide
 
 
 def _on_tpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:

@@ -13,10 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lsjax.attention import dispatch
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.cudnn import in_blocks
+from lsjax.attention.differentiable import self_attention
 from lsjax.attention.gpu import Slots
 from lsjax.attention.gpu import decode as decode_on_gpu
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import merge_over_axis
+from lsjax.distributed.sharding import CHUNK_QUERIES_SPEC, CHUNK_SPEC
 from lsjax.planning import find_target, target_mesh
 
 GLM4_9B = {"kv_heads": 4, "group": 8, "head_dim": 128, "capacity": 1048576 + 4096}
@@ -157,3 +159,22 @@ def test_a_cache_split_over_eight_stays_where_it_is(attend, length, cache, kerne
     assert kernel in program.as_text()
     assert "all-gather" not in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < 72 * 2**20  # a piece, widened
+
+
+def test_gradients_compile_to_cudnn():
+    mesh, length = mesh_of(8), 2**20
+
+    def aval(heads):
+        sharding = NamedSharding(mesh, CHUNK_QUERIES_SPEC)
+        return jax.ShapeDtypeStruct((1, length, heads, 128), "bfloat16", sharding=sharding)
+
+    def gradients(q, k, v, d_out, begin):
+        _, pull = jax.vjp(lambda *args: self_attention(mesh, *args, begin), q, k, v)
+        return pull(d_out)
+
+    q, k = aval(28), aval(4)  # of Qwen2.5-7B
+    begin = jax.ShapeDtypeStruct((1, length), "int32", sharding=NamedSharding(mesh, CHUNK_SPEC))
+    program = compiled(mesh, gradients, q, k, k, q, begin)
+    assert "fmhaSoftmaxBackward" in program.as_text()
+    # Queries, output and its gradient by head in bfloat16, and the queries' gradient in float32.
+    assert program.memory_analysis().temp_size_in_bytes < 5.5 * 2 * q.size / 8

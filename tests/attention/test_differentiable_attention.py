@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cudnn import AttentionBackward
 from helpers.oracle import attention_gradients
 from helpers.plain_attention import causal_attention
 from hypothesis import given, settings
 
+from lsjax.attention import cudnn_gradients, differentiable, dispatch
 from lsjax.attention.blockwise import Blocks
 from lsjax.attention.differentiable import RingSizes, self_attention
 from lsjax.distributed.sequence_layout import Zigzag
@@ -153,7 +155,31 @@ def test_as_near_when_keys_travel_in_many_pieces(window):
     assert_near_the_truth(case, begin, dealt(case, sizes)(*inputs(case), begin))
 
 
+@pytest.mark.slow("cuDNN's edges are these loops in bfloat16")
 def test_as_near_in_bfloat16():
     case = Case("142", 160, dtype="bfloat16", group=4)
     begin = np.zeros((case.batch, case.length), np.int32)
     assert_near_the_truth(case, begin, dealt(case)(*inputs(case), begin))
+
+
+BY_CUDNN = [
+    (Case("121", 192, group=3, dtype="bfloat16"), RingSizes(slots=48)),
+    pytest.param(Case("111", 300, dtype="bfloat16"), RingSizes(), marks=SLOW),
+    pytest.param(Case("142", 384, window=70, dtype="bfloat16"), RingSizes(slots=24), marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("case", "sizes"), BY_CUDNN, ids=str)
+def test_gradients_by_cudnn_are_as_near(monkeypatch, case, sizes):
+    """With a stand-in for its backward pass, over pieces that end within a block of slots."""
+
+    def on_gpu(platform, *args, **options):
+        return dispatch.add_gradients("gpu", *args, **options)
+
+    monkeypatch.setattr(differentiable, "add_gradients", on_gpu)
+    monkeypatch.setattr(cudnn_gradients, "_dot_product_attention_bwd_p_wrapper", AttentionBackward)
+    monkeypatch.setattr(cudnn_gradients, "QUERIES", 16)
+    monkeypatch.setattr(cudnn_gradients, "PIECE", 2 * 20)
+    begin = np.zeros((case.batch, case.length), np.int32)
+    begin[0, 101:], begin[0, 102:] = 101, 102
+    assert_near_the_truth(case, begin, dealt(case, sizes)(*inputs(case), begin))

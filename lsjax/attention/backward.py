@@ -133,7 +133,7 @@ def add_blockwise(
     batch, kv_heads, group, length, head_dim = queries.q.shape
     slots = k.shape[2]
     size = even_block_size(length, max(1, blocks.rows // group))
-    keys_size = even_block_size(slots, blocks.keys)
+    keys_size = even_block_size(slots, blocks.keys_for(blocks.rows))
     positions = jnp.arange(slots) if key_range.key_positions is None else key_range.key_positions
 
     def query_block_fn(state: Gradients, start: jax.Array, key_range: KeyRange) -> Gradients:

@@ -16,8 +16,9 @@ from lsjax.attention.partial import Partial, from_sums, update_softmax
 from lsjax.runtime.precision import einsum
 
 MAX_DECODE_QUERIES = 16  # tokens of a decode step: the last one, and drafts of prompt lookup
-# Number of keys from which on _scores_keys_as_rows pays off.
-_MANY_KEYS = 256
+# Query rows up to which reading the keys takes longest, and with more of which products do; and
+# the number of keys from which on it pays for few rows to have the keys on a product's left.
+_FEW_ROWS, _MANY_KEYS = 16, 256
 
 
 class Blocks(NamedTuple):
@@ -25,18 +26,22 @@ class Blocks(NamedTuple):
 
     Attributes:
       rows: rows per query block, that is queries times query heads per group.
-      keys: keys per block.
-      decode_keys: keys per block in a decode step.
+      keys: keys per block by the number of rows: (most rows, keys), from few rows to many. The last
+        is for all others.
     """
 
     rows: int
-    keys: int
-    decode_keys: int
+    keys: tuple[tuple[int, int], ...]
+
+    def keys_for(self, rows: int) -> int:
+        """Returns the keys per block of so many rows."""
+        return next((keys for most, keys in self.keys if rows <= most), self.keys[-1][1])
 
 
-# On a CPU, a core's cache holds the scores of a block, 1 MiB per KV head. In decode it holds the
-# keys and values, which are copied or converted to float32.
-CPU_BLOCKS = Blocks(rows=1024, keys=256, decode_keys=512)
+# On a CPU, a core's cache holds the scores of a block, 1 MiB per KV head. With few rows it holds
+# the keys and values, which are copied or converted to float32. In between are the rows of a decode
+# step over a document that many questions share.
+CPU_BLOCKS = Blocks(rows=1024, keys=((_FEW_ROWS, 512), (256, 128), (1024, 256)))
 
 
 class KeyRange(NamedTuple):
@@ -113,7 +118,7 @@ def attend(
     if length > MAX_DECODE_QUERIES:
 
         def block_fn(q: jax.Array, key_range: KeyRange) -> Partial:
-            return _attend_block(q, k, v, None, key_range, slopes, blocks.keys)
+            return _attend_block(q, k, v, None, key_range, slopes, blocks)
 
         return in_query_blocks(
             block_fn, q, key_range, max(1, 1 << (blocks.rows // group).bit_length() - 1)
@@ -121,7 +126,7 @@ def attend(
     # A few queries are bound by reading the keys, and XLA on CPU multiplies narrow floats slowly.
     q = q.astype(jnp.float32)
     if batch == 1:
-        return _attend_block(q, k, v, None, key_range, slopes, blocks.decode_keys)
+        return _attend_block(q, k, v, None, key_range, slopes, blocks)
 
     def row_fn(row: jax.Array) -> Partial:
         # Rows of a batch hold different numbers of tokens: each row reads only its own.
@@ -131,7 +136,7 @@ def attend(
         row_range = key_range.queries(take)
         if row_range.key_positions is not None and row_range.key_positions.ndim > 1:
             row_range = row_range._replace(key_positions=take(row_range.key_positions))
-        return _attend_block(take(q), k, v, row, row_range, slopes, blocks.decode_keys)
+        return _attend_block(take(q), k, v, row, row_range, slopes, blocks)
 
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(row_fn, jnp.arange(batch)))
 
@@ -174,7 +179,7 @@ def _attend_block(
     row: jax.Array | None,
     key_range: KeyRange,
     slopes: jax.Array | None,
-    most_keys: int,
+    most: Blocks,
 ) -> Partial:
     """Computes attention of one query block to all keys that it sees, for all batch rows or `row`.
 
@@ -183,7 +188,7 @@ def _attend_block(
     begin, end, at, positions = key_range
     batch, kv_heads, group, length, head_dim = q.shape
     # Blocks are as even as the capacity allows: the overlap of the last block is wasted work.
-    blocks = -(-k.capacity // most_keys)
+    blocks = -(-k.capacity // most.keys_for(group * length))
     size = -(-k.capacity // blocks)
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 
@@ -220,7 +225,7 @@ def _attend_block(
     masked = functools.partial(step, masked=True)
     if blocks == 1:  # a loop of one iteration would cost more than its body
         state = masked(jnp.int32(0), state)
-    elif length <= MAX_DECODE_QUERIES:  # bound by reading the keys: the mask costs nothing
+    elif group * length <= _FEW_ROWS:  # bound by reading the keys: the mask costs nothing
         state = jax.lax.fori_loop(first, last, masked, state)
     else:
         # Blocks that all queries see completely skip the mask, which costs two of six passes.
@@ -243,9 +248,9 @@ def key_scores(rows: jax.Array, k: KVArray) -> jax.Array:
     """Returns [batch, kv_heads, rows, block] float32 scores."""
     keys, factor = k.dequantize_lazy(rows.dtype)
     count, size = rows.shape[2], keys.shape[2]
-    if factor is not None and count >= size:  # scale the smaller array, the scores or the keys
+    if factor is not None and count >= keys.shape[3]:  # scale the smaller, scores or keys
         keys, factor = _times(keys, factor), None
-    if 1 < count < size and size >= _MANY_KEYS:
+    if 1 < count <= _FEW_ROWS and size >= _MANY_KEYS:
         scores = _scores_keys_as_rows(rows, keys)
     else:
         scores = einsum("bkrd,bksd->bkrs", rows, keys)

@@ -48,7 +48,7 @@ _CUDNN_HEAD_DIM = 128
 # Fewer queries leave less to the blockwise loop, which handles the keys among the queries.
 _GPU_QUERIES = 1024
 # Accelerators prefer few large matmuls; the scores lie in device memory anyway.
-_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=512, decode_keys=9216)
+_ACCELERATOR_BLOCKS = Blocks(rows=4096, keys=((256, 9216), (4096, 512)))
 
 
 def attend(

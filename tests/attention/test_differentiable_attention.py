@@ -148,7 +148,7 @@ def test_as_near_the_truth_as_plain_attention_however_rows_are_packed(case):
 
 @pytest.mark.parametrize("window", [None, pytest.param(40, marks=SLOW)])
 def test_as_near_when_keys_travel_in_many_pieces(window):
-    sizes = RingSizes(24, 32, Blocks(rows=40, keys=12, decode_keys=12))
+    sizes = RingSizes(24, 32, Blocks(rows=40, keys=((40, 12),)))
     case = Case("141", 4 * 96, batch=2, window=window)
     begin = np.zeros((2, case.length), np.int32)
     begin[0, 150:], begin[0, 151:] = 150, 151

@@ -109,9 +109,9 @@ def test_alpha_0_is_dense_attention_to_the_last_bit():
     queries = jnp.asarray(q.reshape(1, -1, KV_HEADS, GROUP, HEAD_DIM).transpose(0, 2, 3, 1, 4))
     stores = [KVArray(jnp.asarray(x.swapaxes(1, 2)), None) for x in (k, v)]
     stop = jnp.arange(1, 12 * TILE + 1)[None]
-    in_order = blockwise.attend(
-        queries, *stores, KeyRange(None, stop, stop - 1), blocks=Blocks(GROUP * TILE, 2 * TILE, 0)
-    )
+    blocks = Blocks(GROUP * TILE, ((GROUP * TILE, 2 * TILE),))
+    key_range = KeyRange(None, stop, stop - 1)
+    in_order = blockwise.attend(queries, *stores, key_range, blocks=blocks)
     keep = jnp.ones((1, KV_HEADS, 12, 12), bool)
     partial = dispatch.attend_to_kept("cpu", queries, *stores, keep, stop)
     assert jax.tree.all(jax.tree.map(np.array_equal, partial, in_order))

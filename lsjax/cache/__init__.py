@@ -31,7 +31,7 @@ from lsjax.cache.spec import (
     empty_cache,
     empty_layer,
 )
-from lsjax.cache.token_slices import TokenSlice, put_tokens, take_tokens
+from lsjax.cache.token_slices import TokenSlice, from_slices, take_tokens
 from lsjax.cache.window import CompensationToken, WindowCache, WindowSpec
 
 __all__ = [
@@ -63,7 +63,7 @@ __all__ = [
     "empty_cache",
     "empty_layer",
     "empty_state",
-    "put_tokens",
+    "from_slices",
     "shared_layers",
     "take_tokens",
     "update_and_attend",

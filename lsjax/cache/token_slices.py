@@ -4,16 +4,20 @@ A saved document is read and written in such slices.
 """
 
 import functools
+import math
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lsjax.attention.kv_array import KVArray, write_tokens
+from lsjax.attention.kv_array import KVArray
 from lsjax.cache.full import FullCache
+from lsjax.distributed.sharding import put_on_mesh
 
 _SLICE_SPEC = PartitionSpec(None, None, "model")
+_ALIGNMENT = 64  # bytes
 
 # Entries and scales of consecutive tokens, [layers, 2, kv_heads, tokens, ...]; keys come first. No
 # scales for floats.
@@ -59,48 +63,76 @@ def take_tokens(
     )(layers, start)
 
 
-def put_tokens(
-    mesh: Mesh, layers: Layers, specs: Layers, tokens: TokenSlice, start: jax.Array, platform: str
-) -> Layers:
-    """Writes the tokens from `start` on to every row; the inverse of `take_tokens`."""
+def from_slices(layers: Layers, slices: Iterable[tuple[int, TokenSlice]]) -> Layers:
+    """Returns layers that hold saved tokens in every row; the inverse of `take_tokens`.
 
-    def on_device(layers: Layers, tokens: TokenSlice, start: jax.Array) -> Layers:
-        return tuple(
-            _written(cache, jax.tree.map(lambda x, i=i: x[i], tokens), start, platform)
-            for i, cache in enumerate(layers)
+    Slices are put in the order of slots on the host, and each array is transferred in one piece.
+    Nothing is compiled, and a CPU takes the arrays over as they are.
+
+    Args:
+      layers: shapes and shardings of empty layers.
+      slices: start and tokens of each slice, in order; bfloat16 may come as its bits.
+    """
+    alike: dict[int, list[int]] = {}  # layers by their capacity
+    for i, layer in enumerate(layers):
+        alike.setdefault(layer.k.capacity, []).append(i)
+    held = {
+        capacity: _HeldLayers(layers[those[0]], those, every=len(alike) == 1)
+        for capacity, those in alike.items()
+    }
+    for start, tokens in slices:
+        for some in held.values():
+            some.put(tokens, start)
+
+    def filled(i: int, layer: FullCache) -> FullCache:
+        k, v = held[layer.k.capacity].on_mesh(i, layer.k)
+        return layer.replace(k=k, v=v)
+
+    return tuple(filled(i, layer) for i, layer in enumerate(layers))
+
+
+class _HeldLayers:
+    """Entries and scales of layers of one capacity on the host, in the order of slots."""
+
+    def __init__(self, layer: FullCache, those: list[int], every: bool):
+        self._those, self._taken = those, slice(None) if every else those
+        # Slots of all devices, by position within a lap.
+        self._slots = np.argsort(layer.zigzag.permutation(layer.k.capacity))
+        self._arrays = jax.tree.map(
+            lambda x: _aligned_zeros((len(those), 2, *x.shape[1:]), x.dtype), layer.k
         )
 
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(specs, _SLICE_SPEC, PartitionSpec()),
-        out_specs=specs,
-        check_vma=False,
-    )(layers, tokens, start)
+    def put(self, tokens: TokenSlice, start: int) -> None:
+        capacity, stop = len(self._slots), start + tokens.data.shape[3]
+        first = max(start, stop - capacity)
+        slots = self._slots[np.arange(first, stop) % capacity]
+        if np.all(np.diff(slots) == 1):
+            slots = slice(slots[0], slots[-1] + 1)
+
+        def write(held: np.ndarray, x: np.ndarray) -> None:
+            held[:, :, :, slots] = np.asarray(x).view(held.dtype)[
+                self._taken, :, :, first - start :
+            ]
+
+        jax.tree.map(write, self._arrays, tokens)
+
+    def on_mesh(self, layer: int, like: KVArray) -> tuple[KVArray, KVArray]:
+        i = self._those.index(layer)
+
+        def put(x: jax.ShapeDtypeStruct, held: np.ndarray, half: int) -> jax.Array:
+            return put_on_mesh(np.broadcast_to(held[i, half], x.shape), x.sharding)
+
+        k, v = (jax.tree.map(functools.partial(put, half=n), like, self._arrays) for n in range(2))
+        return k, v
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns zeros that begin where JAX takes over an array on a CPU without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    found = np.zeros(size + _ALIGNMENT, np.uint8)
+    first = -found.ctypes.data % _ALIGNMENT
+    return found[first : first + size].view(dtype).reshape(shape)
 
 
 def _stacked(trees: Iterable[TokenSlice]) -> TokenSlice:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-def _written(cache: FullCache, tokens: TokenSlice, start: jax.Array, platform: str) -> FullCache:
-    """Writes [2, kv_heads, tokens, ...] to this device's shard of a layer."""
-    zigzag, held = cache.zigzag, cache.k.capacity
-    capacity, size = held * zigzag.devices, tokens.data.shape[2]
-    device, batch = jax.lax.axis_index("context"), cache.k.data.shape[0]
-
-    def put(store: KVArray, new: KVArray, at: jax.Array) -> KVArray:
-        first = jnp.broadcast_to(at, (batch,))
-        slot = zigzag.num_local_slots_before(device, jnp.maximum(first, 0))
-        position_of = functools.partial(zigzag.position, device)
-        return write_tokens(store, new, first, slot, position_of, platform)
-
-    def put_both(store: KVArray, index: int) -> KVArray:
-        for at in range(max(size - capacity, 0), size, held):
-            new = jax.tree.map(lambda x, at=at: x[index, :, at : at + held], tokens)
-            new = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), new)
-            first = (start + at) % capacity
-            store = put(put(store, new, first), new, first - capacity)  # a lap may end among them
-        return store
-
-    return cache.replace(k=put_both(cache.k, 0), v=put_both(cache.v, 1))

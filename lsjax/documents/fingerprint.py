@@ -58,19 +58,17 @@ def hash_of_ids(ids: Sequence[int]) -> str:
 
 def _hash_of_weights(settings: EngineConfig, params: dict) -> str:
     found = hashlib.sha256()
-    samples = jax.jit(_sample, out_shardings=sharding(settings.mesh, PartitionSpec()))(params)
-    shapes = {path: x.shape for path, x in flatten(params).items()}
-    for path, x in sorted(flatten(samples).items()):
-        found.update(f"{path} {shapes[path]}".encode())
+    # A program per shape of a weight is compiled sooner than one for all weights.
+    sample = jax.jit(_sample, out_shardings=sharding(settings.mesh, PartitionSpec()))
+    samples = {path: (x.shape, sample(x)) for path, x in flatten(params).items()}
+    for path, (shape, x) in sorted(samples.items()):
+        found.update(f"{path} {shape}".encode())
         found.update(np.asarray(x, np.float32).tobytes())
     return found.hexdigest()[:16]
 
 
-def _sample(params: dict) -> dict:
-    def sample(x: jax.Array) -> jax.Array:
-        return x[tuple(slice(None, None, max(1, n // _SAMPLES)) for n in x.shape)]
-
-    return jax.tree.map(lambda x: sample(x).astype(jnp.float32), params)
+def _sample(x: jax.Array) -> jax.Array:
+    return x[tuple(slice(None, None, max(1, n // _SAMPLES)) for n in x.shape)].astype(jnp.float32)
 
 
 def _hash(content: bytes) -> str:

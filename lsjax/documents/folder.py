@@ -29,7 +29,7 @@ _NAME, _IDS, _LOCK = "document.json", "ids.bin", "lock"
 _FORMAT = 1
 _SLICE_BYTES = 2**26
 _LEAST_TOKENS = 256
-_PENDING = 8  # writes in flight
+_PENDING, _AHEAD = 8, 4  # writes in flight, and slices that are read ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,11 +242,11 @@ class DocumentFolder:
             size = size or self.manifest.slice
             starts = range(0, done, size)
             reads: list[Any] = []
-            for at in [*starts, None, None]:  # two are read ahead
+            for at in [*starts, *[None] * _AHEAD]:
                 if at is not None:
                     stop = min(at + size, done)
                     reads.append((at, [x[:, :, :, at:stop].read() for x in _arrays(stores)]))
-                if reads and (len(reads) > 2 or at is None):
+                if reads and (len(reads) > _AHEAD or at is None):
                     start, futures = reads.pop(0)
                     data, *scale = (future.result() for future in futures)
                     yield start, KVArray(data, scale[0] if scale else None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from lsjax.cache import DocumentCache, KVCache, shared_layers, without_tails
+from lsjax.cache import CacheSpec, DocumentCache, KVCache, shared_layers, without_tails
 from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
 from lsjax.inference.request import chunks
@@ -45,39 +45,41 @@ def prefill_document(
         _prefill, engine, params, tables, document.token_ids, on_prefill or (lambda tokens: None)
     )
     cached, shared = document.cached, document.shared
-    cache, start = _empty(engine, cached), 0
-    saver = None
+    start, saver = 0, None
     if folder is not None:
         chunk = engine.settings.prefill_chunk
         aligned = math.lcm(document.border, folder.manifest.slice, chunk)
         done = folder.manifest.done
         start = cached if done >= cached else done // aligned * aligned
-        for at, tokens in folder.slices(start):
-            cache = engine.write_tokens(cache, tokens, at)
         saver = _Saver(engine, folder, start, min(cached, folder.manifest.cached))
-        if on_prefill and start:
+    spec = _spec(engine, cached)
+    if start:
+        cache = engine.cache_of(spec, folder.slices(start))
+        if on_prefill:
             on_prefill(start)
+    else:
+        cache = engine.new_cache(spec)
     try:
         cache = prefill(cache, start, cached, saver=saver)
     finally:
         if saver:
             saver.finish()
     windows = engine.config.windows
-    empty = _empty(engine, shared - cached, chunk=0)  # which begins anywhere
+    spec = dataclasses.replace(_spec(engine, shared - cached), chunk=0)  # which begins anywhere
     rest = tuple(
         own if window is None else layer
-        for own, layer, window in zip(empty, cache, windows, strict=True)
+        for own, layer, window in zip(engine.cache_of(spec, ()), cache, windows, strict=True)
     )
     read = DocumentCache(shared_layers(cache, windows), np.int32(cached), ())
     return read.replace(rest=prefill(rest, cached, shared, document=read))
 
 
-def _empty(engine: Engine, tokens: int, **changes: int) -> KVCache:
+def _spec(engine: Engine, tokens: int) -> CacheSpec:
     rows = engine.settings.mesh.shape["data"]  # one on each device, all alike
     spec = engine.settings.cache_spec(rows, max(tokens, 1), 0)
     if spec.sparse:  # a document's last tokens are not those of a prompt
         spec = dataclasses.replace(spec, sparse=dataclasses.replace(spec.sparse, last_tokens=0))
-    return engine.new_cache(dataclasses.replace(spec, **changes))
+    return spec
 
 
 def _prefill(

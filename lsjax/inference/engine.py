@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,9 @@ from lsjax.cache import (
     TokenSlice,
     cache_after,
     cache_shapes,
-    empty_cache,
+    from_slices,
     shared_layers,
+    with_layers,
     without_tails,
 )
 from lsjax.config import ModelConfig
@@ -76,7 +77,8 @@ class Engine:
 
     def new_cache(self, spec: CacheSpec) -> KVCache:
         """Creates an empty cache on the mesh."""
-        return _empty(self._model, spec)
+        shapes = cache_shapes(self._model.config, self._model.mesh, spec, self._model.platform)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
     def cache_after(self, rest: KVCache, own: CacheSpec, whole: CacheSpec) -> KVCache:
         """Creates the cache of rows that begin with a document; see lsjax.cache.cache_after."""
@@ -87,17 +89,20 @@ class Engine:
         layers = without_tails(cache)
         return steps.read_tokens(self._model, layers, np.int32(start), size=size)
 
-    def write_tokens(self, cache: KVCache, tokens: TokenSlice, start: int) -> KVCache:
-        """Writes tokens that `read_tokens` has read to all rows; the cache is donated.
+    def cache_of(self, spec: CacheSpec, slices: Iterable[tuple[int, TokenSlice]]) -> KVCache:
+        """Creates a cache of tokens that `read_tokens` has read; see from_slices.
 
-        bfloat16 may come as its bits.
+        Nothing is compiled, which takes longer than to read them.
         """
+        empty = cache_shapes(self._model.config, self._model.mesh, spec, self._model.platform)
+        cache = with_layers(empty, from_slices(without_tails(empty), slices))
 
-        def place(x: np.ndarray, held: jax.Array) -> jax.Array:
-            return put_on_mesh(np.asarray(x).view(held.dtype), self._model.replicated)
+        def fill(x: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
+            if isinstance(x, jax.Array):
+                return x
+            return put_on_mesh(np.zeros(x.shape, x.dtype), x.sharding)
 
-        tokens = jax.tree.map(place, tokens, without_tails(cache)[0].k)
-        return steps.write_tokens(self._model, cache, tokens, np.int32(start))
+        return jax.tree.map(fill, cache)
 
     def prefill(
         self,
@@ -360,11 +365,6 @@ def _padded(eos: Collection[int]) -> np.ndarray:
 def _shared(document: DocumentCache | None) -> DocumentCache | None:
     """Returns a document without what rows copy, whatever they have copied."""
     return document and document.replace(rest=())
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _empty(model: ShardedModel, spec: CacheSpec) -> KVCache:
-    return model.as_cache(empty_cache(model.config, spec, model.platform))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -13,10 +13,7 @@ from lsjax.cache import (
     KVCache,
     attach,
     detach,
-    put_tokens,
     take_tokens,
-    with_layers,
-    without_tails,
 )
 from lsjax.inference import prompt_lookup
 from lsjax.inference.layerwise_prefill import last_hidden
@@ -107,13 +104,6 @@ def _read_tokens(model, layers, start, *, size):
     specs = tuple(layer.partition_specs() for layer in layers)
     tokens = take_tokens(model.mesh, layers, specs, start, size)
     return jax.lax.with_sharding_constraint(tokens, model.replicated)
-
-
-def _write_tokens(model, cache, tokens, start):
-    layers = without_tails(cache)
-    specs = tuple(layer.partition_specs() for layer in layers)
-    layers = put_tokens(model.mesh, layers, specs, tokens, start, model.platform)
-    return model.as_cache(with_layers(cache, layers))
 
 
 def _for_samples(model, cache, last, *, samples):
@@ -221,7 +211,6 @@ prefill = Program(_prefill, donate_argnames=["cache"])
 score = Program(_score, donate_argnames=["cache"])
 embed = Program(_embed)
 read_tokens = Program(_read_tokens, static_argnames=["size"])
-write_tokens = Program(_write_tokens, donate_argnames=["cache"])
 for_samples = Program(_for_samples, static_argnames=["samples"])
 first = Program(_first)
 decode = Program(_decode, donate_argnames=["state"], static_argnames=["steps", "drafted"])

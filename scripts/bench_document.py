@@ -7,6 +7,7 @@ The document's keys and values are random, so that it need not be read. Rows tha
 compared with rows that each hold a copy, and with a single row: all layers together, and attention
 of one layer by itself. All are timed in turn, and the median of the ratios is printed. A saved
 document is opened after it has been dropped from the page cache, beside a plain read of its files.
+With --read_length a document of so many tokens is read, saved and opened instead.
 """
 
 import dataclasses
@@ -47,6 +48,12 @@ flags.DEFINE_integer(
     "config.json's.",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "read_length",
+    None,
+    "Tokens of a document that is read and saved, and opened; nothing else is then measured.",
+    lower_bound=1024,
+)
 flags.DEFINE_integer("repeats", 5, "Number of times that each side is measured.", lower_bound=1)
 _STEPS = 8  # decode steps per measurement
 
@@ -65,21 +72,33 @@ def main(_: list[str]) -> None:
             config = dataclasses.replace(options.config, layers=layers)
             options = dataclasses.replace(options, config=config)
         lm = load_from_options(dataclasses.replace(options, segment=_STEPS))
+        saved = os.path.join(folder, "document")
+        if FLAGS.read_length:
+            _read(lm, saved)
+            _open(lm, saved)
+            return
         document = _random_document(lm)
         _compare("attention of one layer", _attention(lm, document))
         _compare("decode of all layers", _decode(lm, document))
-        _open(lm, document, os.path.join(folder, "document"))
+        began = time.perf_counter()
+        document.save(saved)
+        _tell("saved", saved, began)
+        _ask(lm, _open(lm, saved))
 
 
 def _random_document(lm: LanguageModel) -> Document:
     """Returns a document whose keys and values are random."""
     length = FLAGS.document_length // 1024 * 1024
-    ids = tuple(np.random.default_rng(0).integers(0, lm.config.vocab_size, length).tolist())
+    ids = _random_ids(lm, length)
     read = lm.read(ids[:1024], allow_untrained_length=True)
     empty = without_tails(lm.engine.new_cache(lm.options.cache_spec(1, length, 0)))
     layers = _filled(empty)
     cache = DocumentCache(layers, np.int32(length), read.cache.rest)
     return dataclasses.replace(read, token_ids=ids, cache=cache)
+
+
+def _random_ids(lm: LanguageModel, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(0).integers(0, lm.config.vocab_size, length).tolist())
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -183,14 +202,24 @@ def _compare(title: str, sides) -> None:
         print(f"  {name:<10}{milliseconds:>10.1f} ms a step, shared / this {ratio:.2f}")
 
 
-def _open(lm: LanguageModel, document: Document, folder: str) -> None:
+def _read(lm: LanguageModel, folder: str) -> None:
+    ids = _random_ids(lm, FLAGS.read_length)
+    lm.read(ids[:1024], allow_untrained_length=True)  # compiles
     began = time.perf_counter()
-    document.save(folder)
-    written = time.perf_counter() - began
-    files = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
-    size = sum(map(os.path.getsize, files))
-    print(f"saved: {size / 1e9:.2f} GB in {written:.1f} s, {size / written / 1e9:.2f} GB/s")
-    for _ in range(2):
+    lm.read(ids, save_to=folder, allow_untrained_length=True)
+    _tell(f"{FLAGS.read_length:,} tokens read and saved", folder, began)
+
+
+def _tell(what: str, folder: str, began: float) -> None:
+    seconds, size = time.perf_counter() - began, sum(map(os.path.getsize, _files(folder)))
+    print(f"{what}: {size / 1e9:.2f} GB in {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
+
+
+def _open(lm: LanguageModel, folder: str) -> Document:
+    """Opens a document three times, each beside a plain read of its files."""
+    files = _files(folder)
+    size, opened = sum(map(os.path.getsize, files)), None
+    for _ in range(3):
         _drop(files)
         began = time.perf_counter()
         for name in files:
@@ -199,15 +228,20 @@ def _open(lm: LanguageModel, document: Document, folder: str) -> None:
                     pass
         plain = time.perf_counter() - began
         _drop(files)
+        opened = None  # its memory is free before it is opened again
         began = time.perf_counter()
-        opened = jax.block_until_ready(lm.open_document(folder).cache.layers)
+        opened = lm.open_document(folder)
+        jax.block_until_ready(opened.cache.layers)
         seconds = time.perf_counter() - began
-        del opened
         print(
             f"opened in {seconds:.2f} s, {size / seconds / 1e9:.2f} GB/s; files read in "
             f"{plain:.2f} s, {size / plain / 1e9:.2f} GB/s; ratio of the rates "
             f"{plain / seconds:.2f}"
         )
+    return opened
+
+
+def _ask(lm: LanguageModel, document: Document) -> None:
     question = list(range(1, FLAGS.question_length + 1))
     for _ in range(2):
         (answer,) = lm.generate(question, 2, document=document, allow_untrained_length=True)
@@ -216,6 +250,10 @@ def _open(lm: LanguageModel, document: Document, folder: str) -> None:
             f"first token {stats.prefill_seconds:.2f} s after a question of "
             f"{FLAGS.question_length} tokens, compiling apart"
         )
+
+
+def _files(folder: str) -> list[str]:
+    return [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
 
 
 def _drop(files: list[str]) -> None:

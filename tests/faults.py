@@ -464,6 +464,27 @@ FAULTS = (
         "tests/attention/test_cached_attention.py -k after_a_document",
     ),
     Fault(
+        "a question's last token that does not see the document",
+        "lsjax/cache/shared_prefix.py",
+        "step.query_positions < step.lengths[:, None]",
+        "step.query_positions + 1 < step.lengths[:, None]",
+        "tests/attention/test_cached_attention.py -k after_a_document",
+    ),
+    Fault(
+        "keys that many rows meet without their scales",
+        "lsjax/attention/blockwise.py",
+        "keys, factor = _times(keys, factor), None",
+        "factor = None",
+        "tests/attention/test_cached_attention.py -k after_a_document",
+    ),
+    Fault(
+        "a saved token put into the slot of one on another device",
+        "lsjax/cache/token_slices.py",
+        "np.argsort(layer.zigzag.permutation(layer.k.capacity))",
+        "layer.zigzag.permutation(layer.k.capacity)",
+        "tests/documents/test_saved.py -k slots_of_their_positions",
+    ),
+    Fault(
         "a turn of a chat that takes over what was written otherwise",
         "lsjax/documents/chat.py",
         "same = _common(held.ids, ids[:-1])",

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lsjax.attention.blockwise import QueryBlocks
+from lsjax.attention import dispatch
+from lsjax.attention.blockwise import KeyRange, QueryBlocks, in_query_blocks
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache.float_tail import FloatTail
 from lsjax.cache.full import FullCache
@@ -22,6 +23,10 @@ from lsjax.cache.slots import attend_around_ring, attend_to_slots, merge_devices
 from lsjax.cache.spec import CacheSpec, empty_layer
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
+
+# Query rows of a piece of a question on a CPU, as many as the heads of a group and the tokens that
+# a block of keys is read for at once.
+_PIECE_ROWS = 128
 
 
 @flax.struct.dataclass
@@ -91,18 +96,44 @@ class SharedPrefix:
         else:
             begin, end = step.begin.reshape(1, rows), jnp.minimum(step.end.reshape(1, rows), end)
         at = step.query_positions.reshape(1, rows)
+        real = True
+        if step.lengths is not None:
+            real = (step.query_positions < step.lengths[:, None]).reshape(1, rows)
         step = step.replace(positions=at, begin=begin, end=end, blocks=blocks, views=1)
-        args = q, self.document.k, self.document.v, step, zigzag, begin, end
         if step.around_ring(zigzag):
             used = zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length)
+            args = q, self.document.k, self.document.v, step, zigzag, begin, end
             partial = attend_around_ring(*args, 0, used, blocks)
+        elif step.decode or dispatch.reads_once(step.platform):
+            partial = self._attend(q, step, begin, end)
         else:
-            partial = merge_devices(attend_to_slots(*args, self.length), step, zigzag)
+            partial = self._attend_in_pieces(q, step, begin, jnp.where(real, end, 0))
 
         def by_row(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x[0].reshape(*x.shape[1:3], batch, length, *x.shape[4:]), 2, 0)
 
         return jax.tree.map(by_row, partial)
+
+    def _attend(self, q: jax.Array, step: Step, begin: jax.Array | None, end: jax.Array) -> Partial:
+        document, zigzag = self.document, self.document.zigzag
+        args = q, document.k, document.v, step, zigzag, begin, end, self.length
+        return merge_devices(attend_to_slots(*args), step, zigzag)
+
+    def _attend_in_pieces(
+        self, q: jax.Array, step: Step, begin: jax.Array | None, end: jax.Array
+    ) -> Partial:
+        """Attends some queries at a time; those that see nothing take no time together.
+
+        The end of a question's chunk is padding, most of it after a short question.
+        """
+
+        def piece(q: jax.Array, keys: KeyRange) -> Partial:
+            return self._attend(
+                q, step.replace(positions=keys.query_positions), keys.start, keys.stop
+            )
+
+        size = 1 << max(_PIECE_ROWS // q.shape[2], 1).bit_length() - 1
+        return in_query_blocks(piece, q, KeyRange(begin, end, step.positions), size)
 
 
 def without_tails(cache: KVCache) -> tuple[FullCache, ...]:

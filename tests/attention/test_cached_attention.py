@@ -309,11 +309,12 @@ def check_after_a_document(case):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(79, 128, 10, cache="int8"),
+        # A chunk is run in several pieces.
+        Case(79, 128, 10, cache="int8", group=16),
         *(
             pytest.param(case, marks=slow)
             for case in (
-                Case(79, 128, 1, cache="int8", group=3),
+                Case(79, 128, 1, cache="int8", group=16),
                 Case(79, 128, 16, mesh="222"),
                 Case(70, 128, 1, cache="int4", mesh="121"),
             )

@@ -15,6 +15,10 @@ from helpers.deployments import deployment as deployment_of
 from helpers.golden_models import build
 
 from lsjax import UserError
+from lsjax.attention.kv_array import KVArray
+from lsjax.cache import FullCache, RollingCache, from_slices
+from lsjax.distributed.sequence_layout import Zigzag
+from lsjax.distributed.sharding import CACHE_SPEC, make_mesh, sharding
 from lsjax.documents.folder import DocumentFolder, slice_tokens
 from lsjax.documents.library import delete, prune, saved_documents
 from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes
@@ -85,7 +89,38 @@ def test_it_takes_what_is_planned(saved):
     assert own_bytes(lm.config, "cpu", plan, longest) == first.stats.cache_bytes
 
 
-@pytest.mark.slow("slices of a sharded cache are written and read as those of one device")
+@pytest.mark.parametrize(("kind", "capacity"), [(FullCache, 64), (RollingCache, 32)])
+def test_slices_are_put_into_the_slots_of_their_positions(kind, capacity):
+    """In every row, on each device of the context axis; a cache that rolls holds the last lap."""
+    mesh, zigzag, length = make_mesh("data=2,context=2,model=2"), Zigzag(2, 16), 56
+    entries = np.random.default_rng(0).integers(-127, 128, (2, 2, 4, length, 8), np.int8)
+    scales = entries[..., 0].astype(np.uint16)
+    shapes = (2, 4, capacity, 8), (2, 4, capacity)
+    store = KVArray(
+        *(
+            jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding(mesh, CACHE_SPEC))
+            for shape, x in zip(shapes, (entries, scales), strict=True)
+        )
+    )
+    slices = (
+        (at, KVArray(entries[:, :, :, at : at + 14], scales[:, :, :, at : at + 14]))
+        for at in range(0, length, 14)
+    )
+    layers = from_slices((kind(store, store, zigzag),) * 2, slices)
+    slots = np.arange(capacity // 2)
+    positions = np.concatenate([zigzag.position(device, slots) for device in range(2)])
+    if kind is RollingCache:
+        positions += capacity * (positions + capacity < length)
+    held = positions < length
+    for layer, x, scale in zip(layers, entries, scales, strict=True):
+        for stored, half in ((layer.k, 0), (layer.v, 1)):
+            for row in range(2):
+                data, factor = np.asarray(stored.data)[row], np.asarray(stored.scale)[row]
+                np.testing.assert_array_equal(data[:, held], x[half][:, positions[held]])
+                np.testing.assert_array_equal(factor[:, held], scale[half][:, positions[held]])
+
+
+@pytest.mark.slow("slices of a sharded cache are put in place, and taken as those of one device")
 def test_saved_on_one_mesh_it_is_opened_on_others(tmp_path):
     lm = model("context=4", name="qwen2_window")
     expected = answers(lm, read(lm, tmp_path / "a"))

@@ -92,7 +92,7 @@ def _random_document(lm: LanguageModel) -> Document:
     ids = _random_ids(lm, length)
     read = lm.read(ids[:1024], allow_untrained_length=True)
     empty = without_tails(lm.engine.new_cache(lm.options.cache_spec(1, length, 0)))
-    layers = _filled(empty)
+    layers = tuple(map(_filled, empty))  # one by one: random numbers take memory
     cache = DocumentCache(layers, np.int32(length), read.cache.rest)
     return dataclasses.replace(read, token_ids=ids, cache=cache)
 

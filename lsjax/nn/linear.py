@@ -127,12 +127,9 @@ def sharded_embedding_lookup(
 
 
 def _rows_on_cpu(table: jax.Array, at: jax.Array) -> jax.Array:
-    # XLA on a CPU would convert a whole bfloat16 table to float32.
-    if table.dtype != jnp.bfloat16:
-        return table[at]
-    return jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(table, jnp.uint16)[at], table.dtype
-    )
+    # XLA on a CPU widens bfloat16 rows, or the whole table, outside of a loop, if it may.
+    table, at = jax.lax.optimization_barrier((table, at))
+    return table[at]
 
 
 class RMSNorm(nn.Module):

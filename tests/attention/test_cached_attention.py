@@ -62,7 +62,7 @@ def empty(case, batch, kv_heads):
     kind = FullCache if case.window is None or case.capacity >= case.length else RollingCache
     cache = kind(store, store, zigzag(case))
     if quantised(case):
-        zeros = jnp.zeros((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype)
+        zeros = empty_kv_array((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype).data
         cache = FloatTail(cache, FloatBlock(zeros, zeros), case.chunk if case.chunk > 1 else 0)
     mesh = make_mesh(MESHES[case.mesh])
     specs = jax.tree.map(lambda s: sharding(mesh, s), cache.partition_specs())

@@ -198,9 +198,30 @@ FAULTS = (
     Fault(
         "the digits of an activation in the wrong order",
         "lsjax/nn/matmul.py",
-        "for product in products[::-1]:",
-        "for product in products:",
+        "weight)[::-1]:",
+        "weight):",
         "tests/nn/test_int8_weights.py -k near",
+    ),
+    Fault(
+        "a few vectors' products in the order of the matrix",
+        "lsjax/nn/matmul.py",
+        "else y).T.reshape(",
+        "else y).reshape(",
+        "tests/nn/test_int8_weights.py -k any_number",
+    ),
+    Fault(
+        "a CPU's embedding widened whole",
+        "lsjax/nn/linear.py",
+        "    table, at = jax.lax.optimization_barrier((table, at))\n",
+        "",
+        "tests/generation/test_compilations.py -k copy",
+    ),
+    Fault(
+        "a new token's bits taken for numbers",
+        "lsjax/cache/float_tail.py",
+        "KVArray(to_storage(new, held.dtype), None)",
+        "KVArray(new.astype(held.dtype), None)",
+        "tests/attention/test_cached_attention.py -k int8",
     ),
     Fault(
         "an int8 block rounded twice",

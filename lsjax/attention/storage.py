@@ -46,5 +46,7 @@ def to_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def from_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Converts stored entries to the float dtype `dtype`; the inverse of `to_storage`."""
     if x.dtype == jnp.uint16:
+        if dtype == jnp.bfloat16:
+            return jax.lax.bitcast_convert_type(x, dtype)
         x = jax.lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
     return x.astype(dtype)

@@ -17,6 +17,7 @@ from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.hadamard import hadamard_transform
 from lsjax.attention.kv_array import KVArray, write_tokens
 from lsjax.attention.partial import Partial, merge
+from lsjax.attention.storage import to_storage
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import LayerCache, Step
 from lsjax.cache.slots import attend_around_ring, attend_to_own_piece
@@ -31,6 +32,8 @@ BLOCK = 1024
 @flax.struct.dataclass
 class FloatBlock:
     """A block of positions in floats; slot s holds the s-th position of the block.
+
+    bfloat16 may be stored as its bits in uint16; see storage.narrow_dtype.
 
     Attributes:
       k, v: [batch, kv_heads, block, head_dim], keys Hadamard-transformed. Each row's block is the
@@ -216,7 +219,7 @@ def append_decode(
     """
 
     def write_array(held: jax.Array, new: jax.Array) -> jax.Array:
-        stores = KVArray(held, None), KVArray(new.astype(held.dtype), None)
+        stores = KVArray(held, None), KVArray(to_storage(new, held.dtype), None)
         return write_tokens(*stores, at, at, lambda slots: slots, platform).data
 
     def both(_: int, held: FloatBlock) -> FloatBlock:
@@ -245,7 +248,7 @@ def append_chunk(tail: FloatBlock, k: jax.Array, v: jax.Array, at: jax.Array) ->
 
     def write_array(held: jax.Array, new: jax.Array) -> jax.Array:
         held = jnp.pad(held, ((0, 0), (0, 0), (0, room), (0, 0)))
-        return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), at, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(held, to_storage(new, held.dtype), at, axis=2)
 
     return FloatBlock(k=write_array(tail.k, k), v=write_array(tail.v, v))
 
@@ -302,7 +305,7 @@ def gather_current_block(
     def join(held: jax.Array, new: jax.Array) -> jax.Array:
         def scatter(row: jax.Array, at: jax.Array) -> jax.Array:
             empty = jnp.zeros((row.shape[0], block, row.shape[2]), held.dtype)
-            return empty.at[:, at].set(row.astype(held.dtype), mode="drop")
+            return empty.at[:, at].set(to_storage(row, held.dtype), mode="drop")
 
         # Each device writes its own tokens and leaves zeros elsewhere; psum combines them.
         found = jax.lax.psum(jax.vmap(scatter)(new, at), "context")

@@ -120,7 +120,8 @@ def empty_layer(
         cache = kind(store, store, spec.zigzag)
     if spec.dtype not in _QUANTIZED:
         return cache
-    zeros = jnp.zeros((*rows, spec.block, config.head_dim), spec.compute_dtype)
+    shape = (*rows, spec.block, config.head_dim)
+    zeros = empty_kv_array(shape, spec.compute_dtype, platform).data
     return FloatTail(cache, FloatBlock(zeros, zeros), spec.chunk)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lsjax.config import Experts
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, parameter_spec
-from lsjax.nn.gated_mlp import GatedMLP
+from lsjax.nn.gated_mlp import GatedMLP, gated
 from lsjax.nn.grouped_product import grouped_product
 from lsjax.nn.linear import Linear
 from lsjax.runtime.precision import einsum
@@ -199,5 +199,5 @@ def _run_sorted(x, ids, weights):
 
 def _gated(project, x, weights):
     gate, up, down = weights
-    gated = nn.silu(project(x, *gate).astype(x.dtype)) * project(x, *up).astype(x.dtype)
-    return project(gated, *down)
+    gate, up = (project(x, *weight).astype(x.dtype) for weight in (gate, up))
+    return project(gated(gate, up), *down)

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lsjax.nn.linear import Linear
 
@@ -24,4 +25,9 @@ class GatedMLP(nn.Module):
             for name in ("gate", "up")
         )
         down = Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down")
-        return down(nn.silu(gate) * up)
+        return down(gated(gate, up))
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up in their dtype, rounded once: a CPU takes long to round."""
+    return (nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)

@@ -116,7 +116,7 @@ def sharded_embedding_lookup(
     at = tokens - jax.lax.axis_index(axes) * part.shape[0]
     here = (at >= 0) & (at < part.shape[0])
     if scale is None:
-        rows = part[at]
+        rows = jax.lax.platform_dependent(part, at, cpu=_rows_on_cpu, default=lambda x, at: x[at])
     elif at.size == 1:
         # XLA on a TPU would slice a single row, and would copy the whole int8 table to do so.
         pair = jax.lax.optimization_barrier(part[jnp.concatenate([at, at], axis=1)])
@@ -124,6 +124,12 @@ def sharded_embedding_lookup(
     else:
         rows = part[at] * scale[at][..., None]
     return jax.lax.psum(jnp.where(here[..., None], rows, 0).astype(dtype), axes)
+
+
+def _rows_on_cpu(table: jax.Array, at: jax.Array) -> jax.Array:
+    # XLA on a CPU widens bfloat16 rows, or the whole table, outside of a loop, if it may.
+    table, at = jax.lax.optimization_barrier((table, at))
+    return table[at]
 
 
 class RMSNorm(nn.Module):

@@ -1,11 +1,17 @@
 """What compiles, and what must not compile again."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from helpers.deployments import deployment as deployment_of
+from helpers.published import QWEN, with_layers
 from jax.experimental.compilation_cache import compilation_cache
 
 from lsjax import Sampling
+from lsjax.distributed.sharding import make_mesh
+from lsjax.inference.engine import Engine
 from lsjax.inference.request import chunks
 from lsjax.runtime.compilation import forget_compiled_programs
 
@@ -61,3 +67,11 @@ def test_other_sampling_does_not_compile_again(model):
     compilations(lm, 3, sampling=Sampling(temperature=0.5, seed=1))
     other = Sampling(temperature=1.5, top_k=3, top_p=0.5, seed=2)
     assert compilations(lm, 2, sampling=other) == 0
+
+
+def test_a_cpu_decodes_without_a_copy_of_a_matrix():
+    deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 512, 1, 256)
+    settings = dataclasses.replace(deployment, mesh=make_mesh(""))
+    _, decode = Engine(with_layers(QWEN, 1), settings).lower_ahead(deployment.cache_spec_for(2048))
+    # The matrices of the MLP have 8.3 MiB each, and the embedding 260 MiB.
+    assert decode.compile().memory_analysis().temp_size_in_bytes < 8 * 2**20

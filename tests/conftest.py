@@ -1,5 +1,6 @@
 """How tests run: eight CPU devices, so that every mesh can be tested, and quick compiling."""
 
+import collections
 import gc
 import os
 import pathlib
@@ -37,10 +38,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker begins a long one as the last."""
+    slow_in = collections.Counter()
     for item in items:
         slow = item.get_closest_marker("slow")
         if slow and not slow.args:
             raise pytest.UsageError(f"{item.nodeid} is slow, and does not say why that is no loss")
+        slow_in[item.path] += slow is not None
+    items.sort(key=lambda item: -slow_in[item.path])
 
 
 def pytest_collection_finish():

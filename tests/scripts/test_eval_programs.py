@@ -102,7 +102,7 @@ def test_the_table_of_scalings(tmp_path):
 @pytest.mark.slow("it measures, and nothing else rests on it")
 def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
     files = ["--output_json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
-    asked = ["--decode_lengths", 512, "--prefill_lengths", "64", "--repeats", 2]
+    asked = ["--decode_lengths", 512, "--prefill_lengths", "64,128", "--repeats", 2]
     asked += ["--heads", 4, "--head_dim", 16, "--devices", 2, "--layers", 3]
     asked += ["--product_size", 256, "--array_size", 10_000]
     done = run("bench_attention.py", *asked, *files)
@@ -115,7 +115,9 @@ def test_attention_alone_beside_the_limits_of_the_machine(tmp_path):
         f"lsjax {dtype}{kind}" for dtype in ("float32", "int8") for kind in ("", " compressed")
     }
     assert all(f["times_whole"] > 0 for f in compressed["figures"] if "compressed" in f["name"])
-    assert [(case["kind"], case["length"]) for case in prefills] == [("prefill", 64)]
+    assert [(case["kind"], case["length"]) for case in prefills] == [
+        ("prefill", 64), ("prefill", 128)
+    ]  # fmt: skip
     for case in (decode, *prefills):
         names = {figure["name"] for figure in case["figures"]}
         assert names == {"lsjax float32", "lsjax int8", "jax.nn.dot_product_attention float32"}

@@ -93,8 +93,8 @@ FAULTS = (
     Fault(
         "a zero-centered norm that multiplies by its weight alone",
         "lsjax/nn/linear.py",
-        "(1 + weight.astype(jnp.float32))",
-        "weight.astype(jnp.float32)",
+        "weight = 1 + weight.astype(jnp.float32)",
+        "weight = weight.astype(jnp.float32)",
         "tests/nn/test_golden_logits.py -k qwen3_5",
     ),
     Fault(

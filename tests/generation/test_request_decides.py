@@ -36,6 +36,7 @@ def test_auto_leaves_short_requests_alone_and_scales_long_ones_by_what_they_need
     block = YARN | {"factor": factor, "original_max_position_embeddings": trained}
     assert tokens(auto, short) == tokens(model("qwen3", layers=1), short)
     assert tokens(auto, long) == tokens(scaled(model, "qwen3", block), long)
+    assert tokens(auto, short, long) == [*tokens(auto, short), *tokens(auto, long)]
 
 
 def test_auto_settles_each_row_where_rows_lie_on_different_devices(model):

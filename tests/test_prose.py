@@ -5,8 +5,9 @@ import re
 import pytest
 from helpers.programs import ROOT
 
-# A string, which a docstring and the help of a flag begin with, or the first line of a comment.
-BEGINNING = re.compile(r'"[O]f |^(?! *#).*\n *# [O]f ', re.MULTILINE)
+# A string, which a docstring and the help of a flag begin with, or the first line of a comment,
+# which may stand beside code.
+BEGINNING = re.compile(r'"[O]f |\A *# [O]f |^(?! *#).*(\n *)?# [O]f ', re.MULTILINE)
 
 
 @pytest.mark.parametrize("folder", ["lsjax", "scripts", "checkpoints_convert", "tests"])

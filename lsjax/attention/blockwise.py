@@ -179,7 +179,7 @@ def _attend_block(
     row: jax.Array | None,
     key_range: KeyRange,
     slopes: jax.Array | None,
-    most: Blocks,
+    block_sizes: Blocks,
 ) -> Partial:
     """Computes attention of one query block to all keys that it sees, for all batch rows or `row`.
 
@@ -188,7 +188,7 @@ def _attend_block(
     begin, end, at, positions = key_range
     batch, kv_heads, group, length, head_dim = q.shape
     # Blocks are as even as the capacity allows: the overlap of the last block is wasted work.
-    blocks = -(-k.capacity // most.keys_for(group * length))
+    blocks = -(-k.capacity // block_sizes.keys_for(group * length))
     size = -(-k.capacity // blocks)
     rows = q.reshape(batch, kv_heads, group * length, head_dim)
 

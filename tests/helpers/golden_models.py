@@ -56,7 +56,6 @@ def build(
     return LanguageModel(settings, parameters(name, layers, mesh, weight_dtype, **changes))
 
 
-@functools.cache
 def mesh_of(sizes):
     """Returns the mesh of sizes such as "124", as build takes it."""
     return "data={},context={},model={}".format(*sizes)
@@ -67,6 +66,7 @@ def golden_logits(name):
     return dict(np.load(CONFIGS[name].parent / "logits.npz"))
 
 
+@functools.cache
 def changed_config(name, layers, **changes):
     config = parse_config(json.loads(CONFIGS[name].read_text()))
     config = dataclasses.replace(config, **changes)

@@ -1,6 +1,7 @@
 """What an H100 would run, compiled for it on a machine without one.
 
-Needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-cudnn-cu13; no driver.
+Needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-cuda-nvdisasm and
+nvidia-cudnn-cu13; no driver.
 """
 
 from unittest import mock
@@ -8,13 +9,14 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.sass import assembled
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lsjax.attention import dispatch
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.cudnn import in_blocks
 from lsjax.attention.differentiable import self_attention
-from lsjax.attention.gpu import Slots
+from lsjax.attention.gpu import _BLOCK_BYTES, Slots
 from lsjax.attention.gpu import decode as decode_on_gpu
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import merge_over_axis
@@ -72,6 +74,26 @@ def test_decode_compiles_and_copies_nothing(model, cache):
     program = compiled(mesh, decode, q, data, data, scale, scale, bound, bound)
     assert "decode_attention" in program.as_text()
     assert share_of_cache(program, data, scale) < 0.1
+
+
+@pytest.mark.parametrize(("cache", "most"), [("int8", 0.165), ("bfloat16", 0.065)])
+def test_decode_loop_spills_nothing_and_takes_few_instructions_a_byte(cache, most, tmp_path):
+    mesh = mesh_of(1)
+    q, bound = queries(mesh, GLM4_9B, batch=1, length=1)
+    data, scale = store(mesh, GLM4_9B, cache, batch=1)
+    far, near = Slots(data, data, scale, scale, bound, bound), None
+    if cache == "int8":  # the block in progress is in floats
+        tail, _ = store(mesh, GLM4_9B | {"capacity": 4096}, "bfloat16", batch=1)
+        near = Slots(tail, tail, None, None, bound, bound)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(decode_on_gpu).lower(q, far, near)
+        lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    kernel = assembled(tmp_path, "decode_attention")
+    # An iteration reads a tile of keys and one of values, and the scales of each.
+    per_byte = kernel.warps * kernel.loop / (2 * _BLOCK_BYTES)
+    print(f"{cache}: {kernel}, {per_byte:.3f} instructions per byte")
+    assert kernel.spilled == 0
+    assert per_byte < most
 
 
 def prefill_of_prefix(q, k, v, k_scale, v_scale, begin, end):

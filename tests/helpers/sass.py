@@ -1,0 +1,69 @@
+"""What CUDA's assembler makes of a kernel: registers, spills and the instructions of its loop.
+
+Needs nvidia-cuda-nvcc and nvidia-cuda-nvdisasm; no driver.
+"""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import nvidia.cu13
+
+_BIN = Path(nvidia.cu13.__path__[0]) / "bin"
+_ARCHITECTURE = "sm_90a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A kernel as machine code of an H100.
+
+    Attributes:
+      registers: registers per thread.
+      spilled: bytes per thread that are stored to or loaded from memory for want of registers.
+      warps: warps per block of threads.
+      loop: instructions of its longest loop, which each warp executes per iteration.
+    """
+
+    registers: int
+    spilled: int
+    warps: int
+    loop: int
+
+
+def assembled(program_dump: Path, kernel: str) -> Assembled:
+    """Assembles a kernel of a compiled program.
+
+    Args:
+      program_dump: folder that the program was compiled with as xla_dump_to.
+      kernel: name of the kernel.
+    """
+    entry = f".entry {kernel}("
+    (ptx,) = (path for path in program_dump.glob("*.ptx") if entry in path.read_text())
+    cubin = ptx.with_suffix(".cubin")
+    report = _run("ptxas", "-v", f"-arch={_ARCHITECTURE}", f"--output-file={cubin}", str(ptx))
+    threads = int(re.search(r"\.(?:req|max)ntid (\d+)", ptx.read_text())[1])
+    return Assembled(
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spilled=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        warps=threads // 32,
+        loop=_longest_loop(_run("nvdisasm", "-c", str(cubin))),
+    )
+
+
+def _longest_loop(code: str) -> int:
+    """Counts the instructions from the target of a branch back to the branch."""
+    labels, count, longest = {}, 0, 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            if branch := re.search(r"\bBRA `\((\.L_x_\d+)\)", line):
+                longest = max(longest, count - labels.get(branch[1], count))
+    return longest
+
+
+def _run(program: str, *arguments: str) -> str:
+    done = subprocess.run([_BIN / program, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr

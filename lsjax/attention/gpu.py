@@ -31,17 +31,20 @@ _NEAR_KEYS = 256
 _MERGED = 32
 
 # Widens the low bytes of two int16 to bfloat16, exactly: an integer x of 7 bits is
-# bfloat16(x | 0x4300) - 128, and the bit of the sign weighs -128.
-_WIDEN_LOW = """{ .reg .b32 a, b;
+# bfloat16(x | 0x4300) - 128, and the bit of the sign weighs -128. An Ampere has fma of bfloat16, and
+# only a Hopper has sub.
+_WIDEN_LOW = """{ .reg .b32 a, b, one;
 lop3.b32 a, $1, 0x007F007F, 0x43004300, 0xEA;
-lop3.b32 b, $1, 0x00800080, 0x43004300, 0xEA;
-sub.rn.bf16x2 $0, a, b; }"""
+lop3.b32 b, $1, 0x00800080, 0xC300C300, 0xEA;
+mov.b32 one, 0x3F803F80;
+fma.rn.bf16x2 $0, a, one, b; }"""
 # The same of the high bytes.
-_WIDEN_HIGH = """{ .reg .b32 a, b, c;
+_WIDEN_HIGH = """{ .reg .b32 a, b, c, one;
 shr.u32 c, $1, 8;
 lop3.b32 a, c, 0x007F007F, 0x43004300, 0xEA;
-lop3.b32 b, c, 0x00800080, 0x43004300, 0xEA;
-sub.rn.bf16x2 $0, a, b; }"""
+lop3.b32 b, c, 0x00800080, 0xC300C300, 0xEA;
+mov.b32 one, 0x3F803F80;
+fma.rn.bf16x2 $0, a, one, b; }"""
 
 
 class Slots(NamedTuple):

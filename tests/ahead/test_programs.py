@@ -26,6 +26,8 @@ from lsjax.planning.compiled import compile_for
         (QWEN, "v5e:2x4", 1, 2**17, 4),
         (GLM, "h100-80gb:8", 8, 2**20, 1),
         (QWEN, "h100-80gb:8", 1, 2**17, 4),
+        (GLM, "l40s:1", 1, 2**20, 1),
+        (GLM, "a100-80gb:1", 1, 2**20, 1),
     ],
 )
 def test_decode_and_prefill_work_in_the_cache_that_they_are_given(

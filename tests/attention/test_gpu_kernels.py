@@ -5,6 +5,7 @@ the truth.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from helpers.cudnn import dot_product_attention
 from helpers.mosaic_gpu import interpreter
 
-from lsjax.attention import cudnn, dispatch, gpu_mosaic
+from lsjax.attention import cudnn, dispatch, gpu, gpu_mosaic
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.gpu import Slots
 from lsjax.attention.gpu import decode as decode_on_gpu
@@ -185,6 +186,39 @@ def test_decode_of_a_few_tokens_that_see_one_more_each(seed):
 def test_decode_over_a_store_of_a_few_slots():
     args = inputs(Case(((0, 30), (3, 5)), 64, 3, "int8", "float32", capacity=32))
     assert_as_near(decode(*args), plain(*args), args)
+
+
+def executed(ptx, word):
+    """Runs the few instructions that widen int8, which no interpreter of Pallas knows."""
+    registers = {"$1": word}
+
+    def halves(x):
+        return np.array([x & 0xFFFF, x >> 16], np.uint16).view(jnp.bfloat16).astype(np.float64)
+
+    for line in ptx.partition("\n")[2].rstrip(" }").splitlines():
+        op, to, *operands = line.replace(",", " ").rstrip("; }").split()
+        values = [registers[x] if x in registers else int(x, 0) for x in operands]
+        match op:
+            case "shr.u32":
+                registers[to] = values[0] >> values[1]
+            case "lop3.b32":
+                assert values.pop() == 0xEA  # the truth table of a & b | c
+                registers[to] = values[0] & values[1] | values[2]
+            case "mov.b32":
+                registers[to] = values[0]
+            case "fma.rn.bf16x2":
+                a, b, c = map(halves, values)
+                registers[to] = a * b + c
+    return registers["$0"]
+
+
+def test_the_instructions_that_widen_int8_are_exact():
+    values = np.arange(-128, 128, dtype=np.int8)
+    for low, high in itertools.product(values, values[:: 255 // 5]):
+        pairs = np.array([low, high, high, low], np.int8)
+        (word,) = pairs.view(np.uint32).tolist()
+        assert executed(gpu._WIDEN_LOW, word).tolist() == [low, high]
+        assert executed(gpu._WIDEN_HIGH, word).tolist() == [high, low]
 
 
 def test_int8_keys_that_the_kernel_could_not_address_are_refused():

@@ -31,8 +31,8 @@ _NEAR_KEYS = 256
 _MERGED = 32
 
 # Widens the low bytes of two int16 to bfloat16, exactly: an integer x of 7 bits is
-# bfloat16(x | 0x4300) - 128, and the bit of the sign weighs -128. An Ampere has fma of bfloat16, and
-# only a Hopper has sub.
+# bfloat16(x | 0x4300) - 128, and the bit of the sign weighs -128. Ampere can fma pairs of bfloat16,
+# and only Hopper can sub them.
 _WIDEN_LOW = """{ .reg .b32 a, b, one;
 lop3.b32 a, $1, 0x007F007F, 0x43004300, 0xEA;
 lop3.b32 b, $1, 0x00800080, 0xC300C300, 0xEA;

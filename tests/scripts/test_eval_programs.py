@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
+from helpers.processes import finish, start
 from helpers.programs import run
 
 import lsjax
@@ -142,6 +144,20 @@ def test_the_ring_by_device_count_and_layout(tmp_path):
     assert zigzag["cache_bytes"] == alone["cache_bytes"] / 4
     assert zigzag["busiest_over_mean"] < 1.01 < contiguous["busiest_over_mean"]
     assert (tmp_path / "ring.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow("a bench, in a process of its own: it dumps what XLA compiles")
+def test_what_the_time_goes_to():
+    asked = ["--prompt_length", 600, "--output_length", 9, "--kv_cache_dtype", "int8"]
+    done = finish(start(ROOT / "scripts" / "bench_profile.py", *asked, devices=1))
+    assert done.returncode == 0, done.stderr
+    prefill, decode = re.split("decode of a token", done.stdout)
+    for program in prefill, decode:
+        found = re.findall(r"ms +([\d.]+)%  (.*)", program)
+        shares = {part: float(share) for share, part in found}
+        assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+        assert shares["products of the layers"] > 0
+        assert shares["attention: products"] > 0
 
 
 @pytest.mark.slow("prompt lookup is tested by itself; this is its bench")

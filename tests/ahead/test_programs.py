@@ -11,6 +11,7 @@ import pytest
 from helpers.deployments import deployment as deployment_of
 from helpers.kernels import between_calls
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
+from helpers.sass import assembled
 
 from lsjax.compression import RazorConfig
 from lsjax.inference.engine import Engine
@@ -96,16 +97,21 @@ def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, 
 
 
 @pytest.mark.as_users_compile
-def test_a_layer_of_decode_on_a_gpu_is_a_short_chain_of_kernels():
+def test_a_layer_of_decode_on_a_gpu_is_a_short_chain_of_kernels(tmp_path):
     """Each kernel of a chain costs a few microseconds, however little it does."""
     config = with_layers(GLM, 2)
     deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 512, 1, 256)
     mesh = target_mesh(find_target("h100-80gb:1"), deployment.sizes)
     engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
     _, decode = engine.lower_ahead(deployment.cache_spec_for(2**17))
-    kernels, chain = between_calls(decode.compile().as_text(), "decode_attention")
+    program = decode.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    kernels, chain = between_calls(program.as_text(), "decode_attention")
+    print(f"longest chain {len(chain)} of {len(kernels)} kernels")
     assert len(kernels) <= 17
     assert len(chain) <= 12
+    for name in "write_token", "decode_attention", "merge_splits":
+        print(name, kernel := assembled(tmp_path, name))
+        assert kernel.spilled == 0
 
 
 @pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 4, 2)), ("h100-80gb:1", (1, 1, 1))])

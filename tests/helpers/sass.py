@@ -4,13 +4,11 @@ Needs nvidia-cuda-nvcc and nvidia-cuda-nvdisasm; no driver.
 """
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
-import nvidia.cu13
-
-_BIN = Path(nvidia.cu13.__path__[0]) / "bin"
 _ARCHITECTURE = "sm_90a"
 
 
@@ -65,5 +63,7 @@ def _longest_loop(code: str) -> int:
 
 
 def _run(program: str, *arguments: str) -> str:
-    done = subprocess.run([_BIN / program, *arguments], capture_output=True, text=True, check=True)
+    (cuda,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
+    command = [f"{cuda}/bin/{program}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr

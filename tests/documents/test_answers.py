@@ -44,6 +44,7 @@ def asked(lm, document, questions=QUESTIONS, **options):
         ("glm4", "int8", ""),
         slow("qwen2_window", "int8", ""),
         slow("glm4", "int8", "data=2,context=2,model=2"),
+        slow("glm4", "int8", "data=2,model=2"),
         slow("qwen2_window", "float32", "context=2,model=2"),
         slow("alibi_8_heads", "int4", ""),
     ],

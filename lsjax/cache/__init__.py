@@ -30,6 +30,7 @@ from lsjax.cache.spec import (
     cache_shapes,
     empty_cache,
     empty_layer,
+    layer_bytes,
 )
 from lsjax.cache.token_slices import TokenSlice, from_slices, take_tokens
 from lsjax.cache.window import CompensationToken, WindowCache, WindowSpec
@@ -64,6 +65,7 @@ __all__ = [
     "empty_layer",
     "empty_state",
     "from_slices",
+    "layer_bytes",
     "shared_layers",
     "take_tokens",
     "update_and_attend",

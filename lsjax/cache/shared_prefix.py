@@ -3,6 +3,9 @@
 The rows' queries stand side by side as the rows of one product over the document's keys, so a
 decode step reads the document once, however many rows there are. Each row's own tokens are another
 Partial. Source: Hydragen (arXiv 2402.05099).
+
+Of a compressed document some heads keep less than all tokens. That stays as it is: rows keep their
+own tokens for all heads, and these drive nothing out.
 """
 
 import dataclasses
@@ -18,9 +21,11 @@ from lsjax.attention.blockwise import KeyRange, QueryBlocks, in_query_blocks
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache.float_tail import FloatTail
 from lsjax.cache.full import FullCache
+from lsjax.cache.head_groups import HeadGroups
 from lsjax.cache.protocol import KVCache, LayerCache, Step
 from lsjax.cache.slots import attend_around_ring, attend_to_slots, merge_devices
 from lsjax.cache.spec import CacheSpec, empty_layer
+from lsjax.cache.window import WindowCache
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 
@@ -34,15 +39,15 @@ class DocumentCache:
     """The keys and values of a document, which are only read.
 
     Attributes:
-      layers: cache of each layer with one row per device of the data axis, all alike. None for
-        layers with a sliding window.
+      layers: cache of each layer with one row per device of the data axis, all alike: a HeadGroups
+        of FullCache and WindowCache if it is compressed. None for layers with a sliding window.
       length: [] number of tokens that `layers` are read for: whole blocks of a FloatTail, and as
         many on each device of the context axis.
       rest: what each row copies, with as many rows: the document's tokens after those, and the last
         tokens of layers with a sliding window.
     """
 
-    layers: tuple[FullCache | None, ...]
+    layers: tuple[FullCache | HeadGroups | None, ...]
     length: jax.Array
     rest: KVCache
 
@@ -57,7 +62,7 @@ class SharedPrefix:
       own: cache of each row's own tokens; position p is kept as position p - length.
     """
 
-    document: FullCache
+    document: FullCache | HeadGroups
     length: jax.Array
     own: FullCache
 
@@ -88,7 +93,7 @@ class SharedPrefix:
 
     def _attend_to_document(self, q: jax.Array, step: Step) -> Partial:
         batch, _, _, length, _ = q.shape  # that of all views
-        zigzag, rows = self.document.zigzag, batch * length
+        rows = batch * length
         q = jnp.moveaxis(q, 0, 2).reshape(1, *q.shape[1:3], rows, -1)
         begin, end, blocks = None, jnp.full((1, rows), self.length), None
         if step.views == 1:  # all see the same slots
@@ -96,44 +101,59 @@ class SharedPrefix:
         else:
             begin, end = step.begin.reshape(1, rows), jnp.minimum(step.end.reshape(1, rows), end)
         at = step.query_positions.reshape(1, rows)
-        real = True
-        if step.lengths is not None:
+        if step.lengths is not None and self._in_pieces(step):
             real = (step.query_positions < step.lengths[:, None]).reshape(1, rows)
+            end = jnp.where(real, end, 0)
         step = step.replace(positions=at, begin=begin, end=end, blocks=blocks, views=1)
-        if step.around_ring(zigzag):
-            used = zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length)
-            args = q, self.document.k, self.document.v, step, zigzag, begin, end
-            partial = attend_around_ring(*args, 0, used, blocks)
-        elif step.decode or dispatch.reads_once(step.platform):
-            partial = self._attend(q, step, begin, end)
+        if not isinstance(self.document, HeadGroups):
+            partial = self._attend_to_group(self.document, q, step)
         else:
-            partial = self._attend_in_pieces(q, step, begin, jnp.where(real, end, 0))
+            partials, first = [], 0
+            for group, size in zip(self.document.groups, self.document.sizes, strict=True):
+                heads = slice(first, first + size)
+                slopes = None if step.slopes is None else step.slopes[heads]
+                of_group = step.replace(slopes=slopes)
+                partials.append(self._attend_to_group(group, q[:, heads], of_group))
+                first += size
+            partial = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *partials)
 
         def by_row(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x[0].reshape(*x.shape[1:3], batch, length, *x.shape[4:]), 2, 0)
 
         return jax.tree.map(by_row, partial)
 
-    def _attend(self, q: jax.Array, step: Step, begin: jax.Array | None, end: jax.Array) -> Partial:
-        document, zigzag = self.document, self.document.zigzag
-        args = q, document.k, document.v, step, zigzag, begin, end, self.length
-        return merge_devices(attend_to_slots(*args), step, zigzag)
+    def _attend_to_group(self, held: FullCache | WindowCache, q: jax.Array, step: Step) -> Partial:
+        """Attends to what some heads keep of the document; see _attend_to_document."""
+        zigzag = held.zigzag
+        if step.around_ring(zigzag) and isinstance(held, FullCache):
+            used = zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length)
+            args = q, held.k, held.v, step, zigzag, step.begin, step.end
+            return attend_around_ring(*args, 0, used, step.blocks)
+        return (self._attend_in_pieces if self._in_pieces(step) else self._attend)(held, q, step)
 
-    def _attend_in_pieces(
-        self, q: jax.Array, step: Step, begin: jax.Array | None, end: jax.Array
-    ) -> Partial:
+    def _in_pieces(self, step: Step) -> bool:
+        """Returns whether a CPU runs a question's chunk, the end of which may be padding."""
+        around = step.around_ring(self.zigzag)
+        return not (around or step.decode or dispatch.reads_once(step.platform))
+
+    def _attend(self, held: FullCache | WindowCache, q: jax.Array, step: Step) -> Partial:
+        if isinstance(held, WindowCache):
+            return held.attend_to_held(q, step, self.length, step.end)
+        args = q, held.k, held.v, step, held.zigzag, step.begin, step.end, self.length
+        return merge_devices(attend_to_slots(*args), step, held.zigzag)
+
+    def _attend_in_pieces(self, held: FullCache | WindowCache, q: jax.Array, step: Step) -> Partial:
         """Attends some queries at a time; those that see nothing take no time together.
 
         The end of a question's chunk is padding, most of it after a short question.
         """
 
         def piece(q: jax.Array, keys: KeyRange) -> Partial:
-            return self._attend(
-                q, step.replace(positions=keys.query_positions), keys.start, keys.stop
-            )
+            seen = {"positions": keys.query_positions, "begin": keys.start, "end": keys.stop}
+            return self._attend(held, q, step.replace(**seen))
 
         size = 1 << max(_PIECE_ROWS // q.shape[2], 1).bit_length() - 1
-        return in_query_blocks(piece, q, KeyRange(begin, end, step.positions), size)
+        return in_query_blocks(piece, q, KeyRange(step.begin, step.end, step.positions), size)
 
 
 def without_tails(cache: KVCache) -> tuple[FullCache, ...]:
@@ -149,10 +169,19 @@ def with_layers(cache: KVCache, layers: tuple[FullCache, ...]) -> KVCache:
     )
 
 
-def shared_layers(cache: KVCache, windows: Sequence[int | None]) -> tuple[FullCache | None, ...]:
+def shared_layers(
+    cache: KVCache, windows: Sequence[int | None]
+) -> tuple[FullCache | HeadGroups | None, ...]:
     """Returns the layers of a document's cache that rows share; None for those with a window."""
-    layers = without_tails(cache)
-    return tuple(x if w is None else None for x, w in zip(layers, windows, strict=True))
+
+    def only_read(layer: LayerCache) -> LayerCache:
+        if isinstance(layer, HeadGroups):
+            return layer.replace(groups=tuple(map(only_read, layer.groups)))
+        if isinstance(layer, WindowCache):
+            return layer.replace(next_evicted=None)
+        return layer.inner if isinstance(layer, FloatTail) else layer
+
+    return tuple(only_read(x) if w is None else None for x, w in zip(cache, windows, strict=True))
 
 
 def cache_after(
@@ -206,7 +235,7 @@ def attach(cache: KVCache, document: DocumentCache | None) -> KVCache:
     if document is None:
         return cache
 
-    def with_prefix(own: LayerCache, held: FullCache | None) -> LayerCache:
+    def with_prefix(own: LayerCache, held: FullCache | HeadGroups | None) -> LayerCache:
         if held is None:
             return own
         if isinstance(own, FloatTail):

@@ -87,15 +87,17 @@ class CacheSpec:
             config, counts = dataclasses.replace(config, layers=tuple(kinds)), kinds.values()
         cache = jax.eval_shape(lambda: empty_cache(config, self, platform))
 
-        def layer_bytes(layer: LayerCache) -> int:
-            arrays, specs = map(jax.tree.leaves, (layer, layer.partition_specs()))
-            total = 0
-            for x, spec in zip(arrays, specs, strict=True):
-                here = x.shape if mesh is None else sharding(mesh, spec).shard_shape(x.shape)
-                total += math.prod(here) * x.dtype.itemsize
-            return total
+        return sum(n * layer_bytes(x, mesh) for n, x in zip(counts, cache, strict=True))
 
-        return sum(n * layer_bytes(x) for n, x in zip(counts, cache, strict=True))
+
+def layer_bytes(layer: LayerCache, mesh: Mesh | None) -> int:
+    """Returns the bytes of a layer's cache, of which shapes and dtypes are given; see nbytes."""
+    arrays, specs = map(jax.tree.leaves, (layer, layer.partition_specs()))
+    total = 0
+    for x, spec in zip(arrays, specs, strict=True):
+        here = x.shape if mesh is None else sharding(mesh, spec).shard_shape(x.shape)
+        total += math.prod(here) * x.dtype.itemsize
+    return total
 
 
 def empty_layer(

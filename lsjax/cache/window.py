@@ -102,8 +102,8 @@ class WindowCache:
         not in zigzag order.
       compensation_token: the token that stands for the dropped ones, or None.
       next_evicted: key and value, [batch, kv_heads, head_dim] float32 each, of the token that the
-        next token evicts; None if there is no compensation token. They are read after a step's
-        write, because XLA copies an array that is read before it is written.
+        next token evicts; None if there is no compensation token, or no next token. They are read
+        after a step's write, because XLA copies an array that is read before it is written.
       spec: the window, which says what each slot holds.
       zigzag: layout of a prefill chunk along the mesh's context axis.
     """
@@ -124,7 +124,7 @@ class WindowCache:
         if self.compensation_token is None:
             return self.replace(k=k, v=v)
         dropped = CompensationToken(FLOAT_TAIL_SPEC, FLOAT_TAIL_SPEC, TOKENS_SPEC)
-        evicted = FLOAT_TAIL_SPEC, FLOAT_TAIL_SPEC
+        evicted = self.next_evicted and (FLOAT_TAIL_SPEC, FLOAT_TAIL_SPEC)
         return self.replace(k=k, v=v, compensation_token=dropped, next_evicted=evicted)
 
     def update_and_attend(
@@ -189,6 +189,43 @@ class WindowCache:
             partial = merge(partial, attend_to_compensation_token(q, self.compensation_token))
         after = jnp.minimum(start + k.shape[2], step.lengths)
         return partial, _rolled(self, k, v, start, before, after)
+
+    def attend_to_held(
+        self, q: jax.Array, step: Step, length: jax.Array, end: jax.Array
+    ) -> Partial:
+        """Attends to what is held of a text, and writes nothing.
+
+        Args:
+          q: queries; see LayerCache. On a mesh each device has its own around the ring, and else
+            all of them.
+          step: the step.
+          length: [] number of tokens of the text.
+          end: [batch, queries] zero for queries that are padding, which may see nothing; for the
+            others a position from `length` on.
+        """
+        everyone, all_tokens, around = q, step, step.around_ring(self.zigzag)
+        if around:  # the window's shards stay where they are
+            everyone = jax.lax.all_gather(q, "context", axis=3, tiled=True)
+            at, end = (
+                jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (step.positions, end)
+            )
+            all_tokens = step.replace(positions=at)
+        first, own_slots = self._slots()
+        held = jnp.minimum(jnp.minimum(end, length), self.spec.slots)
+        held = jnp.clip(held - first, 0, self.k.capacity)
+        positions = self.spec.positions(own_slots, length)
+        alike = QueryBlocks(everyone.shape[3], causal=False)
+        partial = all_tokens.attend(everyone, self.k, self.v, None, held, positions, alike)
+        if self.zigzag.devices > 1:
+            partial = merge_over_axis(partial, "context")
+        if around:
+            here, size = jax.lax.axis_index("context"), q.shape[3]
+            partial = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, here * size, size, axis=3), partial
+            )
+        if self.compensation_token is None:
+            return partial
+        return merge(partial, attend_to_compensation_token(q, self.compensation_token))
 
     def _slots(self) -> tuple[jax.Array, jax.Array]:
         """Returns this device's first slot, and all its slots."""

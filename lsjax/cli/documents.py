@@ -35,9 +35,12 @@ def _line(saved: SavedDocument) -> str:
     held = saved.manifest
     share = "whole" if held.done >= held.cached else f"{held.done / held.cached:.0%} read"
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved.used))
+    formats = held.fingerprint["kv_cache_dtype"]
+    if (kept := held.fingerprint.get("kv_compression", "None")) != "None":
+        formats += " " + kept.partition(",")[0]
     return (
         f"{saved.name}  {held.tokens:>9,} tokens  {share:>9}  {human_bytes(saved.nbytes):>10}  "
-        f"{held.fingerprint['kv_cache_dtype']:>8}  used {used}"
+        f"{formats:>10}  used {used}"
     )
 
 

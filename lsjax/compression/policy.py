@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from lsjax.cache import CacheSpec, HeadSplit, KVCache, LayerCache
 from lsjax.config import ModelConfig
@@ -40,13 +41,29 @@ class Compression:
     def split(self, layer: int, prompt_capacity: int) -> HeadSplit:
         """Returns a layer's head groups, for prompts of up to `prompt_capacity` tokens.
 
-        Asked only if `by_layer`, as `compress`.
+        Asked only if `by_layer`, as `compress` and `head_order`.
         """
         raise NotImplementedError
 
     def compress(self, cache: LayerCache, lengths: jax.Array, split: HeadSplit) -> LayerCache:
         """Compresses the full cache of a layer with `lengths` [batch] tokens in each row."""
         raise NotImplementedError
+
+    def head_order(self, layer: int) -> tuple[int, ...]:
+        """Returns a layer's KV heads in the order in which the model runs them."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> str:
+        """What decides which tokens a head keeps, in any order of heads and on any mesh."""
+        return str(self.settings)
+
+    def moved_channels(self, config: ModelConfig) -> dict[str, tuple[int, np.ndarray]]:
+        """Returns, by path, the axis of a weight that is in another order, and its channels.
+
+        Those are the channels of the checkpoint in the order in which the model has them.
+        """
+        return {}
 
     def query_heads(self, config: ModelConfig) -> tuple[tuple[int, ...], ...] | None:
         """Returns each layer's query heads in their new order; None if the order is as it was."""

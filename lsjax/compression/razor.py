@@ -1,6 +1,7 @@
 """RazorAttention: its settings, and the choice of the heads that keep all tokens."""
 
 import dataclasses
+import hashlib
 import math
 import os
 from typing import Any
@@ -21,7 +22,7 @@ from lsjax.cache import (
 )
 from lsjax.compression.alibi_span import alibi_spans
 from lsjax.compression.policy import Compression, check_full_attention, check_tokens, has_type
-from lsjax.compression.reorder_heads import query_heads, reorder_heads
+from lsjax.compression.reorder_heads import moved_channels, query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
@@ -175,6 +176,22 @@ class RazorAttention(Compression):
             windows.append((count, self._window(rest[0], prompt_capacity)))
             rest = rest[count:]
         return HeadSplit(whole, tuple(windows))
+
+    def head_order(self, layer: int) -> tuple[int, ...]:
+        return self.order[layer]
+
+    @property
+    def identity(self) -> str:
+        r = self.razor
+        by_head = [
+            [span for _, span in sorted(zip(order, spans * self.shards, strict=True))]
+            for order, spans in zip(self.order, self.alibi_span, strict=True)
+        ]
+        heads = hashlib.sha256(repr(by_head).encode()).hexdigest()[:8]
+        return f"razor, {r.sinks}+{r.window} tokens or {r.window_share:g}, heads {heads}"
+
+    def moved_channels(self, config: ModelConfig) -> dict[str, tuple[int, np.ndarray]]:
+        return moved_channels(config, self.order)
 
     def query_heads(self, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         return query_heads(config, self.order)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lsjax.config import ModelConfig
+from lsjax.nn.parameters import flatten, unflatten
 
 HeadOrder = tuple[tuple[int, ...], ...]  # of each layer
 
@@ -23,23 +24,30 @@ def reorder_heads(params: dict, config: ModelConfig, kv_heads: HeadOrder) -> dic
       config: model configuration.
       kv_heads: KV heads of each layer in their new order.
     """
-    out = dict(params)
+    flat = flatten(params)
+    for path, (axis, channels) in moved_channels(config, kv_heads).items():
+        if path in flat:
+            flat[path] = _taken(flat[path], channels, axis, flat[path].sharding)
+    return unflatten(flat)
+
+
+def moved_channels(config: ModelConfig, kv_heads: HeadOrder) -> dict[str, tuple[int, np.ndarray]]:
+    """Returns the parameters that a new order of heads moves, some of which a model may not have.
+
+    By path, it is the axis that moves, and the old channel of each new one.
+    """
+    moved = {}
     for i, (order, queries) in enumerate(zip(kv_heads, query_heads(config, kv_heads), strict=True)):
         if order == tuple(range(config.num_kv_heads)):
             continue
-        layer = dict(params[f"layers_{i}"])
-        attention = dict(layer["attn"])
         for name, heads in (("q", queries), ("k", order), ("v", order)):
             parts = 1 + (name == "q" and config.gated_attention)  # a query and its gate
             channels = _channels(parts * config.head_dim, heads)
-            attention[name] = {
-                kind: _taken(x, channels, 0, x.sharding) for kind, x in attention[name].items()
-            }
-        weight = attention["o"]["weight"]  # each column has one input channel; a scale has none
-        weight = _taken(weight, _channels(config.head_dim, queries), 1, weight.sharding)
-        attention["o"] = attention["o"] | {"weight": weight}
-        out[f"layers_{i}"] = layer | {"attn": attention}
-    return out
+            for kind in ("weight", "scale", "bias"):
+                moved[f"layers_{i}/attn/{name}/{kind}"] = 0, channels
+        # Each column has one input channel; a scale has none.
+        moved[f"layers_{i}/attn/o/weight"] = 1, _channels(config.head_dim, queries)
+    return moved
 
 
 def query_heads(config: ModelConfig, kv_heads: HeadOrder) -> HeadOrder:

@@ -10,6 +10,7 @@ from lsjax.documents.document import Document, requests_after, sharing_borders
 from lsjax.documents.fingerprint import fingerprint, hash_of_ids
 from lsjax.documents.folder import DocumentFolder
 from lsjax.documents.library import read_kept
+from lsjax.documents.prefill import document_spec
 from lsjax.documents.question import ChatFrame, chat_frame
 from lsjax.documents.read import check_options, open_document, read_document, unread_document
 
@@ -20,6 +21,7 @@ __all__ = [
     "DocumentFolder",
     "chat_frame",
     "check_options",
+    "document_spec",
     "fingerprint",
     "hash_of_ids",
     "open_document",

@@ -33,6 +33,8 @@ class Document:
         on the length.
       fingerprint: what the keys and values depend on; see fingerprint.
       engine: engine of the model that has read it.
+      compressed: number of its leading tokens that are compressed, if it was opened: another mesh
+        may have read it. None for as many as this one compresses, or if none are.
     """
 
     token_ids: tuple[int, ...]
@@ -40,6 +42,7 @@ class Document:
     settled_length: int | None
     fingerprint: dict[str, str]
     engine: Engine
+    compressed: int | None = None
 
     @property
     def shared(self) -> int:
@@ -50,6 +53,8 @@ class Document:
     @property
     def cached(self) -> int:
         """Number of leading tokens that are kept once for all questions; rows copy the rest."""
+        if self.compressed is not None:
+            return self.compressed
         return len(self) // self.border * self.border
 
     @property
@@ -142,7 +147,9 @@ def requests_after(
     if empty := [i for i, prompt in enumerate(ids) if len(prompt) <= len(document)]:
         raise UserError(f"prompt {empty[0]} has no token after the document; give at least one.")
     document.check_room(max(map(len, ids)) + max_output_length)
-    found = batches(options, ids, max_output_length, **limits)
+    # Rows keep all of their own tokens.
+    whole = dataclasses.replace(options, compression=None)
+    found = batches(whole, ids, max_output_length, **limits)
     return [document.begin(request) for request in found]
 
 
@@ -173,10 +180,12 @@ def new_folder(path: str | os.PathLike[str], document: Document) -> DocumentFold
 def sharing_borders(config: ModelConfig, settings: EngineConfig) -> tuple[int, int]:
     """Returns what a document's numbers of shared and of cached tokens are multiples of.
 
-    Chunks of a question begin at whole zigzag blocks. A quantized cache is read in whole blocks.
+    Chunks of a question begin at whole zigzag blocks. A quantized cache is read in whole blocks. A
+    document is compressed up to the end of a block, in any format, so that meshes agree on it.
     Where a cache rolls, chunks begin at multiples of the chunk, and all shared tokens are cached.
     """
-    block = settings.cache_block if settings.kv_cache_dtype in ("int8", "int4") else 1
+    in_blocks = settings.kv_cache_dtype in ("int8", "int4") or settings.compression is not None
+    block = settings.cache_block if in_blocks else 1
     shared = settings.zigzag.block_length or 1
     cached = math.lcm(shared, block)
     if any(config.windows):

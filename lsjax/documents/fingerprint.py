@@ -28,13 +28,14 @@ def fingerprint(config: ModelConfig, settings: EngineConfig, params: dict) -> di
     architecture = dataclasses.replace(config, rope_scaling=None, dtype="")
     return {
         "architecture": _hash(repr(architecture).encode()),
-        "weights": _hash_of_weights(settings, params),
+        "weights": _hash_of_weights(config, settings, params),
         "rope_scaling": json.dumps(scaling, sort_keys=True, default=list),
         "dtype": settings.dtype,
         "weight_dtype": settings.weight_dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "block": str(settings.cache_block),
         "sparse_prefill": str(settings.sparse_prefill),
+        "kv_compression": str(settings.compression and settings.compression.identity),
     }
 
 
@@ -56,19 +57,32 @@ def hash_of_ids(ids: Sequence[int]) -> str:
     return _hash(np.asarray(ids, "<i4").tobytes())
 
 
-def _hash_of_weights(settings: EngineConfig, params: dict) -> str:
+def _hash_of_weights(config: ModelConfig, settings: EngineConfig, params: dict) -> str:
     found = hashlib.sha256()
+    moved = settings.compression.moved_channels(config) if settings.compression else {}
     # A program per shape of a weight is compiled sooner than one for all weights.
-    sample = jax.jit(_sample, out_shardings=sharding(settings.mesh, PartitionSpec()))
-    samples = {path: (x.shape, sample(x)) for path, x in flatten(params).items()}
+    replicated = sharding(settings.mesh, PartitionSpec())
+    sample = jax.jit(_sample, static_argnames=["axis"], out_shardings=replicated)
+    samples = {}
+    for path, x in flatten(params).items():
+        axis, old = moved.get(path, (None, None))
+        # Those of the checkpoint, wherever they are.
+        places = None if axis is None else np.argsort(old)[:: _every(x.shape[axis])]
+        samples[path] = x.shape, sample(x, places, axis=axis)
     for path, (shape, x) in sorted(samples.items()):
         found.update(f"{path} {shape}".encode())
         found.update(np.asarray(x, np.float32).tobytes())
     return found.hexdigest()[:16]
 
 
-def _sample(x: jax.Array) -> jax.Array:
-    return x[tuple(slice(None, None, max(1, n // _SAMPLES)) for n in x.shape)].astype(jnp.float32)
+def _sample(x: jax.Array, places: jax.Array | None, *, axis: int | None) -> jax.Array:
+    """Samples each axis of a weight evenly, but one at the places that are given."""
+    each = [slice(None, None, 1 if i == axis else _every(n)) for i, n in enumerate(x.shape)]
+    return (x if axis is None else jnp.take(x, places, axis=axis))[tuple(each)].astype(jnp.float32)
+
+
+def _every(size: int) -> int:
+    return max(1, size // _SAMPLES)
 
 
 def _hash(content: bytes) -> str:

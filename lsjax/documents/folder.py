@@ -2,7 +2,8 @@
 
 What is saved does not depend on the mesh or the prefill chunk. Entries and scales are Zarr arrays
 of [layers, 2, kv_heads, tokens, ...], keys before values, with a checksum for each slice of tokens.
-`document.json` counts the tokens that are durable, and is replaced after they are.
+`document.json` counts the tokens that are durable, and is replaced after they are. Of a compressed
+document each layer has arrays of its own; see lsjax.documents.compressed.
 """
 
 import contextlib
@@ -198,6 +199,36 @@ class DocumentFolder:
             self.manifest = dataclasses.replace(self.manifest, done=done)
             self._save_manifest()
 
+    def write_array(self, name: str, x: np.ndarray) -> None:
+        """Begins to write an array of a compressed document, in slices of tokens, its third axis.
+
+        `finish` makes it durable.
+        """
+        x = np.ascontiguousarray(_as_bits(x))
+        chunk = [*x.shape[:2], min(x.shape[2], self.manifest.slice), *x.shape[3:]]
+        self._pending.append(self._create(name, x.dtype, x.shape, chunk).write(x))
+        while len(self._pending) > _PENDING:
+            self._pending.pop(0).result()
+
+    def read_array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns an array that `write_array` has written, bfloat16 as its bits.
+
+        Raises:
+          UserError: it is missing, damaged or of another shape.
+        """
+        try:
+            x = ts.open(self._spec(name)).result().read().result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from None
+        if x.shape != shape:
+            raise self._damaged(f"{name} has the shape {x.shape}, not {shape}")
+        return x
+
+    def finish(self, cached: int) -> None:
+        """Waits until all arrays are durable, then records that `cached` tokens are saved."""
+        self.manifest = dataclasses.replace(self.manifest, cached=cached)
+        self.commit(cached)
+
     def end(self, cached: int) -> None:
         """Records that no more than `cached` tokens are saved: a mesh may share fewer of them."""
         if cached < self.manifest.cached and self.manifest.done <= cached:
@@ -264,16 +295,21 @@ class DocumentFolder:
                 return None
             shape = [*x.shape[:3], self.manifest.cached, *x.shape[4:]]
             chunk = [*x.shape[:3], self.manifest.slice, *x.shape[4:]]
-            metadata = {
-                "shape": shape,
-                "data_type": x.dtype.name,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-                "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-            }
-            spec = self._spec(name) | {"metadata": metadata, "create": True}
-            return ts.open(spec | {"delete_existing": True}).result()
+            return self._create(name, x.dtype, shape, chunk)
 
         return KVArray(create("entries", tokens.data), create("scales", tokens.scale))
+
+    def _create(
+        self, name: str, dtype: np.dtype, shape: Sequence[int], chunk: Sequence[int]
+    ) -> ts.TensorStore:
+        metadata = {
+            "shape": list(shape),
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+        }
+        spec = self._spec(name) | {"metadata": metadata, "create": True}
+        return ts.open(spec | {"delete_existing": True}).result()
 
     def _open_stores(self) -> KVArray:
         def open_(name: str) -> ts.TensorStore:

@@ -90,9 +90,11 @@ def longest_prefix(
     """Returns the saved document that begins as this one for longest, and for how many tokens.
 
     Only those of the same model, settings and settled length count, and only what is saved. One
-    that is damaged is passed over, with a note.
+    that is damaged is passed over, with a note. What is compressed is no beginning of another.
     """
     best: tuple[DocumentFolder | None, int] = None, 0
+    if document.engine.by_layer:
+        return best
     wanted = np.asarray(document.token_ids)
     for saved in saved_documents(root) if os.path.isdir(root) else ():
         held = saved.manifest

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from lsjax.cache import CacheSpec, DocumentCache, KVCache, shared_layers, without_tails
+from lsjax.documents.compressed import open_layers, read_layers, save_layers
 from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
-from lsjax.inference.request import chunks
+from lsjax.inference.engine_config import EngineConfig
+from lsjax.inference.request import bucket, chunks
 
 if TYPE_CHECKING:
     from lsjax.documents.document import Document
@@ -40,32 +42,17 @@ def prefill_document(
       on_prefill: called with the number of tokens that were saved before, and after each chunk
         with the number of tokens read.
     """
+    on_prefill = on_prefill or (lambda tokens: None)
     tables = engine.tables([document.settled_length or len(document)])
-    prefill = functools.partial(
-        _prefill, engine, params, tables, document.token_ids, on_prefill or (lambda tokens: None)
-    )
+    prefill = functools.partial(_prefill, engine, params, tables, document.token_ids, on_prefill)
     cached, shared = document.cached, document.shared
-    start, saver = 0, None
-    if folder is not None:
-        chunk = engine.settings.prefill_chunk
-        aligned = math.lcm(document.border, folder.manifest.slice, chunk)
-        done = folder.manifest.done
-        start = cached if done >= cached else done // aligned * aligned
-        saver = _Saver(engine, folder, start, min(cached, folder.manifest.cached))
-    spec = _spec(engine, cached)
-    if start:
-        cache = engine.cache_of(spec, folder.slices(start))
-        if on_prefill:
-            on_prefill(start)
+    if engine.by_layer:
+        cache = _compressed(engine, params, tables, document, folder, on_prefill)
     else:
-        cache = engine.new_cache(spec)
-    try:
-        cache = prefill(cache, start, cached, saver=saver)
-    finally:
-        if saver:
-            saver.finish()
+        cache = _in_chunks(engine, document, folder, prefill, on_prefill)
     windows = engine.config.windows
-    spec = dataclasses.replace(_spec(engine, shared - cached), chunk=0)  # which begins anywhere
+    spec = document_spec(engine.settings, shared - cached)
+    spec = dataclasses.replace(spec, chunk=0, policy=None)  # begins anywhere, and keeps all
     rest = tuple(
         own if window is None else layer
         for own, layer, window in zip(engine.cache_of(spec, ()), cache, windows, strict=True)
@@ -74,12 +61,52 @@ def prefill_document(
     return read.replace(rest=prefill(rest, cached, shared, document=read))
 
 
-def _spec(engine: Engine, tokens: int) -> CacheSpec:
-    rows = engine.settings.mesh.shape["data"]  # one on each device, all alike
-    spec = engine.settings.cache_spec(rows, max(tokens, 1), 0)
+def document_spec(settings: EngineConfig, tokens: int) -> CacheSpec:
+    """Returns the spec of a cache of a document's tokens, with one row on each data device."""
+    rows = settings.mesh.shape["data"]
+    if settings.compression:  # so that windows have few sizes, and few programs are compiled
+        tokens = bucket(tokens)
+    spec = settings.cache_spec(rows, max(tokens, 1), 0)
     if spec.sparse:  # a document's last tokens are not those of a prompt
         spec = dataclasses.replace(spec, sparse=dataclasses.replace(spec.sparse, last_tokens=0))
     return spec
+
+
+def _in_chunks(engine, document, folder, prefill, on_prefill):
+    """Prefills the cached tokens that the folder does not hold, all layers chunk by chunk."""
+    cached, start, saver = document.cached, 0, None
+    if folder is not None:
+        chunk = engine.settings.prefill_chunk
+        aligned = math.lcm(document.border, folder.manifest.slice, chunk)
+        done = folder.manifest.done
+        start = cached if done >= cached else done // aligned * aligned
+        saver = _Saver(engine, folder, start, min(cached, folder.manifest.cached))
+    spec = document_spec(engine.settings, cached)
+    if start:
+        cache = engine.cache_of(spec, folder.slices(start))
+        on_prefill(start)
+    else:
+        cache = engine.new_cache(spec)
+    try:
+        return prefill(cache, start, cached, saver=saver)
+    finally:
+        if saver:
+            saver.finish()
+
+
+def _compressed(engine, params, tables, document, folder, on_prefill):
+    """Reads the cached tokens layer by layer, or opens them if the folder holds them."""
+    cached = document.cached
+    spec = document_spec(engine.settings, cached)
+    if folder is not None and folder.complete:
+        layers = open_layers(engine, spec, cached, folder)
+        on_prefill(cached)
+        return layers
+    ids = document.token_ids[:cached]
+    layers = read_layers(engine, params, tables, ids, spec, on_prefill)
+    if folder is not None:
+        save_layers(engine, layers, cached, folder)
+    return layers
 
 
 def _prefill(
@@ -114,6 +141,9 @@ def _prefill(
 
 def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> None:
     """Writes a document that has been read to a folder, or what is missing there."""
+    if engine.by_layer:
+        save_layers(engine, cache.layers, int(cache.length), folder)
+        return
     held = tuple(
         layer or rest for layer, rest in zip(cache.layers, without_tails(cache.rest), strict=True)
     )

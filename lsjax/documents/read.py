@@ -46,6 +46,7 @@ def read_document(
         cache = prefill_document(engine, params, document, None, on_prefill)
         return dataclasses.replace(document, cache=cache)
     folder, (other, tokens) = new_folder(save_to, document), begins_as
+    document = _as_compressed(document, folder)
     with contextlib.nullcontext() if folder.complete else folder.writing():
         if other is not None and not folder.manifest.done:
             folder.copy_from(other, tokens)
@@ -107,22 +108,42 @@ def open_document(
         fingerprint=fingerprint,
         engine=engine,
     )
+    document = _as_compressed(document, folder)
     return dataclasses.replace(document, cache=prefill_document(engine, params, document, folder))
+
+
+def _as_compressed(document: Document, folder: DocumentFolder) -> Document:
+    """Returns a document with as many tokens compressed as in the folder that holds it.
+
+    Raises:
+      UserError: rows of this mesh begin at other tokens.
+    """
+    cached = folder.manifest.cached
+    if not (document.engine.by_layer and folder.complete) or cached == document.cached:
+        return document
+    if cached % document.border:
+        raise UserError(
+            f"{folder.path} was compressed at {cached} tokens, but on this mesh with this "
+            f"prefill_chunk rows begin at multiples of {document.border}; open it on a smaller "
+            "context axis, or read the document again into another folder."
+        )
+    return dataclasses.replace(document, compressed=cached)
 
 
 def check_options(config: ModelConfig, options: EngineConfig) -> None:
     """Refuses what documents do not go with.
 
     Raises:
-      UserError: the model has recurrent layers or a kv_compression.
+      UserError: the model has recurrent layers, or a kv_compression that is not of whole layers.
     """
     if config.delta_nets:
         raise UserError(
             "documents do not go with recurrent layers, whose state after a part of a text is not "
             "kept; give the whole text as a prompt."
         )
-    if options.compression is not None:
+    if options.compression is not None and not options.compression.by_layer:
         raise UserError(
-            "documents do not go with kv_compression, which keeps other tokens for each question; "
-            "set kv_compression none."
+            "documents do not go with a kv_compression that forgets while it reads (streaming_llm, "
+            "or razor with streaming): there is little to keep, and it depends on prefill_chunk; "
+            "set kv_compression razor without streaming, or none."
         )

@@ -75,9 +75,13 @@ class Engine:
         tables = rotary_tables(self.config, [self.settings.span(n) for n in request_lengths])
         return jax.tree.map(lambda x: put_on_mesh(np.asarray(x), self._model.replicated), tables)
 
+    def cache_shapes(self, spec: CacheSpec) -> KVCache:
+        """Returns shapes, dtypes and shardings of a cache; see lsjax.cache.cache_shapes."""
+        return cache_shapes(self._model.config, self._model.mesh, spec, self._model.platform)
+
     def new_cache(self, spec: CacheSpec) -> KVCache:
         """Creates an empty cache on the mesh."""
-        shapes = cache_shapes(self._model.config, self._model.mesh, spec, self._model.platform)
+        shapes = self.cache_shapes(spec)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
     def cache_after(self, rest: KVCache, own: CacheSpec, whole: CacheSpec) -> KVCache:
@@ -94,7 +98,7 @@ class Engine:
 
         Nothing is compiled, which takes longer than to read them.
         """
-        empty = cache_shapes(self._model.config, self._model.mesh, spec, self._model.platform)
+        empty = self.cache_shapes(spec)
         cache = with_layers(empty, from_slices(without_tails(empty), slices))
 
         def fill(x: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
@@ -313,16 +317,15 @@ class Engine:
         )
         whole_spec, held = spec, None
         if document is not None:
+            spec = dataclasses.replace(spec, policy=None)  # rows keep their own tokens
             whole_spec = dataclasses.replace(spec, capacity=spec.capacity + document.capacity)
             spec = dataclasses.replace(spec, chunk=0)  # questions begin anywhere
-            layers = cache_shapes(model.config, model.mesh, document, model.platform)
+            layers = self.cache_shapes(document)
             length = jax.ShapeDtypeStruct((), "int32", sharding=whole)
             held = DocumentCache(shared_layers(layers, self.config.windows), length, ())
         lengths = [self.settings.span(whole_spec.capacity)] * spec.batch
         tables = jax.tree.map(lambda x: abstract(x, whole), rotary_tables(self.config, lengths))
-        own, windowed = (
-            cache_shapes(model.config, model.mesh, s, model.platform) for s in (spec, whole_spec)
-        )
+        own, windowed = map(self.cache_shapes, (spec, whole_spec))
         windows = self.config.windows
         cache = tuple(x if w is None else y for w, x, y in zip(windows, own, windowed, strict=True))
         count = jax.ShapeDtypeStruct((), "int32", sharding=whole)
@@ -330,7 +333,7 @@ class Engine:
         eos = jax.ShapeDtypeStruct(_padded(()).shape, "int32", sharding=whole)
         hidden = rows(self.config.hidden_size, dtype=self.settings.dtype)
         with jax.set_mesh(self.settings.mesh):  # tells Pallas which GPU to compile for
-            if self.by_layer:
+            if self.by_layer and document is None:
                 prefill = lower_layer(
                     model, params["layers_0"], tables, spec, self.settings.prefill_chunk
                 )

@@ -1,8 +1,6 @@
 """Generation: chunked prefill, then decode segments until every row has ended."""
 
-import bisect
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +12,7 @@ from lsjax.distributed.multihost import to_host
 from lsjax.errors import UserError
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.engine import Engine
+from lsjax.inference.layerwise_prefill import layer_progress
 from lsjax.inference.request import Request, chunks
 from lsjax.inference.sampling import NOT_A_NUMBER
 from lsjax.inference.segments import Segment, Segments, SegmentsAhead
@@ -21,7 +20,6 @@ from lsjax.inference.sparsity import OnSparsity, Sparsity, measure
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
-from lsjax.runtime.flops import prefill_cost
 from lsjax.runtime.memory import peak_memory_bytes
 from lsjax.tokenizer import Tokenizer
 
@@ -168,7 +166,7 @@ def teacher_forced_scores(
 
 def _prefill(engine, params, request, spec, tables, lengths, on_prefill, document=None):
     """Prefills the prompts; returns the cache and the last hidden states."""
-    if engine.by_layer:
+    if engine.by_layer and document is None:
         return _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill)
     longest, shared, chunk = int(lengths.max()), request.shared, engine.settings.prefill_chunk
     if document is None:
@@ -195,23 +193,8 @@ def _prefill(engine, params, request, spec, tables, lengths, on_prefill, documen
 def _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill):
     """Prefills layer by layer, each over all chunks; see `_prefill`."""
     longest, chunk = int(lengths.max()), engine.settings.prefill_chunk
-    layers = engine.config.num_layers
-    chunks, told = -(-longest // chunk), 0
-    cost = functools.partial(prefill_cost, engine.config, 0)
-
-    def on_chunk(layer: int, n: int) -> None:
-        """Reports progress as the positions that all layers would have run for the same work."""
-        nonlocal told
-        if (layer, n) == (layers - 1, chunks - 1):
-            done = longest
-        else:
-            work = (layer * cost(longest) + cost(min((n + 1) * chunk, longest))) / layers
-            done = bisect.bisect(range(longest), work, key=cost) - 1
-        if on_prefill and done > told:
-            on_prefill(done - told)
-            told = done
-
-    tokens = token_batch(request, 0, chunks * chunk)
+    on_chunk = layer_progress(engine.config, chunk, longest, on_prefill or (lambda tokens: None))
+    tokens = token_batch(request, 0, -(-longest // chunk) * chunk)
     return engine.prefill_by_layer(params, tables, tokens, lengths, spec, on_chunk)
 
 

@@ -5,6 +5,7 @@ uncompressed. Prompt tokens attend to uncompressed caches, so the first token of
 of the uncompressed model.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsjax.cache import CacheSpec, KVCache, LayerCache, cache_shapes, empty_layer
+from lsjax.config import ModelConfig
 from lsjax.inference.sharded_model import ShardedModel
 from lsjax.nn.decoder import run_layer
 from lsjax.positions.rotary import RotaryTables
 from lsjax.runtime.compilation import Program
+from lsjax.runtime.flops import prefill_cost
 
 
 def prefill_by_layer(
@@ -65,6 +68,34 @@ def prefill_by_layer(
     for start, x in zip(starts, hidden, strict=True):
         last = _LAST(model, params, x, start, lengths, last)
     return tuple(entries), last
+
+
+def layer_progress(
+    config: ModelConfig, chunk: int, longest: int, on_prefill: Callable[[int], None]
+) -> Callable[[int, int], None]:
+    """Returns an `on_chunk` that tells positions that all layers would have run for as much work.
+
+    Args:
+      config: model configuration.
+      chunk: tokens per chunk.
+      longest: number of tokens in the longest prompt.
+      on_prefill: called with the number of positions since its last call.
+    """
+    layers, chunks, told = config.num_layers, -(-longest // chunk), 0
+    cost = functools.partial(prefill_cost, config, 0)
+
+    def on_chunk(layer: int, n: int) -> None:
+        nonlocal told
+        if (layer, n) == (layers - 1, chunks - 1):
+            done = longest
+        else:
+            work = (layer * cost(longest) + cost(min((n + 1) * chunk, longest))) / layers
+            done = bisect.bisect(range(longest), work, key=cost) - 1
+        if done > told:
+            on_prefill(done - told)
+            told = done
+
+    return on_chunk
 
 
 def lower_layer(

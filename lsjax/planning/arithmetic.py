@@ -13,11 +13,17 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from lsjax.attention.sparse_rule import TILE
+from lsjax.cache import CacheSpec
 from lsjax.config import DeltaNet, LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
-from lsjax.planning.shared_document import document_specs, held_bytes, own_bytes
+from lsjax.planning.shared_document import (
+    document_specs,
+    held_bytes,
+    own_bytes,
+    shared_bytes,
+)
 
 # What a prefill program holds beside weights and cache: this many vectors per token of a chunk, of
 # the MLP's size (split over the model axis) and of the hidden size; and this share of a layer's
@@ -50,10 +56,10 @@ def needs_of(
     prefill = _prefill_temporaries(config, platform, deployment, layers)
     if deployment.sparse_prefill:
         prefill += _choice_bytes(config, deployment, input_length)
-    if deployment.compression and deployment.compression.by_layer:
-        spec = dataclasses.replace(deployment.cache_spec_for(input_length), policy=None)
-        one = dataclasses.replace(config, layers=config.layers[:1])
-        prefill += spec.nbytes(one, deployment.mesh, platform)
+    by_layer = deployment.compression is not None and deployment.compression.by_layer
+    if by_layer and not deployment.document_length:
+        spec = deployment.cache_spec_for(input_length)
+        prefill += _one_layer_bytes(config, platform, deployment, spec)
         prefill += hidden_bytes(config, deployment, input_length)
     programs = {
         "prefill": MemoryUsage(weights, cache, prefill),
@@ -63,9 +69,23 @@ def needs_of(
         return programs
     alone = dataclasses.replace(deployment, batch=deployment.sizes["data"], document_length=0)
     document = document_specs(config, deployment, 1).document
-    cache = document.nbytes(config, deployment.mesh, platform)
     read = _prefill_temporaries(config, platform, alone, layers)
+    if by_layer:
+        cache = shared_bytes(config, platform, deployment)
+        read += _one_layer_bytes(config, platform, deployment, document)
+        read += hidden_bytes(config, alone, deployment.document_length)
+    else:
+        cache = document.nbytes(config, deployment.mesh, platform)
     return {"read": MemoryUsage(weights, cache, read), **programs}
+
+
+def _one_layer_bytes(
+    config: ModelConfig, platform: str, deployment: Deployment, spec: CacheSpec
+) -> int:
+    """Returns the bytes per device of a layer's whole cache, before it is compressed."""
+    one = dataclasses.replace(config, layers=config.layers[:1])
+    whole = dataclasses.replace(spec, policy=None)
+    return whole.nbytes(one, deployment.mesh, platform)
 
 
 @functools.lru_cache

@@ -51,16 +51,19 @@ def compile_for(
     # Decode takes all weights. Prefill does not take the LM head, which occupies memory all the
     # same. The cache is donated, so its size is that of the aliased outputs.
     weights = decode.argument_size_in_bytes - decode.alias_size_in_bytes
-    if not engine.by_layer:
-        return {"prefill": _needs(prefill, weights), "decode": _needs(decode, weights)}
-    # Prefill runs a chunk through one layer, while memory also holds all weights, the compressed
-    # cache, and all hidden states.
-    one = _needs(prefill, weights)
-    work = one.cache + one.temporaries + hidden_bytes(config, deployment, input_length)
-    return {
-        "prefill": MemoryUsage(weights, decode.alias_size_in_bytes, work),
-        "decode": _needs(decode, weights),
-    }
+    found = _needs(prefill, weights)
+    if engine.by_layer:
+        hidden = hidden_bytes(config, deployment, input_length)
+        found = _by_layer(found, decode.alias_size_in_bytes, hidden)
+    return {"prefill": found, "decode": _needs(decode, weights)}
+
+
+def _by_layer(one: MemoryUsage, cache: int, hidden: int) -> MemoryUsage:
+    """Returns what prefill layer by layer needs, from what a chunk needs in one layer.
+
+    Memory also holds all weights, the compressed cache, and all hidden states.
+    """
+    return MemoryUsage(one.weights, cache, one.cache + one.temporaries + hidden)
 
 
 def _needs(program: Any, weights: int, held: int = 0) -> MemoryUsage:
@@ -77,15 +80,20 @@ def _with_document(
     config, platform = engine.config, engine.decoder.mesh.devices.flat[0].platform
     specs = document_specs(config, deployment, input_length)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        reading = pool.submit(engine.lower_ahead(specs.document)[0].compile)
+        compiled = pool.submit(engine.lower_ahead(specs.document)[0].compile)
         prefill, decode = engine.compile_ahead(specs.own, specs.document)
-        programs = [p.memory_analysis() for p in (reading.result(), prefill, decode)]
+        programs = [p.memory_analysis() for p in (compiled.result(), prefill, decode)]
     read, prefill, decode = programs
     held = held_bytes(config, platform, deployment)
     weights = decode.argument_size_in_bytes - decode.alias_size_in_bytes
-    weights -= shared_bytes(config, platform, deployment)
+    shared = shared_bytes(config, platform, deployment)
+    weights -= shared
+    reading = _needs(read, weights)
+    if engine.by_layer:
+        alone = dataclasses.replace(deployment, batch=deployment.sizes["data"])
+        reading = _by_layer(reading, shared, hidden_bytes(config, alone, alone.document_length))
     return {
-        "read": _needs(read, weights),
+        "read": reading,
         "prefill": _needs(prefill, weights, held),
         "decode": _needs(decode, weights, held),
     }

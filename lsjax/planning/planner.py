@@ -345,7 +345,7 @@ class SearchSpace:
         elif others and not fitting:
             yield f"no other mesh of {self.target.devices} devices holds {length:,} tokens"
         if best.compression:
-            yield best.compression.summary(self.config, length)
+            yield best.compression.summary(self.config, self.document_length or length)
         if best.sizes["context"] > 1:
             yield "each chunk gathers the weights once, so that fewer, larger chunks send less"
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 
-from lsjax.cache import CacheSpec
+import jax
+
+from lsjax.cache import CacheSpec, empty_cache, layer_bytes, shared_layers
 from lsjax.config import ModelConfig
-from lsjax.documents import sharing_borders
+from lsjax.documents import document_spec, sharing_borders
 from lsjax.inference.request import Request, bucket
 from lsjax.inference.sampling import Sampling
 from lsjax.planning.deployment import Deployment
@@ -50,7 +52,7 @@ def document_specs(
     config: ModelConfig, deployment: Deployment, question_length: int
 ) -> DocumentSpecs:
     """Returns the specs of the caches that questions of this many tokens take."""
-    tokens, rows = deployment.document_length, deployment.sizes["data"]
+    tokens = deployment.document_length
     shared, cached = (tokens // n * n for n in sharing_borders(config, deployment))
     request = Request(
         prompts=((0,),) * deployment.batch,
@@ -62,12 +64,10 @@ def document_specs(
         shared=shared,
         cached=cached,
     )
-    return DocumentSpecs(
-        document=deployment.cache_spec(rows, max(cached, 1), 0),
-        rest=deployment.cache_spec(rows, max(shared - cached, 1), 0),
-        own=request.cache_spec(deployment),
-        whole=request.whole_cache_spec(deployment),
-    )
+    copied = document_spec(deployment, shared - cached)
+    own, whole = request.cache_spec(deployment), request.whole_cache_spec(deployment)
+    copied, own, whole = (dataclasses.replace(x, policy=None) for x in (copied, own, whole))
+    return DocumentSpecs(document_spec(deployment, cached), copied, own, whole)
 
 
 def held_bytes(config: ModelConfig, platform: str, deployment: Deployment) -> int:
@@ -81,8 +81,12 @@ def held_bytes(config: ModelConfig, platform: str, deployment: Deployment) -> in
 
 def shared_bytes(config: ModelConfig, platform: str, deployment: Deployment) -> int:
     """Returns the bytes per device of what all rows share of a document."""
-    spec = _without_tail(document_specs(config, deployment, 1).document)
-    return spec.nbytes(_by_window(config)[0], deployment.mesh, platform)
+    spec, (full, _) = document_specs(config, deployment, 1).document, _by_window(config)
+    if deployment.compression is None:
+        return _without_tail(spec).nbytes(full, deployment.mesh, platform)
+    cache = jax.eval_shape(lambda: empty_cache(full, spec, platform))
+    layers = shared_layers(cache, full.windows)
+    return sum(layer_bytes(layer, deployment.mesh) for layer in layers)
 
 
 def own_bytes(
@@ -99,9 +103,21 @@ def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
     tokens, border = deployment.document_length, sharing_borders(config, deployment)[1]
     cached = tokens // border * border
     layers = tuple(dataclasses.replace(layer, window=None) for layer in config.layers)
-    spec = _without_tail(deployment.cache_spec(1, max(cached, 1), 0))
+    document = document_spec(deployment, cached)
+    spec = dataclasses.replace(_without_tail(document), policy=None)
     per_token = spec.nbytes(dataclasses.replace(config, layers=layers)) // spec.capacity
-    return cached * per_token + 4 * tokens
+    per_token //= document.batch
+    if deployment.compression is None:
+        return cached * per_token + 4 * tokens
+    kept, means, shards = 0, 0, deployment.sizes["model"]
+    for i in range(config.num_layers):
+        split = deployment.compression.split(i, document.prompt_capacity)
+        kept += shards * split.whole * cached
+        for heads, window in split.windows:
+            kept += shards * heads * min(window.slots, cached)
+            means += shards * heads * window.has_compensation
+    per_head = per_token // (config.num_layers * config.num_kv_heads)
+    return kept * per_head + means * 2 * config.head_dim * 4 + 4 * tokens
 
 
 def _by_window(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:

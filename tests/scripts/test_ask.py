@@ -59,7 +59,7 @@ def test_one_question_several_and_lines_get_the_same_answer(passage, tmp_path):
         ),
         (
             ["--document", "A text.", "--question", "?", "--kv_compression", "streaming_llm"],
-            "documents do not go with kv_compression",
+            "documents do not go with a kv_compression that forgets while it reads",
         ),
     ],
 )

@@ -153,6 +153,8 @@ class SharedPrefix:
             return self._attend(held, q, step.replace(**seen))
 
         size = 1 << max(_PIECE_ROWS // q.shape[2], 1).bit_length() - 1
+        if step.lengths is not None:  # half of a question's chunk may be padding
+            size = min(size, max(q.shape[3] // len(step.lengths) // 2, 1))
         return in_query_blocks(piece, q, KeyRange(step.begin, step.end, step.positions), size)
 
 

@@ -57,6 +57,11 @@ class Engine:
         return self.settings.compression is not None and self.settings.compression.by_layer
 
     @property
+    def least_question_chunk(self) -> int:
+        """Smallest size of a question's last chunk; a CPU's time is that of its tokens."""
+        return 64 if dispatch.reads_once(self._model.platform) else 16
+
+    @property
     def dispatches_ahead(self) -> bool:
         """Whether a segment is dispatched before the tokens of the one before it are read.
 

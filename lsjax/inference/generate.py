@@ -169,12 +169,14 @@ def _prefill(engine, params, request, spec, tables, lengths, on_prefill, documen
     if engine.by_layer and document is None:
         return _prefill_by_layer(engine, params, request, spec, tables, lengths, on_prefill)
     longest, shared, chunk = int(lengths.max()), request.shared, engine.settings.prefill_chunk
+    sizes = chunk, spec.zigzag.block_length
     if document is None:
         cache = engine.new_cache(spec)
     else:
+        sizes = *sizes, engine.least_question_chunk
         cache = engine.cache_after(document.rest, spec, request.whole_cache_spec(engine.settings))
     last = pending = None
-    for at, size in chunks(longest - shared, chunk, spec.zigzag.block_length):
+    for at, size in chunks(longest - shared, *sizes):
         at += shared
         tokens = token_batch(request, at, at + size)
         cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last, document)

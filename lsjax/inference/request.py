@@ -15,7 +15,7 @@ from lsjax.inference.prompt_lookup import MAX_DRAFT_TOKENS
 from lsjax.inference.sampling import Sampling
 
 # Sizes that a prompt's last chunk may have beside the usual one.
-_LAST_CHUNKS = (64, 256, 1024)
+_LAST_CHUNKS = (16, 64, 256, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +299,9 @@ def _tidy(factor: float) -> float:
     return -(-factor // 0.5) * 0.5
 
 
-def chunks(length: int, chunk: int, block_length: int) -> Iterator[tuple[int, int]]:
+def chunks(
+    length: int, chunk: int, block_length: int, least: int = 64
+) -> Iterator[tuple[int, int]]:
     """Yields the start and the size of each prefill chunk of a prompt.
 
     The last one has the smallest of a few sizes that holds the rest, so that a short prompt runs
@@ -309,13 +311,14 @@ def chunks(length: int, chunk: int, block_length: int) -> Iterator[tuple[int, in
       length: prompt length in tokens, or that of what is left of it.
       chunk: size of all chunks but the last.
       block_length: zigzag block length, which divides every size; 0 on one device.
+      least: smallest size of the last chunk, if the usual one is larger.
     """
     if not length:
         return
     start = (length - 1) // chunk * chunk
     for whole in range(0, start, chunk):
         yield whole, chunk
-    sizes = [size for size in _LAST_CHUNKS if size < chunk and size % (block_length or 1) == 0]
+    sizes = [n for n in _LAST_CHUNKS if least <= n < chunk and n % (block_length or 1) == 0]
     yield start, next((size for size in sizes if start + size >= length), chunk)
 
 

@@ -48,6 +48,8 @@ def test_a_short_prompt_and_the_end_of_a_long_one_run_in_a_short_chunk(model):
     assert list(chunks(1090, 512, 0)) == [(0, 512), (512, 512), (1024, 256)]
     assert list(chunks(1000, 512, 512)) == [(0, 512), (512, 512)]  # of four devices
     assert list(chunks(5, 16, 0)) == [(0, 16)]
+    assert list(chunks(9, 512, 0, least=16)) == [(0, 16)]  # of a short question
+    assert list(chunks(17, 512, 0, least=16)) == [(0, 64)]
     lm = model("qwen2_tied", chunk=512, layers=1)
     assert compilations(lm, 10) == 3
     assert compilations(lm, 60) == 0

@@ -452,8 +452,8 @@ FAULTS = (
     Fault(
         "scales left out of a plan's cache",
         "lsjax/cache/spec.py",
-        "                total += math.prod(here) * x.dtype.itemsize",
-        "                total += math.prod(here) * x.dtype.itemsize * (x.ndim > 3)",
+        "        total += math.prod(here) * x.dtype.itemsize",
+        "        total += math.prod(here) * x.dtype.itemsize * (x.ndim > 3)",
         "tests/attention/test_cache_store.py",
     ),
     Fault(
@@ -483,6 +483,20 @@ FAULTS = (
         "begin, end, blocks = None, jnp.full((1, rows), self.length), None",
         "begin, end, blocks = None, jnp.full((1, rows), self.length - 1), None",
         "tests/attention/test_cached_attention.py -k after_a_document",
+    ),
+    Fault(
+        "a compressed document without what stands for its dropped tokens",
+        "lsjax/cache/window.py",
+        "        return merge(partial, attend_to_compensation_token(q, self.compensation_token))",
+        "        return partial",
+        "tests/compression/test_document.py",
+    ),
+    Fault(
+        "a device's queries that see only its own part of a document's window",
+        "lsjax/cache/window.py",
+        "        if around:  # the window's shards stay where they are",
+        "        if around and False:",
+        "tests/compression/test_document.py",
     ),
     Fault(
         "a question's last token that does not see the document",
@@ -515,8 +529,8 @@ FAULTS = (
     Fault(
         "a plan with a copy of the document for each question",
         "lsjax/planning/shared_document.py",
-        "document=deployment.cache_spec(rows,",
-        "document=deployment.cache_spec(deployment.batch,",
+        "return DocumentSpecs(document_spec(deployment, cached),",
+        "return DocumentSpecs(deployment.cache_spec(deployment.batch, cached, 0),",
         "tests/planning/test_plan.py -k share_a_document",
     ),
     Fault(

@@ -32,6 +32,8 @@ from lsjax.distributed.sequence_layout import Zigzag
 # Query rows of a piece of a question on a CPU, as many as the heads of a group and the tokens that
 # a block of keys is read for at once.
 _PIECE_ROWS = 128
+# Queries of a device that all others attend to their part of a window for, at a time.
+_GATHERED_QUERIES = 1024
 
 
 @flax.struct.dataclass
@@ -101,7 +103,7 @@ class SharedPrefix:
         else:
             begin, end = step.begin.reshape(1, rows), jnp.minimum(step.end.reshape(1, rows), end)
         at = step.query_positions.reshape(1, rows)
-        if step.lengths is not None and self._in_pieces(step):
+        if step.lengths is not None and self._skips_padding(step):
             real = (step.query_positions < step.lengths[:, None]).reshape(1, rows)
             end = jnp.where(real, end, 0)
         step = step.replace(positions=at, begin=begin, end=end, blocks=blocks, views=1)
@@ -129,10 +131,17 @@ class SharedPrefix:
             used = zigzag.num_local_slots_before(jax.lax.axis_index("context"), self.length)
             args = q, held.k, held.v, step, zigzag, step.begin, step.end
             return attend_around_ring(*args, 0, used, step.blocks)
-        return (self._attend_in_pieces if self._in_pieces(step) else self._attend)(held, q, step)
+        if step.around_ring(zigzag):
+            return self._attend_in_pieces(held, q, step, _GATHERED_QUERIES)
+        if not self._skips_padding(step):
+            return self._attend(held, q, step)
+        size = 1 << max(_PIECE_ROWS // q.shape[2], 1).bit_length() - 1
+        if step.lengths is not None:  # half of a question's chunk may be padding
+            size = min(size, max(q.shape[3] // len(step.lengths) // 2, 1))
+        return self._attend_in_pieces(held, q, step, size)
 
-    def _in_pieces(self, step: Step) -> bool:
-        """Returns whether a CPU runs a question's chunk, the end of which may be padding."""
+    def _skips_padding(self, step: Step) -> bool:
+        """Returns whether padding, most of the chunk of a short question, is to take no time."""
         around = step.around_ring(self.zigzag)
         return not (around or step.decode or dispatch.reads_once(step.platform))
 
@@ -142,19 +151,15 @@ class SharedPrefix:
         args = q, held.k, held.v, step, held.zigzag, step.begin, step.end, self.length
         return merge_devices(attend_to_slots(*args), step, held.zigzag)
 
-    def _attend_in_pieces(self, held: FullCache | WindowCache, q: jax.Array, step: Step) -> Partial:
-        """Attends some queries at a time; those that see nothing take no time together.
-
-        The end of a question's chunk is padding, most of it after a short question.
-        """
+    def _attend_in_pieces(
+        self, held: FullCache | WindowCache, q: jax.Array, step: Step, size: int
+    ) -> Partial:
+        """Attends `size` queries at a time; those that see nothing take no time together."""
 
         def piece(q: jax.Array, keys: KeyRange) -> Partial:
             seen = {"positions": keys.query_positions, "begin": keys.start, "end": keys.stop}
             return self._attend(held, q, step.replace(**seen))
 
-        size = 1 << max(_PIECE_ROWS // q.shape[2], 1).bit_length() - 1
-        if step.lengths is not None:  # half of a question's chunk may be padding
-            size = min(size, max(q.shape[3] // len(step.lengths) // 2, 1))
         return in_query_blocks(piece, q, KeyRange(step.begin, step.end, step.positions), size)
 
 

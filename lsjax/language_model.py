@@ -338,8 +338,8 @@ class LanguageModel:
 
         Args:
           document: a text or a list of ids.
-          save_to: folder to save it to while it is read. If it holds the beginning of the same
-            document, reading goes on from there; if it holds all of it, it is opened.
+          save_to: folder to save it to while it is read, with kv_compression after that. If it
+            holds the beginning of the same document, reading goes on there; if all, it is opened.
           document_cache: folder that keeps many documents; this one is saved to a folder in it. The
             beginning that it shares with one of them is not read again.
           document_cache_gib: size of that folder; documents used least recently are deleted.

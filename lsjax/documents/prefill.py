@@ -98,12 +98,13 @@ def _compressed(engine, params, tables, document, folder, on_prefill):
     """Reads the cached tokens layer by layer, or opens them if the folder holds them."""
     cached = document.cached
     spec = document_spec(engine.settings, cached)
+    if not cached:  # shorter than a block
+        return read_layers(engine, params, tables, (), spec, on_prefill)
     if folder is not None and folder.complete:
         layers = open_layers(engine, spec, cached, folder)
         on_prefill(cached)
         return layers
-    ids = document.token_ids[:cached]
-    layers = read_layers(engine, params, tables, ids, spec, on_prefill)
+    layers = read_layers(engine, params, tables, document.token_ids[:cached], spec, on_prefill)
     if folder is not None:
         save_layers(engine, layers, cached, folder)
     return layers

@@ -182,6 +182,16 @@ def test_it_takes_what_is_planned(model, saved):
 
 
 @slow()
+def test_one_shorter_than_a_block_is_kept_as_it_is(model, tmp_path):
+    lm, short = model(), DOCUMENT[:40]
+    lm.read(short, save_to=tmp_path / "short", allow_untrained_length=True)
+    document = lm.open_document(tmp_path / "short")
+    prompts = [short + question for question in QUESTIONS]
+    plain = build("llama", kv="int8", layers=2).generate(prompts, OUTPUT, **OPTIONS)
+    assert asked(lm, document) == [c.token_ids for c in plain]
+
+
+@slow()
 def test_a_stopped_one_is_read_again(model, saved, tmp_path):
     """It is compressed layer by layer, so that a part of it is of no use."""
     lm = model()

@@ -143,6 +143,17 @@ def test_saved_on_one_mesh_it_is_opened_on_others(model, saved, tmp_path, mesh):
 
 
 @slow()
+def test_one_that_is_compressed_up_to_another_token_stays_so(model, tmp_path):
+    """Zigzag blocks of eight devices are longer than those of the cache."""
+    lm, alone = model(mesh="181", chunk=128), model()
+    document = read(lm, save_to=tmp_path / "a")
+    opened = alone.open_document(tmp_path / "a")
+    assert document.cached == opened.cached == 256
+    assert asked(alone, opened) == asked(lm, document)
+    assert asked(alone, read(alone, save_to=tmp_path / "a")) == asked(lm, document)
+
+
+@slow()
 def test_turns_of_a_chat_run_what_is_new(model, saved):
     lm, prompt, told = model(), DOCUMENT, []
     chat = lm.chat(lm.open_document(saved[0]))

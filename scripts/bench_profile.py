@@ -58,14 +58,15 @@ def main(_) -> None:
         raise UserError("give --model_path or --config, not both.")
     options = model_options()
     with tempfile.TemporaryDirectory() as work:
-        if FLAGS.config:
-            options["path"] = f"{work}/model"
-            write_random_checkpoint(FLAGS.config, options["path"])
+        # XLA reads its flags when JAX first runs something. It writes out what it compiles, and
+        # nothing that is found compiled.
         dump = Path(work) / "programs"
         dumping = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dumping}"
-        # XLA writes out what it compiles, and nothing that is found compiled.
         jax.config.update("jax_enable_compilation_cache", False)
+        if FLAGS.config:
+            options["path"] = work
+            write_random_checkpoint(FLAGS.config, work)
         timing = _traced_request(options, dump)
         times = _times(dump)
     for program, wall, runs in (

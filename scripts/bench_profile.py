@@ -83,6 +83,8 @@ def main(_) -> None:
 def _traced_request(options: dict, trace: Path) -> Timing:
     """Runs one request twice, the second time with a trace, and returns that one's times."""
     lm = lsjax.load(**options)
+    if jax.default_backend() != "cpu":
+        raise UserError("bench_profile.py measures CPUs alone; set JAX_PLATFORMS=cpu.")
     ids = np.random.default_rng(0).integers(0, lm.config.vocab_size, FLAGS.prompt_length)
     (request,) = batches(
         lm.options,

@@ -4,6 +4,7 @@ Source of heads that keep less than others: RazorAttention (arXiv 2407.15891).
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import flax.struct
 import jax
@@ -42,19 +43,28 @@ class HeadGroups:
     def update_and_attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
     ) -> tuple[Partial, "HeadGroups"]:
-        partials, groups, first = [], [], 0
-        for group, size in zip(self.groups, self.sizes, strict=True):
-            heads = slice(first, first + size)
-            slopes = None if step.slopes is None else step.slopes[heads]
-            local_step = step.replace(slopes=slopes)
+        partials, groups = [], []
+        for group, heads, local_step in self.by_group(step):
             partial, group = group.update_and_attend(
                 q[:, heads], k[:, heads], v[:, heads], local_step
             )
             partials.append(partial)
             groups.append(group)
+        return join_heads(partials), self.replace(groups=tuple(groups))
+
+    def by_group(self, step: Step) -> Iterator[tuple[LayerCache, slice, Step]]:
+        """Yields each group, its heads on a device, and the step with these heads' slopes."""
+        first = 0
+        for group, size in zip(self.groups, self.sizes, strict=True):
+            heads = slice(first, first + size)
+            slopes = None if step.slopes is None else step.slopes[heads]
+            yield group, heads, step.replace(slopes=slopes)
             first += size
-        partial = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *partials)
-        return partial, self.replace(groups=tuple(groups))
+
+
+def join_heads(partials: Sequence[Partial]) -> Partial:
+    """Returns the Partial of all heads from those of each group."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *partials)
 
 
 @dataclasses.dataclass(frozen=True)

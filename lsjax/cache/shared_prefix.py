@@ -21,7 +21,7 @@ from lsjax.attention.blockwise import KeyRange, QueryBlocks, in_query_blocks
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache.float_tail import FloatTail
 from lsjax.cache.full import FullCache
-from lsjax.cache.head_groups import HeadGroups
+from lsjax.cache.head_groups import HeadGroups, join_heads
 from lsjax.cache.protocol import KVCache, LayerCache, Step
 from lsjax.cache.slots import attend_around_ring, attend_to_slots, merge_devices
 from lsjax.cache.spec import CacheSpec, empty_layer
@@ -110,14 +110,12 @@ class SharedPrefix:
         if not isinstance(self.document, HeadGroups):
             partial = self._attend_to_group(self.document, q, step)
         else:
-            partials, first = [], 0
-            for group, size in zip(self.document.groups, self.document.sizes, strict=True):
-                heads = slice(first, first + size)
-                slopes = None if step.slopes is None else step.slopes[heads]
-                of_group = step.replace(slopes=slopes)
-                partials.append(self._attend_to_group(group, q[:, heads], of_group))
-                first += size
-            partial = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *partials)
+            partial = join_heads(
+                [
+                    self._attend_to_group(group, q[:, heads], of_group)
+                    for group, heads, of_group in self.document.by_group(step)
+                ]
+            )
 
         def by_row(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x[0].reshape(*x.shape[1:3], batch, length, *x.shape[4:]), 2, 0)

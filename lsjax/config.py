@@ -123,7 +123,6 @@ class ModelConfig:
       rope_interleaved: whether channels are rotated in adjacent pairs (2i, 2i+1) instead of halves
         (i, i + rotary_dim/2).
       rope_scaling: scaling of the rotary frequencies.
-      auto_rope_kind: kind of scaling that "auto" uses past the trained length.
       alibi: whether positions are encoded by ALiBi (arXiv 2108.12409) instead of rotation.
       qkv_bias, out_bias, mlp_bias: whether these projections add a bias.
       qk_norm: whether RMSNorm over head_dim is applied to queries and keys before rotation.
@@ -152,7 +151,6 @@ class ModelConfig:
     rotary_dim: int
     rope_interleaved: bool
     rope_scaling: RopeScaling
-    auto_rope_kind: str
     alibi: bool
     qkv_bias: bool
     out_bias: bool
@@ -223,7 +221,6 @@ class ModelConfig:
             max_position_embeddings=0,
             rope_theta=1.0,
             rope_scaling=RopeScaling(),
-            auto_rope_kind="",
             eos_token_ids=(),
             dtype="",
         )

@@ -59,7 +59,6 @@ def _parse_chatglm(fields: Fields, architecture: str) -> ModelConfig:
         rotary_dim=head_dim // 2,
         rope_interleaved=True,
         rope_scaling=parse_rope_scaling(fields.raw_value("rope_scaling"), seq_length),
-        auto_rope_kind="yarn",
         alibi=False,
         qkv_bias=fields.get("add_qkv_bias", bool, False),
         out_bias=False,

@@ -36,7 +36,6 @@ def parse_hf(fields: Fields, architecture: str, **differences: Any) -> ModelConf
         "rotary_dim": int(head_dim * rotary_factor),
         "rope_interleaved": False,
         "rope_scaling": parse_rope_scaling(fields.rope_block(), max_position_embeddings),
-        "auto_rope_kind": "yarn",
         "alibi": False,
         "qkv_bias": fields.get("attention_bias", bool, False),
         "out_bias": False,

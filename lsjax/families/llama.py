@@ -14,7 +14,6 @@ def _parse(fields: Fields, architecture: str) -> ModelConfig:
     return parse_hf(
         fields,
         architecture,
-        auto_rope_kind="ntk",
         out_bias=fields.get("attention_bias", bool, False),
         mlp_bias=fields.get("mlp_bias", bool, False),
     )

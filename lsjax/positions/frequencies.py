@@ -57,14 +57,14 @@ def resolve(config: ModelConfig, request_length: int) -> tuple[RopeScaling, floa
 def automatic_scaling(config: ModelConfig, request_length: int) -> RopeScaling:
     """Returns the scaling that rope_scaling "auto" chooses for one request.
 
-    There is no scaling up to the trained length. Above it, the scaling is the model's
-    auto_rope_kind with the smallest factor that covers the request.
+    There is no scaling up to the trained length. Above it, the scaling is YaRN with the smallest
+    factor that covers the request: of all kinds it loses least, see docs/evaluation.md.
     """
     trained = config.max_position_embeddings
     if request_length <= trained:
         return RopeScaling()
     factor = request_length / trained
-    return RopeScaling(kind=config.auto_rope_kind, factor=factor, original_length=trained)
+    return RopeScaling(kind="yarn", factor=factor, original_length=trained)
 
 
 def _stretched(theta: float, factor: float, dim: int) -> float:

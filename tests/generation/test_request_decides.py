@@ -7,7 +7,6 @@ import pytest
 from lsjax import UserError
 from lsjax.cli import report
 from lsjax.inference.request import batches
-from lsjax.positions.frequencies import resolve
 from lsjax.positions.scaling import override_rope_scaling
 
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 256}
@@ -45,15 +44,6 @@ def test_auto_settles_each_row_where_rows_lie_on_different_devices(model):
     )
     prompts = prompt(2 * alone.config.trained_length), prompt(50)
     assert tokens(auto, *prompts) == tokens(alone, *prompts)
-
-
-def test_auto_is_ntk_for_llama(model):
-    lm = scaled(model, "llama", "auto")
-    trained = lm.config.trained_length
-    scaling, theta = resolve(lm.config, 3 * trained)
-    assert (scaling.kind, scaling.factor) == ("ntk", 3.0)
-    assert theta > lm.config.rope_theta
-    assert resolve(lm.config, trained)[0].kind == "default"
 
 
 def test_auto_keeps_the_scaling_that_a_checkpoint_was_trained_with_and_says_so(model, caplog):

@@ -40,8 +40,8 @@ class Blocks(NamedTuple):
 
 # On a CPU, a core's cache holds the scores of a block, 1 MiB per KV head. With few rows it holds
 # the keys and values, which are copied or converted to float32. In between are the rows of a decode
-# step over a document that many questions share.
-CPU_BLOCKS = Blocks(rows=1024, keys=((_FEW_ROWS, 512), (256, 128), (1024, 256)))
+# step over a document that many questions share: only products with that many keys use all cores.
+CPU_BLOCKS = Blocks(rows=1024, keys=((_FEW_ROWS, 512), (256, 2048), (1024, 256)))
 
 
 class KeyRange(NamedTuple):

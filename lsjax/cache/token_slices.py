@@ -5,7 +5,10 @@ A saved document is read and written in such slices.
 
 import functools
 import math
+import mmap
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,6 @@ from lsjax.cache.full import FullCache
 from lsjax.distributed.sharding import put_on_mesh
 
 _SLICE_SPEC = PartitionSpec(None, None, "model")
-_ALIGNMENT = 64  # bytes
 
 # Entries and scales of consecutive tokens, [layers, 2, kv_heads, tokens, ...]; keys come first. No
 # scales for floats.
@@ -80,9 +82,10 @@ def from_slices(layers: Layers, slices: Iterable[tuple[int, TokenSlice]]) -> Lay
         capacity: _HeldLayers(layers[those[0]], those, every=len(alike) == 1)
         for capacity, those in alike.items()
     }
-    for start, tokens in slices:
-        for some in held.values():
-            some.put(tokens, start)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start, tokens in slices:
+            for some in held.values():
+                some.put(tokens, start, threads)
 
     def filled(i: int, layer: FullCache) -> FullCache:
         k, v = held[layer.k.capacity].on_mesh(i, layer.k)
@@ -99,10 +102,10 @@ class _HeldLayers:
         # Slots of all devices, by position within a lap.
         self._slots = np.argsort(layer.zigzag.permutation(layer.k.capacity))
         self._arrays = jax.tree.map(
-            lambda x: _aligned_zeros((len(those), 2, *x.shape[1:]), x.dtype), layer.k
+            lambda x: _zeros((len(those), 2, *x.shape[1:]), x.dtype), layer.k
         )
 
-    def put(self, tokens: TokenSlice, start: int) -> None:
+    def put(self, tokens: TokenSlice, start: int, threads: ThreadPoolExecutor) -> None:
         capacity, stop = len(self._slots), start + tokens.data.shape[3]
         first = max(start, stop - capacity)
         slots = self._slots[np.arange(first, stop) % capacity]
@@ -110,9 +113,12 @@ class _HeldLayers:
             slots = slice(slots[0], slots[-1] + 1)
 
         def write(held: np.ndarray, x: np.ndarray) -> None:
-            held[:, :, :, slots] = np.asarray(x).view(held.dtype)[
-                self._taken, :, :, first - start :
-            ]
+            x = np.asarray(x).view(held.dtype)[self._taken, :, :, first - start :]
+
+            def write_layer(layer: int) -> None:
+                held[layer][:, :, slots] = x[layer]
+
+            list(threads.map(write_layer, range(len(held))))
 
         jax.tree.map(write, self._arrays, tokens)
 
@@ -126,12 +132,16 @@ class _HeldLayers:
         return k, v
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns zeros that begin where JAX takes over an array on a CPU without a copy."""
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns zeros that JAX takes over on a CPU without a copy, in huge pages if Linux has them.
+
+    Most of the time to open a document would be that of touching small pages for the first time.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    found = np.zeros(size + _ALIGNMENT, np.uint8)
-    first = -found.ctypes.data % _ALIGNMENT
-    return found[first : first + size].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def _stacked(trees: Iterable[TokenSlice]) -> TokenSlice:

@@ -217,6 +217,13 @@ FAULTS = (
         "tests/generation/test_compilations.py -k copy",
     ),
     Fault(
+        "a CPU's experts widened whole",
+        "lsjax/nn/experts.py",
+        "            weight, at = jax.lax.optimization_barrier((weight, expert))\n",
+        "            at = expert\n",
+        "tests/generation/test_compilations.py -k copy",
+    ),
+    Fault(
         "a new token's bits taken for numbers",
         "lsjax/cache/float_tail.py",
         "KVArray(to_storage(new, held.dtype), None)",

@@ -174,7 +174,9 @@ def _one_by_one(x, ids, weights):
         row, expert = of
 
         def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
-            matrix = jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
+            # XLA on a CPU widens bfloat16 matrices of all experts outside of a loop, if it may.
+            weight, at = jax.lax.optimization_barrier((weight, expert))
+            matrix = jax.lax.dynamic_index_in_dim(weight, at, keepdims=False)
             y = einsum("i,oi->o", x, matrix.astype(x.dtype))
             return y if scale is None else y * scale[expert]
 

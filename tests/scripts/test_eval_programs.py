@@ -172,6 +172,14 @@ def test_prompt_lookup_beside_plain_decoding(tmp_path):
     assert figures["5"]["same_tokens"]
 
 
+@pytest.mark.slow("a bench; the experts are tested by themselves")
+def test_experts_beside_a_dense_model():
+    done = run("bench_experts.py", "--experts", 4, "--experts_per_token", 2, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    experts, dense, ratio = (float(x) for x in re.findall(r"\d+\.\d+", done.stdout))
+    assert ratio == pytest.approx(experts / dense, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -38,6 +38,9 @@ flags.DEFINE_multi_string(
     "Prompts: each value is a text, a UTF-8 file, or - for the standard input. Repeat the flag for "
     "several. Default: one prompt of random tokens.",
 )
+flags.DEFINE_bool(
+    "is_chat_model", False, "Render each of --input_texts with the model's chat template."
+)
 flags.DEFINE_integer(
     "prompt_length", 2048, "Length in tokens of the random prompt, used without --input_texts."
 )
@@ -68,14 +71,22 @@ def main(_) -> None:
             write_random_checkpoint(FLAGS.config, options["path"])
         lm = lsjax.load(**options)
     texts = inputs.read_texts(FLAGS.input_texts)
+    prompts = [_encode(lm, text) for text in texts]
     rng = np.random.default_rng(0)
-    prompts = texts or [rng.integers(0, lm.config.vocab_size, FLAGS.prompt_length).tolist()]
-    figures = [_measure(lm, lm.encode(prompt), drafts) for prompt in prompts]
+    prompts = prompts or [rng.integers(0, lm.config.vocab_size, FLAGS.prompt_length).tolist()]
+    figures = [_measure(lm, prompt, drafts) for prompt in prompts]
     if FLAGS.output_json:
         write_atomically(FLAGS.output_json, json.dumps(figures, indent=1) + "\n")
 
 
-def _measure(lm: lsjax.LanguageModel, prompt: tuple[int, ...], drafts: list[int]) -> dict:
+def _encode(lm: lsjax.LanguageModel, text: str) -> list[int]:
+    if not FLAGS.is_chat_model:
+        return lm.tokenizer.encode(text)
+    chat = lm.tokenizer.render_chat(inputs.as_chat(text))
+    return lm.tokenizer.encode(chat, add_special_tokens=False)
+
+
+def _measure(lm: lsjax.LanguageModel, prompt: list[int], drafts: list[int]) -> dict:
     """Measures one prompt; prints and returns the figures by number of tokens drafted."""
     runs = {count: [] for count in (0, *drafts)}
     for _ in range(FLAGS.repeats + 1):

@@ -102,6 +102,11 @@ class LayerKind:
     experts: Experts | None = None
     delta_net: DeltaNet | None = None
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the layer keeps all tokens, and later ones leave what it keeps as it is."""
+        return self.window is None and self.delta_net is None
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

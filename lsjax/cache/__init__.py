@@ -10,7 +10,16 @@ from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.head_groups import HeadGroups, HeadSplit, compress
 from lsjax.cache.protocol import KVCache, LayerCache, Step
-from lsjax.cache.recurrent import RecurrentState, empty_state
+from lsjax.cache.recurrent import (
+    RecurrentState,
+    States,
+    empty_state,
+    from_snapshot,
+    snapshot,
+    snapshot_bytes,
+    states_of,
+    with_states,
+)
 from lsjax.cache.rolling import RollingCache
 from lsjax.cache.sharded import update_and_attend
 from lsjax.cache.shared_prefix import (
@@ -52,6 +61,7 @@ __all__ = [
     "RecurrentState",
     "RollingCache",
     "SparseCache",
+    "States",
     "Step",
     "TokenSlice",
     "WindowCache",
@@ -65,10 +75,15 @@ __all__ = [
     "empty_layer",
     "empty_state",
     "from_slices",
+    "from_snapshot",
     "layer_bytes",
     "shared_layers",
+    "snapshot",
+    "snapshot_bytes",
+    "states_of",
     "take_tokens",
     "update_and_attend",
     "with_layers",
+    "with_states",
     "without_tails",
 ]

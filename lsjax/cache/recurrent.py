@@ -1,15 +1,18 @@
 """The state of a recurrent layer: constant in size, beside the KV caches of the other layers."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from lsjax.config import DeltaNet
 from lsjax.distributed.sequence_layout import Zigzag
-from lsjax.distributed.sharding import STATE_SPEC
+from lsjax.distributed.sharding import STATE_SPEC, put_on_mesh
 
 
 @flax.struct.dataclass
@@ -49,3 +52,39 @@ def empty_state(net: DeltaNet, batch: int, dtype: str, zigzag: Zigzag) -> Recurr
         jnp.zeros((batch, net.conv_width - 1, net.key_heads, net.channels), dtype),
         zigzag,
     )
+
+
+States = tuple[RecurrentState, ...]
+
+
+def states_of(cache: Sequence[Any]) -> States:
+    """Returns the states of the recurrent layers among the layers of a cache."""
+    return tuple(layer for layer in cache if isinstance(layer, RecurrentState))
+
+
+def with_states(cache: Sequence[Any], states: States) -> tuple[Any, ...]:
+    """Puts `states` in place of those that `states_of` returned."""
+    left = iter(states)
+    return tuple(next(left) if isinstance(x, RecurrentState) else x for x in cache)
+
+
+def snapshot(states: States) -> np.ndarray:
+    """Returns the bytes of the first row of states, whose heads are in the checkpoint's order."""
+    rows = [np.asarray(x)[0] for x in jax.tree.leaves(states)]
+    return np.concatenate([np.ascontiguousarray(x).view(np.uint8).ravel() for x in rows])
+
+
+def snapshot_bytes(states: States) -> int:
+    """Returns the size of a snapshot of states, of which shapes and dtypes are given."""
+    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(states))
+
+
+def from_snapshot(states: States, content: np.ndarray) -> States:
+    """Returns states with a snapshot in every row; shapes and shardings of `states` are given."""
+    arrays, begin = [], 0
+    for x in jax.tree.leaves(states):
+        end = begin + math.prod(x.shape[1:]) * x.dtype.itemsize
+        row = content[begin:end].view(x.dtype).reshape(x.shape[1:])
+        arrays.append(put_on_mesh(np.broadcast_to(row, x.shape), x.sharding))
+        begin = end
+    return jax.tree.unflatten(jax.tree.structure(states), arrays)

@@ -23,10 +23,11 @@ from lsjax.cache.float_tail import FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.head_groups import HeadGroups, join_heads
 from lsjax.cache.protocol import KVCache, LayerCache, Step
+from lsjax.cache.recurrent import RecurrentState, States
 from lsjax.cache.slots import attend_around_ring, attend_to_slots, merge_devices
 from lsjax.cache.spec import CacheSpec, empty_layer
 from lsjax.cache.window import WindowCache
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 
 # Query rows of a piece of a question on a CPU, as many as the heads of a group and the tokens that
@@ -42,16 +43,20 @@ class DocumentCache:
 
     Attributes:
       layers: cache of each layer with one row per device of the data axis, all alike: a HeadGroups
-        of FullCache and WindowCache if it is compressed. None for layers with a sliding window.
+        of FullCache and WindowCache if it is compressed. None for layers that do not keep all
+        tokens; see LayerKind.
       length: [] number of tokens that `layers` are read for: whole blocks of a FloatTail, and as
         many on each device of the context axis.
-      rest: what each row copies, with as many rows: the document's tokens after those, and the last
-        tokens of layers with a sliding window.
+      rest: what each row copies, with as many rows: the document's tokens after those, the last
+        tokens of layers with a sliding window, and the states of recurrent layers.
+      states: states of the recurrent layers after the first `length` tokens, which is where a saved
+        document begins to be read on.
     """
 
     layers: tuple[FullCache | HeadGroups | None, ...]
     length: jax.Array
     rest: KVCache
+    states: States = ()
 
 
 @flax.struct.dataclass
@@ -162,22 +167,30 @@ class SharedPrefix:
 
 
 def without_tails(cache: KVCache) -> tuple[FullCache, ...]:
-    """Returns each layer's cache of all tokens, without its FloatTail."""
-    return tuple(layer.inner if isinstance(layer, FloatTail) else layer for layer in cache)
+    """Returns the caches of layers of attention, without their FloatTails."""
+    return tuple(
+        layer.inner if isinstance(layer, FloatTail) else layer
+        for layer in cache
+        if not isinstance(layer, RecurrentState)
+    )
 
 
 def with_layers(cache: KVCache, layers: tuple[FullCache, ...]) -> KVCache:
     """Puts `layers` back in place of those that `without_tails` returned."""
-    return tuple(
-        old.replace(inner=new) if isinstance(old, FloatTail) else new
-        for old, new in zip(cache, layers, strict=True)
-    )
+    left = iter(layers)
+
+    def layer(old: LayerCache) -> LayerCache:
+        if isinstance(old, RecurrentState):
+            return old
+        return old.replace(inner=next(left)) if isinstance(old, FloatTail) else next(left)
+
+    return tuple(map(layer, cache))
 
 
 def shared_layers(
-    cache: KVCache, windows: Sequence[int | None]
+    cache: KVCache, kinds: Sequence[LayerKind]
 ) -> tuple[FullCache | HeadGroups | None, ...]:
-    """Returns the layers of a document's cache that rows share; None for those with a window."""
+    """Returns the layers of a document's cache that rows share; None for those that they copy."""
 
     def only_read(layer: LayerCache) -> LayerCache:
         if isinstance(layer, HeadGroups):
@@ -186,7 +199,9 @@ def shared_layers(
             return layer.replace(next_evicted=None)
         return layer.inner if isinstance(layer, FloatTail) else layer
 
-    return tuple(only_read(x) if w is None else None for x, w in zip(cache, windows, strict=True))
+    return tuple(
+        only_read(x) if kind.keeps_all else None for x, kind in zip(cache, kinds, strict=True)
+    )
 
 
 def cache_after(
@@ -203,6 +218,8 @@ def cache_after(
     """
 
     def layer(held: LayerCache, window: int | None) -> LayerCache:
+        if isinstance(held, RecurrentState):
+            return jax.tree.map(lambda x: _repeated(x, own.batch), held)
         empty = empty_layer(config, anywhere if window is None else whole, platform, window)
         if not isinstance(empty, FloatTail):
             return _copied(held, empty)

@@ -151,7 +151,8 @@ class Chat:
         """Returns how many leading tokens of a prompt are not run again.
 
         A quantized cache stands up to any token of the block that is there in floats, and else up
-        to the beginning of a block. A cache that rolls stands for no more than a chunk.
+        to the beginning of a block. A cache that rolls stands for no more than a chunk. The states
+        of recurrent layers stand for all tokens that were run, or none.
         """
         held, document = self._held, self._document
         if held is None:
@@ -163,6 +164,8 @@ class Chat:
         if start // block != held.position // block:
             start = same // cached * cached
         if any(config.windows) and held.position - start > settings.prefill_chunk:
+            start = 0
+        if config.delta_nets and not start == held.position == len(held.ids):
             start = 0
         if same < len(held.ids) and not self._noted:
             self._noted = True

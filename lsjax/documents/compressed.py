@@ -118,7 +118,7 @@ def _open_group(
 
 
 def _only_read(engine: Engine, cache: KVCache) -> Layers:
-    return shared_layers(cache, engine.config.windows)
+    return shared_layers(cache, engine.config.layers)
 
 
 def _compensation_token(group: FullCache | WindowCache) -> CompensationToken | None:

@@ -181,11 +181,12 @@ def sharing_borders(config: ModelConfig, settings: EngineConfig) -> tuple[int, i
     """Returns what a document's numbers of shared and of cached tokens are multiples of.
 
     Chunks of a question begin at whole zigzag blocks. A quantized cache is read in whole blocks. A
-    document is compressed up to the end of a block, in any format, so that meshes agree on it.
-    Where a cache rolls, chunks begin at multiples of the chunk, and all shared tokens are cached.
+    document is compressed up to the end of a block, in any format, so that meshes agree on it, and
+    states of recurrent layers are saved there. Where a cache rolls, chunks begin at multiples of
+    the chunk, and all shared tokens are cached.
     """
     in_blocks = settings.kv_cache_dtype in ("int8", "int4") or settings.compression is not None
-    block = settings.cache_block if in_blocks else 1
+    block = settings.cache_block if in_blocks or config.delta_nets else 1
     shared = settings.zigzag.block_length or 1
     cached = math.lcm(shared, block)
     if any(config.windows):

@@ -4,6 +4,9 @@ What is saved does not depend on the mesh or the prefill chunk. Entries and scal
 of [layers, 2, kv_heads, tokens, ...], keys before values, with a checksum for each slice of tokens.
 `document.json` counts the tokens that are durable, and is replaced after they are. Of a compressed
 document each layer has arrays of its own; see lsjax.documents.compressed.
+
+A model with recurrent layers goes on only where their states are there. A snapshot of them is an
+array of bytes with a checksum, named by the number of tokens before it.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,40 +26,15 @@ from lsjax.attention.kv_array import KVArray
 from lsjax.cache import TokenSlice
 from lsjax.checkpoint.atomic_directory import is_disk_full
 from lsjax.documents.fingerprint import check_fingerprint, hash_of_ids
+from lsjax.documents.manifest import FORMAT, Manifest, last_of_parts
 from lsjax.errors import UserError
 from lsjax.runtime.notes import note
 from lsjax.runtime.text_files import parse_json, read_text, write_atomically
 
-_NAME, _IDS, _LOCK = "document.json", "ids.bin", "lock"
-_FORMAT = 1
+_NAME, _IDS, _LOCK, _STATES = "document.json", "ids.bin", "lock", "states"
 _SLICE_BYTES = 2**26
 _LEAST_TOKENS = 256
 _PENDING, _AHEAD = 8, 4  # writes in flight, and slices that are read ahead
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What `document.json` says.
-
-    Attributes:
-      fingerprint: what keys and values depend on.
-      ids: hash of the token ids.
-      tokens: number of token ids.
-      cached: number of tokens whose keys and values are saved once the document is complete.
-      done: number of tokens whose keys and values are saved so far.
-      slice: tokens per slice.
-      settled_length: see Document.
-      format: version of the format.
-    """
-
-    fingerprint: dict[str, str]
-    ids: str
-    tokens: int
-    cached: int
-    done: int
-    slice: int
-    settled_length: int | None
-    format: int = _FORMAT
 
 
 class DocumentFolder:
@@ -87,9 +66,10 @@ class DocumentFolder:
             manifest = Manifest(**found)
         except TypeError:
             manifest = None
-        if manifest is None or manifest.format != _FORMAT:
+        manifest = manifest and dataclasses.replace(manifest, states=tuple(manifest.states))
+        if manifest is None or manifest.format != FORMAT:
             raise UserError(
-                f"{name} is not one of this version's (format {_FORMAT}); remove {path} and read "
+                f"{name} is not one of this version's (format {FORMAT}); remove {path} and read "
                 "the document again."
             )
         return cls(path, manifest)
@@ -190,22 +170,48 @@ class DocumentFolder:
         while len(self._pending) > _PENDING:  # they hold host memory
             self._pending.pop(0).result()
 
-    def commit(self, done: int) -> None:
-        """Waits until all appended tokens are durable, then records that the first `done` are."""
+    def commit(self, done: int, snapshot: tuple[int, np.ndarray] | None = None) -> None:
+        """Waits until all appended tokens are durable, then records that the first `done` are.
+
+        `snapshot` is one of the states after some of these tokens, and their number.
+        """
+        states = self.manifest.states
+        if snapshot and snapshot[0] not in states:
+            at, content = snapshot
+            self.write_array(f"{_STATES}/{at}", content)
+            states = last_of_parts((*states, at), self.manifest.cached)
         for write in self._pending:
             write.result()
         self._pending.clear()
-        if done > self.manifest.done:
-            self.manifest = dataclasses.replace(self.manifest, done=done)
+        done = max(done, self.manifest.done)
+        if (done, states) != (self.manifest.done, self.manifest.states):
+            self.manifest = dataclasses.replace(self.manifest, done=done, states=states)
             self._save_manifest()
+            self._delete_snapshots()
+
+    def _delete_snapshots(self) -> None:
+        """Deletes the snapshots that document.json does not name."""
+        path = os.path.join(self.path, _STATES)
+        for name in os.listdir(path) if os.path.isdir(path) else ():
+            if name not in map(str, self.manifest.states):
+                shutil.rmtree(os.path.join(path, name))
+
+    def read_snapshot(self, at: int, nbytes: int) -> np.ndarray:
+        """Returns the snapshot after `at` tokens.
+
+        Raises:
+          UserError: it is missing, damaged or of another size.
+        """
+        return self.read_array(f"{_STATES}/{at}", (nbytes,))
 
     def write_array(self, name: str, x: np.ndarray) -> None:
         """Begins to write an array of a compressed document, in slices of tokens, its third axis.
 
-        `finish` makes it durable.
+        One with fewer axes is written as a whole. `finish` or `commit` makes it durable.
         """
         x = np.ascontiguousarray(_as_bits(x))
-        chunk = [*x.shape[:2], min(x.shape[2], self.manifest.slice), *x.shape[3:]]
+        chunk = list(x.shape)
+        chunk[2:3] = (min(n, self.manifest.slice) for n in chunk[2:3])
         self._pending.append(self._create(name, x.dtype, x.shape, chunk).write(x))
         while len(self._pending) > _PENDING:
             self._pending.pop(0).result()
@@ -216,13 +222,16 @@ class DocumentFolder:
         Raises:
           UserError: it is missing, damaged or of another shape.
         """
-        try:
-            x = ts.open(self._spec(name)).result().read().result()
-        except (ValueError, OSError) as error:
-            raise self._damaged(error) from None
+        x = self._read(name)
         if x.shape != shape:
             raise self._damaged(f"{name} has the shape {x.shape}, not {shape}")
         return x
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            return ts.open(self._spec(name)).result().read().result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from None
 
     def finish(self, cached: int) -> None:
         """Waits until all arrays are durable, then records that `cached` tokens are saved."""
@@ -238,7 +247,7 @@ class DocumentFolder:
     def copy_from(self, other: "DocumentFolder", tokens: int) -> None:
         """Copies the first tokens of another document, in whole slices, to this empty one.
 
-        A damaged slice ends the copy, with a note.
+        So are the snapshots of states after them. A damaged one ends the copy, with a note.
         """
         size = self.manifest.slice
         done = 0
@@ -246,6 +255,9 @@ class DocumentFolder:
             for start, part in other.slices(min(tokens, self.manifest.cached) // size * size, size):
                 self.append(part, start)
                 done = start + size
+            for at in other.manifest.states:
+                if at <= done:
+                    self.commit(done, (at, other._read(f"{_STATES}/{at}")))
         except UserError as error:
             other.note_damage(error)
         self.commit(done)

@@ -14,7 +14,8 @@ import numpy as np
 
 from lsjax.documents.document import Document
 from lsjax.documents.fingerprint import hash_of_ids
-from lsjax.documents.folder import DocumentFolder, Manifest
+from lsjax.documents.folder import DocumentFolder
+from lsjax.documents.manifest import Manifest
 from lsjax.documents.read import read_document
 from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
@@ -90,16 +91,18 @@ def longest_prefix(
     """Returns the saved document that begins as this one for longest, and for how many tokens.
 
     Only those of the same model, settings and settled length count, and only what is saved. One
-    that is damaged is passed over, with a note. What is compressed is no beginning of another.
+    that is damaged is passed over, with a note. What is compressed is no beginning of another. With
+    recurrent layers the one that has the last snapshot of states within the beginning is returned.
     """
     best: tuple[DocumentFolder | None, int] = None, 0
+    longest = 0  # that reading can go on after
     if document.engine.by_layer:
         return best
     wanted = np.asarray(document.token_ids)
     for saved in saved_documents(root) if os.path.isdir(root) else ():
         held = saved.manifest
         same = (held.fingerprint, held.settled_length)
-        if same != (document.fingerprint, document.settled_length) or held.done <= best[1]:
+        if same != (document.fingerprint, document.settled_length) or held.done <= longest:
             continue
         try:
             ids = np.asarray(saved.folder.token_ids()[: min(len(wanted), held.done)])
@@ -108,7 +111,9 @@ def longest_prefix(
             continue
         differ = np.flatnonzero(ids != wanted[: len(ids)])
         common = int(differ[0]) if len(differ) else len(ids)
-        best = max(best, (saved.folder, common), key=lambda found: found[1])
+        start = held.last_state(common) if document.engine.config.delta_nets else common
+        if start > longest:
+            best, longest = (saved.folder, common), start
     return best
 
 

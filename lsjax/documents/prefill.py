@@ -8,9 +8,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lsjax.cache import CacheSpec, DocumentCache, KVCache, shared_layers, without_tails
+from lsjax.cache import (
+    CacheSpec,
+    DocumentCache,
+    KVCache,
+    States,
+    shared_layers,
+    snapshot,
+    snapshot_bytes,
+    states_of,
+    with_states,
+)
 from lsjax.documents.compressed import open_layers, read_layers, save_layers
 from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
@@ -50,14 +61,15 @@ def prefill_document(
         cache = _compressed(engine, params, tables, document, folder, on_prefill)
     else:
         cache = _in_chunks(engine, document, folder, prefill, on_prefill)
-    windows = engine.config.windows
+    kinds = engine.config.layers
     spec = document_spec(engine.settings, shared - cached)
     spec = dataclasses.replace(spec, chunk=0, policy=None)  # begins anywhere, and keeps all
     rest = tuple(
-        own if window is None else layer
-        for own, layer, window in zip(engine.cache_of(spec, ()), cache, windows, strict=True)
+        own if kind.keeps_all else layer
+        for own, layer, kind in zip(engine.cache_of(spec, ()), cache, kinds, strict=True)
     )
-    read = DocumentCache(shared_layers(cache, windows), np.int32(cached), ())
+    states = _copied(states_of(cache))  # those in `rest` go on to its end
+    read = DocumentCache(shared_layers(cache, kinds), np.int32(cached), (), states)
     return read.replace(rest=prefill(rest, cached, shared, document=read))
 
 
@@ -75,15 +87,20 @@ def document_spec(settings: EngineConfig, tokens: int) -> CacheSpec:
 def _in_chunks(engine, document, folder, prefill, on_prefill):
     """Prefills the cached tokens that the folder does not hold, all layers chunk by chunk."""
     cached, start, saver = document.cached, 0, None
-    if folder is not None:
-        chunk = engine.settings.prefill_chunk
-        aligned = math.lcm(document.border, folder.manifest.slice, chunk)
-        done = folder.manifest.done
-        start = cached if done >= cached else done // aligned * aligned
-        saver = _Saver(engine, folder, start, min(cached, folder.manifest.cached))
     spec = document_spec(engine.settings, cached)
+    states = states_of(engine.cache_shapes(spec))
+    if folder is not None:
+        manifest = folder.manifest
+        aligned = math.lcm(document.border, manifest.slice, engine.settings.prefill_chunk)
+        if states:
+            start = manifest.last_state(cached, aligned)
+        else:
+            start = cached if manifest.done >= cached else manifest.done // aligned * aligned
+        if not folder.complete:
+            saver = _Saver(engine, folder, start, min(cached, manifest.cached), aligned)
     if start:
-        cache = engine.cache_of(spec, folder.slices(start))
+        held = folder.read_snapshot(start, snapshot_bytes(states)) if states else None
+        cache = engine.cache_of(spec, folder.slices(start), held)
         on_prefill(start)
     else:
         cache = engine.new_cache(spec)
@@ -125,6 +142,7 @@ def _prefill(
         cache, last = engine.prefill(params, tables, cache, tokens, at, lengths, last, document)
         if saver:
             saver.take(cache, at + len(part))
+            saver.take_states(cache, at + len(part))
         # Wait only for the previous chunk, so that the device always has one queued.
         if pending is not None:
             jax.block_until_ready(pending[1])
@@ -145,17 +163,16 @@ def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> 
     if engine.by_layer:
         save_layers(engine, cache.layers, int(cache.length), folder)
         return
-    held = tuple(
-        layer or rest for layer, rest in zip(cache.layers, without_tails(cache.rest), strict=True)
-    )
-    manifest = folder.manifest
-    saver = _Saver(
-        engine, folder, manifest.done // manifest.slice * manifest.slice, manifest.cached
-    )
+    held = tuple(layer or rest for layer, rest in zip(cache.layers, cache.rest, strict=True))
+    manifest, size = folder.manifest, folder.manifest.slice
+    cached = min(int(cache.length), manifest.cached)
+    saver = _Saver(engine, folder, manifest.done // size * size, cached, size)
     try:
-        for at in range(saver.taken, manifest.cached, manifest.slice):
-            saver.take(held, min(at + manifest.slice, manifest.cached))
-            saver.write(manifest.cached)
+        for at in range(saver.taken, cached, size):
+            saver.take(held, min(at + size, cached))
+            saver.write(cached)
+        if cached == cache.length:
+            saver.take_states(with_states(held, cache.states), cached)
     finally:
         saver.finish()
 
@@ -167,10 +184,14 @@ class _Saver:
       taken: number of tokens taken so far.
     """
 
-    def __init__(self, engine: Engine, folder: DocumentFolder, start: int, cached: int):
+    def __init__(
+        self, engine: Engine, folder: DocumentFolder, start: int, cached: int, aligned: int
+    ):
         self._engine, self._folder, self._cached = engine, folder, cached
-        self.taken = self._written = start
+        self.taken = self._written = start // folder.manifest.slice * folder.manifest.slice
+        self._aligned = aligned  # what the positions of snapshots are multiples of, but the end
         self._slices: list = []
+        self._states: list = []
         self._next = time.monotonic() + _INTERVAL
 
     def take(self, cache: KVCache, filled: int) -> None:
@@ -180,6 +201,12 @@ class _Saver:
             self._slices.append((self.taken, self._engine.read_tokens(cache, self.taken, size)))
             self.taken = min(self.taken + size, self._cached)
 
+    def take_states(self, cache: KVCache, filled: int) -> None:
+        """Takes the states after `filled` tokens of a cache, if reading may go on there."""
+        states = states_of(cache)
+        if states and (filled == self._cached or filled % self._aligned == 0):
+            self._states.append((filled, _copied(states)))
+
     def write(self, computed: int) -> None:
         """Writes the slices within the first `computed` tokens, which are there by now."""
         size = self._folder.manifest.slice
@@ -187,6 +214,8 @@ class _Saver:
             start, tokens = self._slices.pop(0)
             self._folder.append(tokens, start)
             self._written = min(start + size, self._cached)
+        while len(self._states) > 1 and self._states[1][0] <= self._written:
+            self._states.pop(0)  # only the last ones that tokens are written up to are recorded
         if self._written > self._folder.manifest.done and time.monotonic() > self._next:
             self._commit()
 
@@ -200,5 +229,13 @@ class _Saver:
             self._folder.end(self._cached)
 
     def _commit(self) -> None:
-        self._folder.commit(self._written)
+        last = None
+        if self._states and self._states[0][0] <= self._written:
+            at, states = self._states.pop(0)
+            last = at, snapshot(states)
+        self._folder.commit(self._written, last)
         self._next = time.monotonic() + _INTERVAL
+
+
+def _copied(states: States) -> States:
+    return jax.tree.map(jnp.copy, states)  # the next chunk is given the memory of the first ones

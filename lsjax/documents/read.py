@@ -5,7 +5,6 @@ import dataclasses
 import os
 from collections.abc import Callable
 
-from lsjax.config import ModelConfig
 from lsjax.documents.document import Document, new_folder
 from lsjax.documents.fingerprint import check_fingerprint
 from lsjax.documents.folder import DocumentFolder
@@ -67,7 +66,7 @@ def unread_document(
     Raises:
       UserError: it cannot be read; the message says why.
     """
-    check_options(options.config, options)
+    check_options(options)
     check_ids(options.config, ids)
     if reserve is not None and reserve < 1:
         raise UserError(f"reserve must be at least 1 token, not {reserve}.")
@@ -92,7 +91,7 @@ def open_document(
     engine: Engine, params: dict, fingerprint: dict[str, str], path: str | os.PathLike[str]
 ) -> Document:
     """Opens a saved document; see LanguageModel.open_document."""
-    check_options(engine.config, engine.settings)
+    check_options(engine.settings)
     folder = DocumentFolder.open(path)
     manifest = folder.manifest
     check_fingerprint(folder.path, manifest.fingerprint, fingerprint)
@@ -130,17 +129,12 @@ def _as_compressed(document: Document, folder: DocumentFolder) -> Document:
     return dataclasses.replace(document, compressed=cached)
 
 
-def check_options(config: ModelConfig, options: EngineConfig) -> None:
+def check_options(options: EngineConfig) -> None:
     """Refuses what documents do not go with.
 
     Raises:
-      UserError: the model has recurrent layers, or a kv_compression that is not of whole layers.
+      UserError: the kv_compression is not one of whole layers.
     """
-    if config.delta_nets:
-        raise UserError(
-            "documents do not go with recurrent layers, whose state after a part of a text is not "
-            "kept; give the whole text as a prompt."
-        )
     if options.compression is not None and not options.compression.by_layer:
         raise UserError(
             "documents do not go with a kv_compression that forgets while it reads (streaming_llm, "

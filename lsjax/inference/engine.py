@@ -20,8 +20,11 @@ from lsjax.cache import (
     cache_after,
     cache_shapes,
     from_slices,
+    from_snapshot,
     shared_layers,
+    states_of,
     with_layers,
+    with_states,
     without_tails,
 )
 from lsjax.config import ModelConfig
@@ -98,13 +101,21 @@ class Engine:
         layers = without_tails(cache)
         return steps.read_tokens(self._model, layers, np.int32(start), size=size)
 
-    def cache_of(self, spec: CacheSpec, slices: Iterable[tuple[int, TokenSlice]]) -> KVCache:
+    def cache_of(
+        self,
+        spec: CacheSpec,
+        slices: Iterable[tuple[int, TokenSlice]],
+        snapshot: np.ndarray | None = None,
+    ) -> KVCache:
         """Creates a cache of tokens that `read_tokens` has read; see from_slices.
 
-        Nothing is compiled, which takes longer than to read them.
+        Nothing is compiled, which takes longer than to read them. `snapshot` is that of the states
+        of recurrent layers after the tokens, if there are any.
         """
         empty = self.cache_shapes(spec)
         cache = with_layers(empty, from_slices(without_tails(empty), slices))
+        if snapshot is not None:
+            cache = with_states(cache, from_snapshot(states_of(empty), snapshot))
 
         def fill(x: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
             if isinstance(x, jax.Array):
@@ -327,7 +338,7 @@ class Engine:
             spec = dataclasses.replace(spec, chunk=0)  # questions begin anywhere
             layers = self.cache_shapes(document)
             length = jax.ShapeDtypeStruct((), "int32", sharding=whole)
-            held = DocumentCache(shared_layers(layers, self.config.windows), length, ())
+            held = DocumentCache(shared_layers(layers, self.config.layers), length, ())
         lengths = [self.settings.span(whole_spec.capacity)] * spec.batch
         tables = jax.tree.map(lambda x: abstract(x, whole), rotary_tables(self.config, lengths))
         own, windowed = map(self.cache_shapes, (spec, whole_spec))
@@ -372,7 +383,7 @@ def _padded(eos: Collection[int]) -> np.ndarray:
 
 def _shared(document: DocumentCache | None) -> DocumentCache | None:
     """Returns a document without what rows copy, whatever they have copied."""
-    return document and document.replace(rest=())
+    return document and document.replace(rest=(), states=())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -121,7 +121,7 @@ def plan(
     deployment = asked.best(max_input_length, bound)
     check_chunks(config, deployment, output + (max_input_length or 1))
     if document_length:
-        check_options(config, deployment)
+        check_options(deployment)
     recommended = deployment if asked == free else free.best(max_input_length, bound)
     longest = longest_that_fits(config, target, deployment, bound)
     if compile:

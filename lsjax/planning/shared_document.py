@@ -6,7 +6,7 @@ import jax
 
 from lsjax.cache import CacheSpec, empty_cache, layer_bytes, shared_layers
 from lsjax.config import ModelConfig
-from lsjax.documents import document_spec, sharing_borders
+from lsjax.documents import PARTS, document_spec, sharing_borders
 from lsjax.inference.request import Request, bucket
 from lsjax.inference.sampling import Sampling
 from lsjax.planning.deployment import Deployment
@@ -73,19 +73,20 @@ def document_specs(
 def held_bytes(config: ModelConfig, platform: str, deployment: Deployment) -> int:
     """Returns the bytes per device of a document that has been read."""
     specs, mesh = document_specs(config, deployment, 1), deployment.mesh
-    full, windowed = _by_window(config)
+    full, others = _by_sharing(config)
     copied = specs.rest.nbytes(full, mesh, platform)
-    copied += specs.document.nbytes(windowed, mesh, platform)
+    copied += specs.document.nbytes(others, mesh, platform)
+    copied += specs.document.nbytes(_recurrent(config), mesh, platform)  # DocumentCache.states
     return shared_bytes(config, platform, deployment) + copied
 
 
 def shared_bytes(config: ModelConfig, platform: str, deployment: Deployment) -> int:
     """Returns the bytes per device of what all rows share of a document."""
-    spec, (full, _) = document_specs(config, deployment, 1).document, _by_window(config)
+    spec, (full, _) = document_specs(config, deployment, 1).document, _by_sharing(config)
     if deployment.compression is None:
         return _without_tail(spec).nbytes(full, deployment.mesh, platform)
     cache = jax.eval_shape(lambda: empty_cache(full, spec, platform))
-    layers = shared_layers(cache, full.windows)
+    layers = shared_layers(cache, full.layers)
     return sum(layer_bytes(layer, deployment.mesh) for layer in layers)
 
 
@@ -94,21 +95,23 @@ def own_bytes(
 ) -> int:
     """Returns the bytes per device of the rows' own caches."""
     specs, mesh = document_specs(config, deployment, question_length), deployment.mesh
-    full, windowed = _by_window(config)
-    return specs.own.nbytes(full, mesh, platform) + specs.whole.nbytes(windowed, mesh, platform)
+    full, others = _by_sharing(config)
+    return specs.own.nbytes(full, mesh, platform) + specs.whole.nbytes(others, mesh, platform)
 
 
 def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
-    """Returns the bytes of keys, values and ids of a saved document."""
+    """Returns the bytes of keys, values, ids, and at most as many snapshots of a saved document."""
     tokens, border = deployment.document_length, sharing_borders(config, deployment)[1]
     cached = tokens // border * border
-    layers = tuple(dataclasses.replace(layer, window=None) for layer in config.layers)
+    attention = tuple(layer for layer in config.layers if not layer.delta_net)
+    layers = tuple(dataclasses.replace(layer, window=None) for layer in attention)
     document = document_spec(deployment, cached)
     spec = dataclasses.replace(_without_tail(document), policy=None)
     per_token = spec.nbytes(dataclasses.replace(config, layers=layers)) // spec.capacity
     per_token //= document.batch
     if deployment.compression is None:
-        return cached * per_token + 4 * tokens
+        states = _without_tail(document).nbytes(_recurrent(config)) // document.batch
+        return cached * per_token + 4 * tokens + (cached > 0) * (PARTS + 1) * states
     kept, means, shards = 0, 0, deployment.sizes["model"]
     for i in range(config.num_layers):
         split = deployment.compression.split(i, document.prompt_capacity)
@@ -120,11 +123,17 @@ def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
     return kept * per_head + means * 2 * config.head_dim * 4 + 4 * tokens
 
 
-def _by_window(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
-    """Returns the model with its layers without a window alone, and with the others alone."""
-    full = tuple(layer for layer in config.layers if layer.window is None)
-    windowed = tuple(layer for layer in config.layers if layer.window is not None)
-    return tuple(dataclasses.replace(config, layers=layers) for layers in (full, windowed))
+def _by_sharing(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
+    """Returns the model with the layers that rows share alone, and with those that they copy."""
+    full = tuple(layer for layer in config.layers if layer.keeps_all)
+    others = tuple(layer for layer in config.layers if not layer.keeps_all)
+    return tuple(dataclasses.replace(config, layers=layers) for layers in (full, others))
+
+
+def _recurrent(config: ModelConfig) -> ModelConfig:
+    """Returns the model with its recurrent layers alone."""
+    layers = tuple(layer for layer in config.layers if layer.delta_net)
+    return dataclasses.replace(config, layers=layers)
 
 
 def _without_tail(spec: CacheSpec) -> CacheSpec:

@@ -21,6 +21,7 @@ from lsjax.cache import (
     shared_prefix,
     update_and_attend,
 )
+from lsjax.config import LayerKind
 from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh, sharding
 
@@ -66,7 +67,7 @@ def document(mesh, k, v, dtype, parts):
     whole = on_mesh(mesh, FullCache(laid(k), laid(v), zigzag))
     with jax.set_mesh(mesh):
         kept = jax.jit(lambda c, n: compress(c, n, parts, shards))(whole, jnp.full(rows, DOCUMENT))
-    return DocumentCache(shared_layers((kept,), [None]), np.int32(DOCUMENT), ())
+    return DocumentCache(shared_layers((kept,), [LayerKind()]), np.int32(DOCUMENT), ())
 
 
 def own_cache(mesh, dtype):

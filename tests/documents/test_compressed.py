@@ -247,4 +247,4 @@ def test_what_forgets_while_it_reads_is_refused():
     for kind in ({"streaming": True}, "streaming_llm"):
         options = resolve_options(shipped_model_path(), kv_compression=kind)
         with pytest.raises(UserError, match="forgets while it reads"):
-            lsjax.documents.check_options(options.config, options)
+            lsjax.documents.check_options(options)

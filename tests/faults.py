@@ -555,6 +555,27 @@ FAULTS = (
         "tests/documents/test_answers.py -k plain_prompt",
     ),
     Fault(
+        "rows that begin with empty states after a document",
+        "lsjax/cache/shared_prefix.py",
+        "lambda x: _repeated(x, own.batch), held",
+        "lambda x: 0 * _repeated(x, own.batch), held",
+        "tests/documents/test_recurrent_states.py -k first_token",
+    ),
+    Fault(
+        "the first snapshot of a quarter kept, not the last one",
+        "lsjax/documents/manifest.py",
+        "for at in sorted(states)}",
+        "for at in sorted(states, reverse=True)}",
+        "tests/documents/test_recurrent_states.py -k quarter",
+    ),
+    Fault(
+        "snapshots that do not count left behind",
+        "lsjax/documents/folder.py",
+        "            self._delete_snapshots()",
+        "            pass",
+        "tests/documents/test_recurrent_states.py -k quarter",
+    ),
+    Fault(
         "a saved slice read for the one before it",
         "lsjax/documents/folder.py",
         "reads.append((at, [",

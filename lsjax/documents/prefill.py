@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -93,11 +93,11 @@ def _in_chunks(engine, document, folder, prefill, on_prefill):
         manifest = folder.manifest
         aligned = math.lcm(document.border, manifest.slice, engine.settings.prefill_chunk)
         if states:
-            start = manifest.last_state(cached, aligned)
+            start = manifest.last_state(cached, document.border)
         else:
             start = cached if manifest.done >= cached else manifest.done // aligned * aligned
         if not folder.complete:
-            saver = _Saver(engine, folder, start, min(cached, manifest.cached), aligned)
+            saver = _Saver(engine, folder, start, min(cached, manifest.cached), document.border)
     if start:
         held = folder.read_snapshot(start, snapshot_bytes(states)) if states else None
         cache = engine.cache_of(spec, folder.slices(start), held)
@@ -134,8 +134,7 @@ def _prefill(
     rows, settings = engine.settings.mesh.shape["data"], engine.settings
     lengths = np.full(rows, stop, np.int32)
     last = pending = None
-    for at, size in chunks(stop - start, settings.prefill_chunk, settings.zigzag.block_length):
-        at += start
+    for at, size in _chunks_from(start, stop, settings, anywhere=document is not None):
         part = ids[at : min(at + size, stop)]
         tokens = np.zeros((rows, size), np.int32)
         tokens[:, : len(part)] = part
@@ -156,6 +155,22 @@ def _prefill(
             saver.write(stop)
         on_prefill(pending[0])
     return cache
+
+
+def _chunks_from(
+    start: int, stop: int, settings: EngineConfig, anywhere: bool
+) -> Iterator[tuple[int, int]]:
+    """Yields the start and the size of each chunk of the tokens start .. stop - 1.
+
+    Unless they may start anywhere, smaller ones lead up to a multiple of the chunk.
+    """
+    chunk = settings.prefill_chunk
+    while start % chunk and start < stop and not anywhere:
+        size = math.gcd(start, chunk)
+        yield start, size
+        start += size
+    for at, size in chunks(max(stop - start, 0), chunk, settings.zigzag.block_length):
+        yield start + at, size
 
 
 def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> None:
@@ -185,11 +200,11 @@ class _Saver:
     """
 
     def __init__(
-        self, engine: Engine, folder: DocumentFolder, start: int, cached: int, aligned: int
+        self, engine: Engine, folder: DocumentFolder, start: int, cached: int, border: int
     ):
         self._engine, self._folder, self._cached = engine, folder, cached
         self.taken = self._written = start // folder.manifest.slice * folder.manifest.slice
-        self._aligned = aligned  # what the positions of snapshots are multiples of, but the end
+        self._border = border  # what the positions of snapshots are multiples of, but the end
         self._slices: list = []
         self._states: list = []
         self._next = time.monotonic() + _INTERVAL
@@ -204,7 +219,7 @@ class _Saver:
     def take_states(self, cache: KVCache, filled: int) -> None:
         """Takes the states after `filled` tokens of a cache, if reading may go on there."""
         states = states_of(cache)
-        if states and (filled == self._cached or filled % self._aligned == 0):
+        if states and (filled == self._cached or filled % self._border == 0):
             self._states.append((filled, _copied(states)))
 
     def write(self, computed: int) -> None:

@@ -142,8 +142,8 @@ class Engine:
           tables: rotary tables of the batch.
           cache: cache of the prompts up to `start`; donated.
           tokens: [batch, chunk] ids; arbitrary after a prompt's end.
-          start: position of the chunk's first token, a multiple of settings.prefill_chunk unless
-            there is a document.
+          start: position of the chunk's first token, a multiple of settings.prefill_chunk, or of
+            the chunk's size if that divides it, unless there is a document.
           lengths: [batch] number of tokens in each prompt.
           last: [batch, hidden] hidden states returned for the previous chunk; None for the first
             chunk.
@@ -364,11 +364,11 @@ class Engine:
 
     def _check_chunk(self, tokens: np.ndarray, start: int) -> None:
         """Refuses a chunk whose caches were compiled for others; see CacheSpec.chunk."""
-        chunk = self.settings.prefill_chunk
-        if start % chunk or tokens.shape[1] > chunk:
+        chunk, size = self.settings.prefill_chunk, tokens.shape[1]
+        if size > chunk or start % (chunk if chunk % size else size):
             raise ValueError(
-                f"a chunk has at most {chunk} tokens and starts at a multiple of as many, not "
-                f"{tokens.shape[1]} tokens at {start}"
+                f"a chunk has at most {chunk} tokens and starts at a multiple of as many, or of "
+                f"its own size if that divides them, not {size} tokens at {start}"
             )
 
     def _place(self, rows: np.ndarray, dtype: type = np.int32) -> jax.Array:

@@ -174,6 +174,11 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers of attention, without the recurrent ones."""
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.delta_net)
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer, or None."""
         return tuple(layer.window for layer in self.layers)

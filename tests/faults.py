@@ -84,6 +84,13 @@ FAULTS = (
         "tests/nn/test_delta_net.py -k refused_token",
     ),
     Fault(
+        "head scores given to the first layers, recurrent ones among them",
+        "lsjax/compression/razor.py",
+        "zip(config.attention_layers, map(tuple, rows.tolist()), strict=True)",
+        "enumerate(map(tuple, rows.tolist()))",
+        "tests/compression/test_recurrent_layers.py",
+    ),
+    Fault(
         "the query of gated attention taken for its gate",
         "lsjax/nn/attention.py",
         "q, gate = jnp.split(q, 2, axis=-1)",

@@ -38,6 +38,7 @@ from lsjax.cache.spec import (
     CacheSpec,
     cache_shapes,
     empty_cache,
+    empty_entry,
     empty_layer,
     layer_bytes,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "compress",
     "detach",
     "empty_cache",
+    "empty_entry",
     "empty_layer",
     "empty_state",
     "from_slices",

@@ -145,6 +145,15 @@ def _empty_sparse(
     )
 
 
+def empty_entry(
+    config: ModelConfig, spec: CacheSpec, platform: str, kind: LayerKind
+) -> LayerCache | RecurrentState:
+    """Creates what a layer of a kind has in a model's cache; see `empty_layer`."""
+    if kind.delta_net:
+        return empty_state(kind.delta_net, spec.batch, spec.compute_dtype, spec.zigzag)
+    return empty_layer(config, spec, platform, kind.window)
+
+
 def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> KVCache:
     """Creates a cache of zeros. Call it under jit, and shard it as its partition specs say."""
     if spec.policy is not None:
@@ -152,13 +161,8 @@ def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
     dense_layers = 0 if spec.sparse is None else spec.sparse.first_layers
     dense = dataclasses.replace(spec, sparse=None)
 
-    def empty(spec: CacheSpec, kind: LayerKind) -> LayerCache | RecurrentState:
-        if kind.delta_net:
-            return empty_state(kind.delta_net, spec.batch, spec.compute_dtype, spec.zigzag)
-        return empty_layer(config, spec, platform, kind.window)
-
     kinds = [(dense if i < dense_layers else spec, x) for i, x in enumerate(config.layers)]
-    layers = {kind: empty(*kind) for kind in set(kinds)}
+    layers = {(spec, kind): empty_entry(config, spec, platform, kind) for spec, kind in set(kinds)}
     return tuple(layers[kind] for kind in kinds)
 
 

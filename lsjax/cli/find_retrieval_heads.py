@@ -94,14 +94,17 @@ def main(argv: list[str]) -> None:
     chosen = choose(scores, config.num_kv_heads, FLAGS.induction, FLAGS.echo)
     print(f"{length:,} tokens, {REPEATS} times; {chosen.sum()} of {chosen.size} KV heads retrieve:")
     group = config.num_heads // config.num_kv_heads
-    for layer, head in np.argwhere(chosen):
-        own = slice(head * group, (head + 1) * group)
-        best = scores.induction[layer, own].max(), scores.echo[layer, own].max()
+    for row, head in np.argwhere(chosen):
+        layer, own = config.attention_layers[row], slice(head * group, (head + 1) * group)
+        best = scores.induction[row, own].max(), scores.echo[row, own].max()
         print(f"layer {layer:>3}, KV head {head:>3}: induction {best[0]:.3f}, echo {best[1]:.3f}")
     print(f"scores written to {output}")
     if FLAGS.plot:
-        scores = {f"{name} score": rows for name, rows in dataclasses.asdict(scores).items()}
-        plot_heads(scores, FLAGS.plot)
+        maps = {}
+        for name, rows in dataclasses.asdict(scores).items():
+            maps[f"{name} score"] = np.full((config.num_layers, config.num_heads), np.nan)
+            maps[f"{name} score"][list(config.attention_layers)] = rows
+        plot_heads(maps, FLAGS.plot)
 
 
 def _find_reaches(model: LanguageModel, output: str) -> None:

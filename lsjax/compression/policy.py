@@ -41,7 +41,7 @@ class Compression:
     def split(self, layer: int, prompt_capacity: int) -> HeadSplit:
         """Returns a layer's head groups, for prompts of up to `prompt_capacity` tokens.
 
-        Asked only if `by_layer`, as `compress` and `head_order`.
+        Asked only if `by_layer`, as `compress` and `head_order`, and of layers of attention.
         """
         raise NotImplementedError
 
@@ -129,13 +129,8 @@ def check_tokens(name: str, count: Any, least: int) -> None:
         )
 
 
-def check_full_attention(kind: str, config: ModelConfig) -> None:
-    """Refuses a model whose layers are not all of full attention with a UserError."""
-    if config.delta_nets:
-        raise UserError(
-            f"kv_compression {kind} does not go with recurrent layers, whose state is constant in "
-            "length; use kv_compression none."
-        )
+def check_no_windows(kind: str, config: ModelConfig) -> None:
+    """Refuses a model with sliding windows with a UserError."""
     if any(config.windows):
         raise UserError(
             f"kv_compression {kind} does not go with sliding windows, whose layers keep no more "

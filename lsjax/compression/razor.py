@@ -16,21 +16,24 @@ from lsjax.cache import (
     HeadSplit,
     KVCache,
     LayerCache,
+    RecurrentState,
     WindowSpec,
     compress,
-    empty_layer,
+    empty_entry,
 )
 from lsjax.compression.alibi_span import alibi_spans
-from lsjax.compression.policy import Compression, check_full_attention, check_tokens, has_type
+from lsjax.compression.policy import Compression, check_no_windows, check_tokens, has_type
 from lsjax.compression.reorder_heads import moved_channels, query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
-from lsjax.config import ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class RazorConfig:
     """Settings of RazorAttention; the defaults are the paper's (arXiv 2407.15891).
+
+    They concern the layers of attention. Recurrent layers keep their state.
 
     With a model axis, every device has the same number of heads per layer that keep all tokens. If
     the chosen heads do not divide evenly, more heads keep all tokens.
@@ -89,7 +92,7 @@ class RazorConfig:
           UserError: the file of head scores is missing, damaged or another model's; or the model
             does not support RazorAttention or one of the settings.
         """
-        check_full_attention("razor", config)
+        check_no_windows("razor", config)
         _check_goes_with(self, config)
         path = self.heads or os.path.join(folder, HEAD_FILE)
         if config.alibi:
@@ -98,7 +101,7 @@ class RazorConfig:
             scores = read_scores(path, config)
             wanted = choose(scores, config.num_kv_heads, self.induction, self.echo)
             alibi_span = np.where(wanted, math.inf, 0)
-        return _arranged(self, alibi_span, shards)
+        return _arranged(self, config, alibi_span, shards)
 
     def estimate(self, config: ModelConfig, shards: int) -> "RazorAttention":
         """Spreads the heads that keep everything over the layers, for want of a model folder.
@@ -108,7 +111,7 @@ class RazorConfig:
         """
         if self.heads:
             return self.resolve("", config, shards)
-        check_full_attention("razor", config)
+        check_no_windows("razor", config)
         _check_goes_with(self, config)
         if config.alibi:
             raise UserError(
@@ -116,11 +119,11 @@ class RazorConfig:
                 'file that scripts/find_retrieval_heads.py writes, as in {"heads": '
                 f'"{HEAD_FILE}"}}.'
             )
-        layers, heads = config.num_layers, config.num_kv_heads
+        layers, heads = len(config.attention_layers), config.num_kv_heads
         count = sum(_count(share, layers * heads) for share in (self.induction, self.echo))
         wanted = np.zeros((heads, layers), bool)
         wanted.flat[:count] = True
-        return _arranged(self, np.where(wanted.T, math.inf, 0), shards)
+        return _arranged(self, config, np.where(wanted.T, math.inf, 0), shards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,8 @@ class RazorAttention(Compression):
       order: for each layer, its KV heads in the order in which the model runs them; on each shard
         the heads with the longest span come first.
       alibi_span: for each layer and each head of a shard, in that order, the number of last tokens
-        that it keeps: math.inf for all tokens, 0 for a window and a compensation token.
+        that it keeps: math.inf for all tokens, 0 for a window and a compensation token. A
+        recurrent layer has no heads, here and in `order`.
       shards: number of devices on the model axis.
     """
 
@@ -153,15 +157,18 @@ class RazorAttention(Compression):
 
     def empty_cache(self, config: ModelConfig, spec: CacheSpec, platform: str) -> KVCache:
         lengths = jax.ShapeDtypeStruct((spec.batch,), "int32")
-        whole = jax.eval_shape(lambda: empty_layer(config, spec, platform))
 
-        def empty(split: HeadSplit) -> HeadGroups:
+        def empty(kind: LayerKind, split: HeadSplit) -> HeadGroups | RecurrentState:
+            if kind.delta_net:
+                return empty_entry(config, spec, platform, kind)
+            whole = jax.eval_shape(lambda: empty_entry(config, spec, platform, kind))
             shapes = jax.eval_shape(lambda c, n: self.compress(c, n, split), whole, lengths)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         splits = [self.split(i, spec.prompt_capacity) for i in range(config.num_layers)]
-        layers = {split: empty(split) for split in set(splits)}
-        return tuple(layers[split] for split in splits)
+        kinds = list(zip(config.layers, splits, strict=True))
+        layers = {kind: empty(*kind) for kind in set(kinds)}
+        return tuple(layers[kind] for kind in kinds)
 
     def compress(self, cache: LayerCache, lengths: jax.Array, split: HeadSplit) -> HeadGroups:
         return compress(cache, lengths, split, self.shards)
@@ -202,7 +209,7 @@ class RazorAttention(Compression):
     def summary(self, config: ModelConfig, prompt_capacity: int) -> str:
         splits = [self.split(i, prompt_capacity) for i in range(config.num_layers)]
         full = sum(split.whole for split in splits) * self.shards
-        total = config.num_layers * config.num_kv_heads
+        total = sum(map(len, self.order))
         sizes = sorted({spec.slots for split in splits for _, spec in split.windows})
         ends = " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
         rest = f", the others {ends} tokens" if sizes else ""
@@ -224,7 +231,7 @@ class RazorAttention(Compression):
 
 
 def choose(scores: HeadScores, kv_heads: int, induction: float, echo: float) -> np.ndarray:
-    """Returns [layers, kv_heads], whether each KV head keeps all tokens.
+    """Returns [attention layers, kv_heads], whether each KV head keeps all tokens.
 
     A KV head's score is the highest score of its query heads. For each kind of score, the best KV
     heads of the whole model are chosen; their number is the share times all KV heads, rounded up.
@@ -241,8 +248,10 @@ def _count(share: float, heads: int) -> int:
     return math.ceil(share * heads - 1e-9)
 
 
-def _arranged(razor: RazorConfig, alibi_span: np.ndarray, shards: int) -> RazorAttention:
-    """Builds the compression from [layers, kv_heads] spans of heads.
+def _arranged(
+    razor: RazorConfig, config: ModelConfig, alibi_span: np.ndarray, shards: int
+) -> RazorAttention:
+    """Builds the compression from [attention layers, kv_heads] spans of heads.
 
     Heads are assigned to shards round-robin, by descending span. Heads with the same index on
     different shards all keep the longest span among them.
@@ -251,9 +260,12 @@ def _arranged(razor: RazorConfig, alibi_span: np.ndarray, shards: int) -> RazorA
     dealt = ranked.reshape(len(alibi_span), -1, shards)  # [layers, place, shard]
     farthest = np.take_along_axis(alibi_span, ranked, axis=1).reshape(dealt.shape).max(axis=-1)
     order = dealt.swapaxes(1, 2).reshape(alibi_span.shape)
-    return RazorAttention(
-        razor, tuple(map(tuple, order.tolist())), tuple(map(tuple, farthest.tolist())), shards
-    )
+
+    def by_layer(rows: np.ndarray) -> tuple[tuple, ...]:
+        of_layer = dict(zip(config.attention_layers, map(tuple, rows.tolist()), strict=True))
+        return tuple(of_layer.get(i, ()) for i in range(config.num_layers))
+
+    return RazorAttention(razor, by_layer(order), by_layer(farthest), shards)
 
 
 def _check_goes_with(razor: RazorConfig, config: ModelConfig) -> None:

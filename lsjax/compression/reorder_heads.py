@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from lsjax.config import ModelConfig
 from lsjax.nn.parameters import flatten, unflatten
 
-HeadOrder = tuple[tuple[int, ...], ...]  # of each layer
+HeadOrder = tuple[tuple[int, ...], ...]  # of each layer; a recurrent one has none
 
 
 def reorder_heads(params: dict, config: ModelConfig, kv_heads: HeadOrder) -> dict:
@@ -38,7 +38,7 @@ def moved_channels(config: ModelConfig, kv_heads: HeadOrder) -> dict[str, tuple[
     """
     moved = {}
     for i, (order, queries) in enumerate(zip(kv_heads, query_heads(config, kv_heads), strict=True)):
-        if order == tuple(range(config.num_kv_heads)):
+        if order == tuple(range(len(order))):
             continue
         for name, heads in (("q", queries), ("k", order), ("v", order)):
             parts = 1 + (name == "q" and config.gated_attention)  # a query and its gate

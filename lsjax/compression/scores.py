@@ -19,8 +19,8 @@ class HeadScores:
     """Scores of a model's query heads, from 0 to 1.
 
     Attributes:
-      echo: [layers, heads] attention to earlier copies of the current token.
-      induction: [layers, heads] attention to the tokens that follow those copies.
+      echo: [attention layers, heads] attention to earlier copies of the current token.
+      induction: like `echo`, attention to the tokens that follow those copies.
     """
 
     echo: np.ndarray
@@ -82,12 +82,12 @@ def _read(path: str, config: ModelConfig, names: Sequence[str]) -> list[np.ndarr
             f"{path} is of another model ({shape}), not of this one ({_shape(config)}); write it "
             "anew with scripts/find_retrieval_heads.py."
         )
-    expected = config.num_layers, config.num_heads
+    expected = len(config.attention_layers), config.num_heads
     for rows in read:
         if rows.shape != expected or not np.isfinite(rows).all():
             raise UserError(
-                f"{path} does not hold a number for each of {expected[0]} layers x {expected[1]} "
-                "heads; write it anew with scripts/find_retrieval_heads.py."
+                f"{path} does not hold a number for each of {expected[0]} layers of attention x "
+                f"{expected[1]} heads; write it anew with scripts/find_retrieval_heads.py."
             )
     return read
 

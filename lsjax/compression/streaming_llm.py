@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge
 from lsjax.cache import CacheSpec, KVCache, LayerCache, Step, empty_layer
-from lsjax.compression.policy import Compression, check_full_attention, check_tokens
+from lsjax.compression.policy import Compression, check_no_windows, check_tokens
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import FLOAT_TAIL_SPEC
@@ -125,7 +125,12 @@ class StreamingLLM(Compression):
           UserError: the model has sliding windows or recurrent layers, or serves less than sinks
             and window.
         """
-        check_full_attention("streaming_llm", config)
+        check_no_windows("streaming_llm", config)
+        if config.delta_nets:
+            raise UserError(
+                "kv_compression streaming_llm does not go with recurrent layers, whose state does "
+                "not forget what lies between the sinks and the window; use kv_compression razor."
+            )
         window = self.window or config.trained_length - self.sinks
         if window < 1 or self.sinks + window > config.served_length:
             raise UserError(

@@ -66,7 +66,7 @@ def plot_needle_curves(maps: Mapping[str, NeedleMap], path: str) -> None:
 
 
 def plot_heads(maps: Mapping[str, np.ndarray], path: str) -> None:
-    """Plots [layers, heads] arrays as heat maps; the keys of `maps` are the titles."""
+    """Plots [layers, heads] arrays as heat maps, NaN as blanks; keys of `maps` are the titles."""
     figure, axes = _figure(columns=len(maps))
     for one, (title, rows) in zip(np.atleast_1d(axes), maps.items(), strict=True):
         image = one.imshow(rows, vmin=0, cmap="viridis", aspect="auto")

@@ -15,7 +15,7 @@ from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.dispatch import attend
 from lsjax.attention.kv_array import KVArray
 from lsjax.cache import empty_layer
-from lsjax.compression.policy import check_full_attention
+from lsjax.compression.policy import check_no_windows
 from lsjax.compression.scores import HeadScores
 from lsjax.config import LayerKind
 from lsjax.distributed.multihost import to_host
@@ -45,7 +45,8 @@ def find_heads(
     """Scores every query head of a model on a text of `repeated_text`.
 
     Layers run one by one, so that the queries and keys of only one layer exist at a time. Only the
-    needed entries of the attention matrix and the sum of each row are kept.
+    needed entries of the attention matrix and the sum of each row are kept. Recurrent layers have
+    no such heads and no scores.
 
     Args:
       engine: engine of the model; its mesh has a model axis only.
@@ -54,11 +55,11 @@ def find_heads(
       on_layer: called with 1 after each layer.
 
     Raises:
-      UserError: the mesh has a context or a data axis, the model has ALiBi, sliding windows or
-        recurrent layers, or a text as long needs dual chunk attention.
+      UserError: the mesh has a context or a data axis, the model has ALiBi or sliding windows, or
+        a text as long needs dual chunk attention.
     """
     config, mesh = engine.config, engine.settings.mesh
-    check_full_attention("razor", config)
+    check_no_windows("razor", config)
     if config.alibi:
         raise UserError(
             "retrieval heads are found in models with RoPE; with ALiBi a head's reach follows from "
@@ -92,8 +93,10 @@ def find_heads(
     def step(kind: LayerKind, layer: dict, x: jax.Array):
         positions = jnp.arange(capacity)[None]
         block = Block(config, mesh, kind)
-        cache = empty_layer(config, spec, platform)
         inputs = engine.decoder.layer_inputs(tables, positions)[0]
+        if kind.delta_net:
+            return block.apply({"params": layer}, x, inputs, None)[0], None
+        cache = empty_layer(config, spec, platform)
         (x, _), seen = block.apply({"params": layer}, x, inputs, cache, mutable=["intermediates"])
         (q,), (k,) = (seen["intermediates"]["attn"][name] for name in ("queries", "keys"))
         return x, scores_of(q, k)
@@ -103,7 +106,8 @@ def find_heads(
     rows = []
     for i in range(config.num_layers):
         x, scores = run(config.layers[i], params[f"layers_{i}"], x)
-        rows.append(to_host(scores))
+        if scores is not None:
+            rows.append(to_host(scores))
         on_layer(1)
     echo, induction = np.stack(rows, axis=1)
     return HeadScores(echo, induction)

@@ -31,7 +31,7 @@ from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import put_on_mesh
 from lsjax.inference import steps
 from lsjax.inference.engine_config import EngineConfig, check_chunks
-from lsjax.inference.layerwise_prefill import lower_layer, prefill_by_layer
+from lsjax.inference.layerwise_prefill import lower_layers, prefill_by_layer
 from lsjax.inference.sampling import NOT_A_NUMBER, Draw
 from lsjax.inference.sharded_model import ShardedModel, sharded_model
 from lsjax.inference.steps import DecodeState
@@ -294,21 +294,19 @@ class Engine:
 
     def compile_ahead(
         self, spec: CacheSpec, document: CacheSpec | None = None
-    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    ) -> tuple[jax.stages.Compiled, ...]:
         """Compiles what `lower_ahead` lowers.
 
         Returns:
-          The prefill and the decode program. Their memory_analysis() gives the bytes needed per
-          device.
+          The compiled programs. Their memory_analysis() gives the bytes needed per device.
         """
         with concurrent.futures.ThreadPoolExecutor() as pool:
             lowered = self.lower_ahead(spec, document)
-            prefill, decode = pool.map(jax.stages.Lowered.compile, lowered)
-        return prefill, decode
+            return tuple(pool.map(jax.stages.Lowered.compile, lowered))
 
     def lower_ahead(
         self, spec: CacheSpec, document: CacheSpec | None = None
-    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    ) -> tuple[jax.stages.Lowered, ...]:
         """Lowers prefill of a chunk and decode of a segment, for devices that may be absent.
 
         Args:
@@ -316,8 +314,8 @@ class Engine:
           document: spec of the cache of a document that all rows begin with, or None.
 
         Returns:
-          The prefill and the decode program. If prompts are prefilled layer by layer, the prefill
-          program runs a single layer.
+          The prefill and the decode program. If prompts are prefilled layer by layer, there is a
+          prefill program for each kind of layer, which runs a single one.
         """
         model = self._model
         whole = model.replicated
@@ -350,17 +348,14 @@ class Engine:
         hidden = rows(self.config.hidden_size, dtype=self.settings.dtype)
         with jax.set_mesh(self.settings.mesh):  # tells Pallas which GPU to compile for
             if self.by_layer and document is None:
-                prefill = lower_layer(
-                    model, params["layers_0"], tables, spec, self.settings.prefill_chunk
-                )
+                prefill = lower_layers(model, params, tables, spec, self.settings.prefill_chunk)
             else:
                 tokens = rows(self.settings.prefill_chunk)
-                prefill = steps.prefill.lower(
-                    model, params, tables, cache, tokens, count, rows(), hidden, held
-                )
+                args = tables, cache, tokens, count, rows(), hidden, held
+                prefill = (steps.prefill.lower(model, params, *args),)
             static = {"steps": self.settings.segment, "drafted": 0}
             decode = steps.decode.lower(model, params, tables, state, Draw(), eos, held, **static)
-            return prefill, decode
+            return *prefill, decode
 
     def _check_chunk(self, tokens: np.ndarray, start: int) -> None:
         """Refuses a chunk whose caches were compiled for others; see CacheSpec.chunk."""

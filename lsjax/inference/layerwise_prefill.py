@@ -1,8 +1,8 @@
 """Layer-by-layer prefill: runs a whole prompt through one layer before the next.
 
 Each layer's cache is compressed as soon as the layer is done, so only one cache is ever
-uncompressed. Prompt tokens attend to uncompressed caches, so the first token of the answer is that
-of the uncompressed model.
+uncompressed. A recurrent layer keeps its state as it is. Prompt tokens attend to uncompressed
+caches, so the first token of the answer is that of the uncompressed model.
 """
 
 import bisect
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.cache import CacheSpec, KVCache, LayerCache, cache_shapes, empty_layer
-from lsjax.config import ModelConfig
+from lsjax.cache import CacheSpec, KVCache, LayerCache, RecurrentState, cache_shapes, empty_entry
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.inference.sharded_model import ShardedModel
 from lsjax.nn.decoder import run_layer
 from lsjax.positions.rotary import RotaryTables
@@ -50,16 +50,18 @@ def prefill_by_layer(
     hidden, inputs = list(hidden), model.decoder.layer_inputs(tables)
     starts = [np.int32(i * x.shape[1]) for i, x in enumerate(hidden)]
     whole, entries = dataclasses.replace(spec, policy=None), []
-    for i in range(model.config.num_layers):
-        cache, layer = _empty(model, whole), params[f"layers_{i}"]
+    for i, kind in enumerate(model.config.layers):
+        cache, layer = _empty(model, whole, kind), params[f"layers_{i}"]
         for n, start in enumerate(starts):
             args = inputs[i], cache, hidden[n], start, lengths
             hidden[n], cache = _LAYER(model, layer, *args, i=_first_alike(model, i))
             if n:  # wait only for the previous chunk: the device always has one queued
                 jax.block_until_ready(hidden[n - 1])
                 on_chunk(i, n - 1)
-        split = model.compression.split(i, spec.prompt_capacity)
-        entries.append(_COMPRESS(model, cache, lengths, split=split))
+        if not kind.delta_net:
+            split = model.compression.split(i, spec.prompt_capacity)
+            cache = _COMPRESS(model, cache, lengths, split=split)
+        entries.append(cache)
         del cache
         jax.block_until_ready(entries[-1])  # before the next layer's cache is allocated
         on_chunk(i, len(starts) - 1)
@@ -84,12 +86,16 @@ def layer_progress(
     layers, chunks, told = config.num_layers, -(-longest // chunk), 0
     cost = functools.partial(prefill_cost, config, 0)
 
+    def cost_of(kind: LayerKind, length: int) -> float:
+        return prefill_cost(dataclasses.replace(config, layers=(kind,)), 0, length)
+
     def on_chunk(layer: int, n: int) -> None:
         nonlocal told
         if (layer, n) == (layers - 1, chunks - 1):
             done = longest
         else:
-            work = (layer * cost(longest) + cost(min((n + 1) * chunk, longest))) / layers
+            work = cost_of(config.layers[layer], min((n + 1) * chunk, longest))
+            work += sum(cost_of(kind, longest) for kind in config.layers[:layer])
             done = bisect.bisect(range(longest), work, key=cost) - 1
         if done > told:
             on_prefill(done - told)
@@ -98,10 +104,10 @@ def layer_progress(
     return on_chunk
 
 
-def lower_layer(
-    model: ShardedModel, layer: dict, tables: RotaryTables, spec: CacheSpec, chunk: int
-) -> jax.stages.Lowered:
-    """Lowers the program that runs a chunk through one layer, for abstract arguments."""
+def lower_layers(
+    model: ShardedModel, params: dict, tables: RotaryTables, spec: CacheSpec, chunk: int
+) -> tuple[jax.stages.Lowered, ...]:
+    """Lowers the program of each kind of layer that runs a chunk, for abstract arguments."""
 
     def abstract(shape: tuple[int, ...], dtype, where) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -116,8 +122,13 @@ def lower_layer(
     start = abstract((), "int32", model.replicated)
     lengths = abstract((spec.batch,), "int32", model.rows)
     whole = dataclasses.replace(spec, policy=None)
-    cache = cache_shapes(model.config, model.mesh, whole, model.platform)[0]
-    return _LAYER.lower(model, layer, inputs, cache, hidden, start, lengths, i=0)
+    caches = cache_shapes(model.config, model.mesh, whole, model.platform)
+
+    def lower(i: int) -> jax.stages.Lowered:
+        layer = params[f"layers_{i}"]
+        return _LAYER.lower(model, layer, inputs, caches[i], hidden, start, lengths, i=i)
+
+    return tuple(map(lower, map(model.config.layers.index, dict.fromkeys(model.config.layers))))
 
 
 def _first_alike(model: ShardedModel, i: int) -> int:
@@ -125,9 +136,9 @@ def _first_alike(model: ShardedModel, i: int) -> int:
     return model.config.layers.index(model.config.layers[i])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _empty(model: ShardedModel, spec: CacheSpec) -> LayerCache:
-    return model.as_layer(empty_layer(model.config, spec, model.platform))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(model: ShardedModel, spec: CacheSpec, kind: LayerKind) -> LayerCache | RecurrentState:
+    return model.as_layer(empty_entry(model.config, spec, model.platform, kind))
 
 
 def _run_layer(model, layer, inputs, cache, hidden, start, lengths, *, i):

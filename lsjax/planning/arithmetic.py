@@ -82,10 +82,10 @@ def needs_of(
 def _one_layer_bytes(
     config: ModelConfig, platform: str, deployment: Deployment, spec: CacheSpec
 ) -> int:
-    """Returns the bytes per device of a layer's whole cache, before it is compressed."""
-    one = dataclasses.replace(config, layers=config.layers[:1])
+    """Returns the bytes per device of the largest whole cache of a layer, not yet compressed."""
     whole = dataclasses.replace(spec, policy=None)
-    return whole.nbytes(one, deployment.mesh, platform)
+    alone = [dataclasses.replace(config, layers=(kind,)) for kind in set(config.layers)]
+    return max(whole.nbytes(one, deployment.mesh, platform) for one in alone)
 
 
 @functools.lru_cache

@@ -40,7 +40,7 @@ def compile_for(
     try:
         if deployment.document_length:
             return _with_document(engine, deployment, input_length)
-        prefill, decode = (
+        *prefill, decode = (
             p.memory_analysis()
             for p in engine.compile_ahead(deployment.cache_spec_for(input_length))
         )
@@ -51,11 +51,11 @@ def compile_for(
     # Decode takes all weights. Prefill does not take the LM head, which occupies memory all the
     # same. The cache is donated, so its size is that of the aliased outputs.
     weights = decode.argument_size_in_bytes - decode.alias_size_in_bytes
-    found = _needs(prefill, weights)
+    found = [_needs(program, weights) for program in prefill]
     if engine.by_layer:
         hidden = hidden_bytes(config, deployment, input_length)
-        found = _by_layer(found, decode.alias_size_in_bytes, hidden)
-    return {"prefill": found, "decode": _needs(decode, weights)}
+        found = [_by_layer(one, decode.alias_size_in_bytes, hidden) for one in found]
+    return {"prefill": max(found, key=lambda n: n.total), "decode": _needs(decode, weights)}
 
 
 def _by_layer(one: MemoryUsage, cache: int, hidden: int) -> MemoryUsage:

@@ -16,6 +16,7 @@ from helpers.deployments import deployment as deployment_of
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 
 import lsjax
+from lsjax.compression import RazorConfig
 from lsjax.planning import find_target
 from lsjax.planning.arithmetic import cache_bytes, needs_of
 from lsjax.planning.compiled import TooLargeError, compile_for
@@ -52,6 +53,16 @@ def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length
     deployment = deployment_of(mesh, "bfloat16", kv, chunk, batch, 1024)
     guessed = needs_of(config, target.platform, deployment, length)
     for name, compiled in compile_for(config, target, deployment, length).items():
+        assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name
+
+
+def test_prefill_layer_by_layer_needs_what_its_largest_layer_does():
+    """Three layers are recurrent, and one is of attention."""
+    target, config = find_target("h100-80gb:1"), with_layers(QWEN3_5, 4)
+    razor = RazorConfig().estimate(config, 1)
+    deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 4096, 1, 1024, razor)
+    guessed = needs_of(config, target.platform, deployment, 261_120)
+    for name, compiled in compile_for(config, target, deployment, 261_120).items():
         assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.golden_models import build
 from helpers.intermediates import queries_and_keys
 
 import lsjax
@@ -36,6 +37,18 @@ def test_scores_are_those_of_the_whole_attention_matrix(mesh):
     wanted = whole_matrix(lsjax.load(), text)
     np.testing.assert_allclose([found.echo, found.induction], wanted, rtol=1e-4, atol=1e-7)
     assert layers == [1] * lm.config.num_layers
+
+
+@pytest.mark.slow("attention is quick; recurrent layers are but run and passed over")
+def test_recurrent_layers_have_no_scores():
+    lm = build("qwen3_5")
+    text = repeated_text(1, 48, 57, 37, seed=3)
+    layers = []
+    found = find_heads(lm.engine, lm.params, text, layers.append)
+    np.testing.assert_allclose(
+        [found.echo, found.induction], whole_matrix(lm, text), rtol=1e-4, atol=1e-7
+    )
+    assert found.echo.shape == (1, 8) and layers == [1, 1]
 
 
 def test_a_text_that_is_dealt_out_is_refused():

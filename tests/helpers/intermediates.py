@@ -5,7 +5,7 @@ import numpy as np
 
 
 def queries_and_keys(lm, ids):
-    """[layers] of queries and keys of a text, [length, heads, head_dim] float64 each."""
+    """Queries and keys of a text in each layer of attention, [length, heads, head_dim] float64."""
     tokens, positions = np.asarray(ids)[None], np.arange(len(ids))[None]
     tables = lm.engine.tables([len(ids)])
 
@@ -16,5 +16,5 @@ def queries_and_keys(lm, ids):
         )[1]["intermediates"]
 
     found = run(lm.params)
-    layers = [found[f"layers_{i}"]["attn"] for i in range(lm.config.num_layers)]
+    layers = [found[f"layers_{i}"]["attn"] for i in lm.config.attention_layers]
     return [[np.asarray(at[n][0][0], np.float64) for n in ("queries", "keys")] for at in layers]

@@ -32,6 +32,40 @@ def attention(q, k, v, positions, window=None):
     return values, (highest + np.log(total))[..., 0]
 
 
+def razor_attention(q, k, v, prompt, sinks, last):
+    """What RazorAttention's heads of a window give whole rows, by definition.
+
+    Tokens of the prompt see everything before them. Each later one sees the first `sinks` tokens
+    and the `last` ones, and the mean of the keys and values that it no longer sees, which gets the
+    weight of as many tokens.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      k, v: [batch, length, kv_heads, head_dim].
+      prompt: number of tokens of the prompt, more than sinks and window.
+      sinks, last: number of first and last tokens that are kept.
+
+    Returns:
+      [batch, length, heads, head_dim] float64.
+    """
+    out = attention(q, k, v, np.arange(q.shape[1])[None].repeat(len(q), 0))[0]
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    for at in range(prompt, q.shape[1]):
+        gone = np.arange(sinks, at - last + 1)
+        kept = np.delete(np.arange(at + 1), gone)
+        counts = np.array([1] * len(kept) + [len(gone)])
+        keys, values = (
+            np.concatenate([x[:, kept], x[:, gone].mean(axis=1, keepdims=True)], axis=1)
+            for x in (k, v)
+        )
+        scores = np.einsum("bhd,bshd->bhs", q[:, at], keys) / np.sqrt(q.shape[-1])
+        weights = counts * np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[:, at] = np.einsum("bhs,bshd->bhd", weights, values)
+    return out
+
+
 def rotated(x, positions, theta=1e4, interleaved=False):
     """Rotates [..., length, heads, head_dim] to [length] positions, in float64, by definition."""
     x = np.asarray(x, np.float64)

@@ -84,6 +84,20 @@ FAULTS = (
         "tests/nn/test_delta_net.py -k refused_token",
     ),
     Fault(
+        "a recurrence that goes on from one document of a row to the next",
+        "lsjax/nn/delta_net.py",
+        "None if since is None else since == 0",
+        "None",
+        "tests/training/test_recurrent_layers.py -k float64",
+    ),
+    Fault(
+        "a convolution that sees the document before",
+        "lsjax/nn/delta_net.py",
+        "(since >= width - 1 - i)",
+        "(since >= 0)",
+        "tests/training/test_recurrent_layers.py -k float64",
+    ),
+    Fault(
         "head scores given to the first layers, recurrent ones among them",
         "lsjax/compression/razor.py",
         "zip(config.attention_layers, map(tuple, rows.tolist()), strict=True)",
@@ -114,8 +128,8 @@ FAULTS = (
     Fault(
         "a recurrence that forgets the tokens of a chunk as if all were its first",
         "lsjax/nn/delta_rule.py",
-        "kept = jnp.exp(total[..., -1:, :] - total) * keys",
-        "kept = jnp.exp(total[..., -1:, :]) * keys",
+        "jnp.where(in_state, jnp.exp(total[..., -1:] - total), 0)",
+        "jnp.where(in_state, jnp.exp(total[..., -1:]), 0)",
         "tests/nn/test_delta_rule.py",
     ),
     Fault(

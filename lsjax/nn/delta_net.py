@@ -40,7 +40,7 @@ class GatedDeltaNet(nn.Module):
         """Maps [batch, length, hidden] to the same shape, and runs the tokens through the state.
 
         Tokens past `inputs.lengths` leave the state as it is. Without a state the tokens are whole
-        rows.
+        rows, in which documents may begin (`inputs.begin`): they see nothing of those before them.
         """
         net, (batch, length, hidden) = self.net, x.shape
         widths = {"q": net.key_dim, "k": net.key_dim, "v": net.group * net.value_dim}
@@ -83,15 +83,15 @@ class GatedDeltaNet(nn.Module):
         run = jax.shard_map(
             functools.partial(_on_device, decode=inputs.decode, exchange=exchange),
             mesh=self.mesh,
-            in_specs=(spec, PartitionSpec(_HEADS), TOKENS_SPEC, TOKENS_SPEC, specs),
+            in_specs=(spec, PartitionSpec(_HEADS), *(TOKENS_SPEC,) * 3, specs),
             out_specs=(spec, specs.replace(draft=by_head if drafted else None)),
             check_vma=False,
         )
-        y, after = run(tokens, weights, inputs.positions, inputs.lengths, held)
+        y, after = run(tokens, weights, inputs.positions, inputs.lengths, inputs.begin, held)
         return y, state and after
 
 
-def _on_device(tokens, weights, positions, lengths, state, *, decode, exchange):
+def _on_device(tokens, weights, positions, lengths, begin, state, *, decode, exchange):
     """Runs one device's heads; called under shard_map.
 
     A recurrence is sequential, so the tokens of a prefill chunk that is sharded over the context
@@ -102,22 +102,28 @@ def _on_device(tokens, weights, positions, lengths, state, *, decode, exchange):
       weights: taps of the convolution and the two parameters of the decay, by key head.
       positions: [batch, length] of all devices' tokens, in the order of `tokens`.
       lengths: [batch] number of tokens in each row, or None.
+      begin: like `positions`, index of the first token that each token sees, or None.
       state: RecurrentState of the device's heads.
       decode: whether these are the few tokens of a decode step.
       exchange: whether tokens are sharded over the context axis.
     """
-    dtype, (batch, length) = tokens.dtype, positions.shape
+    dtype, (batch, length), since = tokens.dtype, positions.shape, None
     if exchange:
         order = state.zigzag.permutation(length)
         back = np.argsort(order)
         tokens = jax.lax.all_to_all(tokens, "context", 2, 1, tiled=True)[:, back]
-        positions = positions[:, back]
-    inputs, mixed = _prepare(tokens, weights, state)
+        positions, begin = jax.tree.map(lambda x: x[:, back], (positions, begin))
+    if begin is not None:
+        since = jnp.arange(length) - begin
+    inputs, mixed = _prepare(tokens, weights, state, since)
     counts = jnp.full(batch, length)
     if lengths is not None:
         counts = jnp.sum(positions < lengths[:, None], axis=1)
         inputs = _first(inputs, counts)
-    y, matrix = (run_steps if decode else run_chunks)(state.matrix, inputs)
+    if decode:
+        y, matrix = run_steps(state.matrix, inputs)
+    else:
+        y, matrix = run_chunks(state.matrix, inputs, None if since is None else since == 0)
     y = y.reshape(*y.shape[:3], -1).astype(dtype)
     if exchange:
         y = jax.lax.all_to_all(y[:, order], "context", 1, 2, tiled=True)
@@ -139,15 +145,23 @@ def keep_accepted(cache: KVCache, counts: jax.Array) -> KVCache:
     return tuple(map(keep, cache))
 
 
-def _prepare(tokens, weights, state):
-    """Returns what tokens bring to the delta rule, and the inputs of the convolution."""
+def _prepare(tokens, weights, state, since):
+    """Returns what tokens bring to the delta rule, and the inputs of the convolution.
+
+    `since` is the number of tokens before each one in its document, [batch, length], or None.
+    """
     taps, log_rate, bias = weights
     length, (*_, group, value_dim, key_dim) = tokens.shape[1], state.matrix.shape
     channels = taps.shape[1]
     mixed, beta, rate = jnp.split(tokens, [channels, channels + group], axis=-1)
     mixed = jnp.concatenate([state.recent, mixed], axis=1)
     wide, taps = mixed.astype(jnp.float32), taps.astype(jnp.float32)
-    y = sum(wide[:, i : i + length] * taps[..., i] for i in range(taps.shape[-1]))
+    y, width = 0.0, taps.shape[-1]
+    for i in range(width):
+        x = wide[:, i : i + length]
+        if since is not None:
+            x = jnp.where((since >= width - 1 - i)[..., None, None], x, 0)
+        y = y + x * taps[..., i]
     q, k, v = jnp.split(nn.silu(y), [key_dim, 2 * key_dim], axis=-1)
     inputs = DeltaInputs(
         q=_normalized(q) * key_dim**-0.5,

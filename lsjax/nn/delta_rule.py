@@ -66,12 +66,17 @@ def _step(state: jax.Array, token: DeltaInputs) -> tuple[jax.Array, jax.Array]:
     return state * decay[..., None] + change[..., None] * token.k[:, :, None, None], y
 
 
-def run_chunks(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Array]:
+def run_chunks(
+    state: jax.Array, inputs: DeltaInputs, starts: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Does what `run_steps` does in chunks of tokens, whose work is matrix products.
+
+    Where `starts` [batch, length] is true a document starts, from an empty state.
 
     Within a chunk the changes d are the solution of a unit lower-triangular system, in which the
     state before the chunk is linear. The systems of a few thousand tokens are solved at once; a
-    scan then carries the state from chunk to chunk.
+    scan then carries the state from chunk to chunk. Gradients keep the state before each such piece
+    alone, and run it again.
     """
     batch, length = inputs.k.shape[:2]
     chunk = min(DELTA_CHUNK, length)
@@ -82,27 +87,37 @@ def run_chunks(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Ar
         x = jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(batch, -1, size // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    state, y = jax.lax.scan(_run_piece, state, jax.tree.map(pieces, inputs))
+    run = jax.checkpoint(_run_piece, prevent_cse=False)
+    state, y = jax.lax.scan(run, state, jax.tree.map(pieces, (inputs, starts)))
     return y.swapaxes(0, 1).reshape(batch, -1, *inputs.v.shape[2:])[:, :length], state
 
 
-def _run_piece(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Array]:
+def _run_piece(
+    state: jax.Array, tokens: tuple[DeltaInputs, jax.Array | None]
+) -> tuple[jax.Array, jax.Array]:
     """Runs [batch, chunks, chunk, ...] tokens; the outputs are of that shape."""
+    inputs, starts = tokens
     # As [chunks, batch, key_heads, group, chunk, channels].
     q, k, v = (jnp.moveaxis(x, (1, 2), (0, -2)) for x in (inputs.q, inputs.k, inputs.v))
     log_decay, beta = (jnp.moveaxis(x, (1, 2), (0, -1)) for x in (inputs.log_decay, inputs.beta))
     total = jnp.cumsum(log_decay, axis=-1)  # up to each token, from the chunk's start
     seen = jnp.tril(jnp.ones((total.shape[-1],) * 2, bool))
+    # Whether a token sees the state before the chunk, and the state after it sees the token.
+    sees_state = in_state = True
+    if starts is not None:  # as [chunks, batch, 1, 1, chunk]
+        document = jnp.cumsum(starts, axis=-1).swapaxes(0, 1)[:, :, None, None]
+        seen = seen & (document[..., :, None] == document[..., None, :])
+        sees_state, in_state = document == 0, document == document[..., -1:]
     decay = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
-    total, beta = total[..., None], beta[..., None]
-    queries, keys, left = q[:, :, :, None], k[:, :, :, None], jnp.exp(total)
+    left = jnp.where(sees_state, jnp.exp(total), 0)[..., None]
+    kept = jnp.where(in_state, jnp.exp(total[..., -1:] - total), 0)[..., None]
+    queries, keys, beta = q[:, :, :, None], k[:, :, :, None], beta[..., None]
 
     system = beta * decay * einsum("nbhid,nbhjd->nbhij", k, k)[:, :, :, None]
     right = jnp.concatenate([beta * v, beta * left * keys], axis=-1)
     solved = einsum("nbhrij,nbhrjc->nbhric", _inverse_of_unit_lower(system), right)
     changes, of_state = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     near = decay * einsum("nbhid,nbhjd->nbhij", q, k)[:, :, :, None]
-    kept = jnp.exp(total[..., -1:, :] - total) * keys
 
     def run(state: jax.Array, of_chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         changes, of_state, near, queries, kept, left = of_chunk
@@ -111,7 +126,7 @@ def _run_piece(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Ar
         y = y + einsum("bhrij,bhrje->bhrie", near, changes)
         return left * state + einsum("bhrie,bhrid->bhred", changes, kept), y
 
-    per_chunk = changes, of_state, near, left * queries, kept, left[..., -1:, :]
+    per_chunk = changes, of_state, near, left * queries, kept * keys, left[..., -1:, :]
     state, y = jax.lax.scan(run, state, per_chunk)
     return state, jnp.moveaxis(y, (0, -2), (1, 2))
 

@@ -151,8 +151,9 @@ class RMSNorm(nn.Module):
 
         With a few tokens, products that do not wait for the factor make shorter chains of kernels.
         """
-        init = nn.with_partitioning(nn.initializers.ones, (None,))
-        weight = self.param("weight", init, (x.shape[-1],), x.dtype)
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        shape = (x.shape[-1],)
+        weight = self.param("weight", nn.with_partitioning(init, (None,)), shape, x.dtype)
         if self.zero_centered:
             weight = 1 + weight.astype(jnp.float32)
         y = x.astype(jnp.float32)

@@ -54,12 +54,14 @@ def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0
     key, flat = jax.random.key(seed), {}
     for path, leaf in abstract_parameters(config, mesh, dtype).items():
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        flat[path] = _draw(_initializer(path, leaf), own, leaf.shape, leaf.dtype, leaf.sharding)
+        initializer = _initializer(config, path, leaf)
+        flat[path] = _draw(initializer, own, leaf.shape, leaf.dtype, leaf.sharding)
     return unflatten(flat)
 
 
-def _initializer(path: str, leaf: jax.ShapeDtypeStruct) -> Initializer:
-    if path.endswith("bias"):
+def _initializer(config: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> Initializer:
+    centered = config.zero_centered_norms and not path.endswith("delta_net/norm/weight")
+    if path.endswith("/bias") or (path.endswith("norm/weight") and centered):
         return nn.initializers.zeros
     return _NORMAL if len(leaf.shape) > 1 else nn.initializers.ones
 

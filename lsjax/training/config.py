@@ -18,7 +18,6 @@ from lsjax.runtime.notes import note
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
 from lsjax.training.batch import length_unit
 from lsjax.training.documents import Vocabulary
-from lsjax.training.loss import check_trainable
 from lsjax.training.optimizer import OptimizerConfig
 from lsjax.training.scaled_config import scaled_config
 
@@ -195,7 +194,6 @@ def resolve_training(
     """
     devices, config = make_mesh(mesh), source.config
     check_fits_mesh(config, devices.shape)
-    check_trainable(config)
     rows, context = devices.shape["data"], devices.shape["context"]
     if data.batch_size % rows:
         raise UserError(f"batch_size must be a multiple of data={rows}, not {data.batch_size}.")

@@ -2,16 +2,14 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.config import Experts, LayerKind, ModelConfig
+from lsjax.config import Experts, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
-from lsjax.errors import UserError
 from lsjax.nn.attention import LayerInputs
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
@@ -21,6 +19,7 @@ from lsjax.positions.rotary import RotaryTables
 from lsjax.training.batch import Batch
 from lsjax.training.cross_entropy import cross_entropy
 from lsjax.training.embedding import embed
+from lsjax.training.layer_groups import repeated_groups
 from lsjax.training.token_chunks import in_chunks
 
 
@@ -35,16 +34,6 @@ class ChunkSizes:
 
     mlp: int = 4096
     logits: int = 1024
-
-
-def check_trainable(config: ModelConfig) -> None:
-    """Refuses a model with recurrent layers with a UserError."""
-    if config.delta_nets:
-        raise UserError(
-            f"{config.architecture} has recurrent layers, which are not trained here: their state "
-            "would pass from one document of a row to the next. Train a model whose layers are all "
-            "of attention."
-        )
 
 
 class Loss:
@@ -64,18 +53,18 @@ class Loss:
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, chunks: ChunkSizes):
-        check_trainable(config)
         self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
         self._chunks = chunks
         self._decoder = Decoder(config, mesh, self._dtype)
         abstract = abstract_parameters(config, mesh, dtype)
         self._shardings = unflatten({path: x.sharding for path, x in abstract.items()})
+        self._dtypes = unflatten({path: x.dtype for path, x in abstract.items()})
 
     def __call__(
         self, params: dict, batch: Batch, tables: RotaryTables
     ) -> tuple[jax.Array, jax.Array]:
         c = self._config
-        narrow = jax.tree.map(lambda x: x.astype(self._dtype), params)
+        narrow = jax.tree.map(lambda x, dtype: x.astype(dtype), params, self._dtypes)
         table = _whole(self._shardings["embed"]["weight"], narrow["embed"]["weight"])
         hidden = self._placed(embed(self._mesh, table, batch.tokens))
         inputs = LayerInputs(begin=batch.begin)
@@ -95,15 +84,15 @@ class Loss:
     def _scan(self, decoder, x, inputs, cache):
         """Runs the layers; see LayerRunner. The loss of the routers is in the cache's place.
 
-        Adjacent layers with parameters of the same shapes are one scan.
+        Groups of layers with parameters of the same shapes are one scan.
         """
+        kinds = [dataclasses.replace(kind, window=None) for kind in self._config.layers]
         spread: dict[Experts, list] = {}
-        for experts, run in itertools.groupby(
-            range(self._config.num_layers), lambda i: self._config.layers[i].experts
-        ):
-            x, sums = self._scan_alike(decoder, x, inputs[0], tuple(run), experts)
-            if experts:
-                spread.setdefault(experts, []).append(sums)
+        for groups in repeated_groups(kinds):
+            x, sums = self._scan_groups(decoder, x, inputs[0], groups)
+            for i, of_layer in zip(groups[0], sums, strict=True):
+                if kinds[i].experts:
+                    spread.setdefault(kinds[i].experts, []).append(of_layer)
         balance = jnp.zeros(())
         for experts, sums in spread.items():
             counts, probabilities = (jnp.concatenate(of).sum(0) for of in zip(*sums, strict=True))
@@ -111,13 +100,33 @@ class Loss:
             balance += experts.balance_weight * balance_loss(counts, probabilities, tokens)
         return x, balance
 
-    def _scan_alike(self, decoder, x, inputs, run, experts):
-        """Runs the layers `run` in a scan that keeps only their inputs."""
-        c, length = self._config, x.shape[1]
-        block = Block(c, self._mesh, LayerKind(experts=experts), parent=None)
+    def _scan_groups(self, decoder, x, inputs, groups):
+        """Runs groups of layers in a scan over the groups, which keeps only the layers' inputs."""
+        layers = [self._layer(i, x.shape[1], inputs) for i in groups[0]]
+        weights, params = [], decoder.variables["params"]
+        for alike in zip(*groups, strict=True):
+            of_layers = [params[f"layers_{i}"] for i in alike]
+            where = self._shardings[f"layers_{alike[0]}"]
+            stacked = jax.tree.map(lambda where, *of: _stacked(where, of), where, *of_layers)
+            windows = jnp.asarray([self._config.windows[i] or x.shape[1] for i in alike])
+            weights.append((stacked, windows))
+
+        def group(x: jax.Array, of_group: list) -> tuple[jax.Array, list]:
+            sums = []
+            for layer, of_layer in zip(layers, of_group, strict=True):
+                x, of_router = layer(x, of_layer)
+                sums.append(of_router)
+            return x, sums
+
+        return jax.lax.scan(group, x, weights)
+
+    def _layer(self, i, length, inputs):
+        """Returns what runs a layer like layer i: (x, (weights, window)) -> (x, router's sums)."""
+        kind = dataclasses.replace(self._config.layers[i], window=None)
+        block = Block(self._config, self._mesh, kind, parent=None)
         order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
         at = self._placed(jnp.broadcast_to(order, inputs.begin.shape))
-        shardings = self._shardings[f"layers_{run[0]}"]
+        shardings = self._shardings[f"layers_{i}"]
 
         def feed_forward(weights: dict, x: jax.Array) -> jax.Array:
             return block.apply({"params": weights}, x, method="feed_forward")
@@ -131,14 +140,11 @@ class Loss:
             x, _ = block.apply({"params": weights}, *row, method="attend")
             x = self._placed(x)
             mlp = {name: w for name, w in weights.items() if "mlp" in name}
-            sums = block.apply({"params": mlp}, x, method="balance") if experts else ()
-            return self._placed(in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)), sums
+            balance = block.apply({"params": mlp}, x, method="balance") if kind.experts else ()
+            x = in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)
+            return self._placed(x), balance
 
-        params = decoder.variables["params"]
-        layers = [params[f"layers_{i}"] for i in run]
-        stacked = jax.tree.map(lambda where, *of: _stacked(where, of), shardings, *layers)
-        windows = jnp.asarray([c.windows[i] or length for i in run])
-        return jax.lax.scan(layer, x, (stacked, windows))
+        return layer
 
     def _placed(self, x: jax.Array) -> jax.Array:
         """Shards [rows, length, ...] over the data and context axes."""

@@ -21,7 +21,6 @@ from lsjax.families import read_config
 from lsjax.nn.attention import LayerInputs
 from lsjax.nn.delta_net import GatedDeltaNet, keep_accepted
 from lsjax.nn.parameters import flatten
-from lsjax.training.config import check_trainable
 
 DENSE, IMAGES, EXPERTS = "qwen3_5", "qwen3_5_with_images", "qwen3_5_moe"
 slow = functools.partial(pytest.param, marks=pytest.mark.slow("one chunk and one mesh are quick"))
@@ -173,7 +172,5 @@ def test_what_recurrent_layers_do_not_go_with_is_refused():
     config = changed_config(DENSE, 0)
     with pytest.raises(UserError, match="cannot be split over context x model = 16"):
         check_fits_mesh(config, {"data": 1, "context": 4, "model": 4})
-    with pytest.raises(UserError, match="which are not trained here"):
-        check_trainable(config)
     with pytest.raises(UserError, match="streaming_llm does not go with recurrent layers"):
         lsjax.plan(config, "cpu:1", kv_compression="streaming_llm", max_input_length=100)

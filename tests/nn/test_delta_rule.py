@@ -31,6 +31,18 @@ def test_steps_and_chunks_are_the_definition(length):
         assert max(errors(run(*tokens), expected)) < 2e-6
 
 
+def documents(length, *begins):
+    """Where documents start in two rows, [2, length]."""
+    return np.stack([np.isin(np.arange(length), begin) for begin in begins])
+
+
+def test_a_document_sees_nothing_of_those_before_it():
+    tokens = in_float32(random_inputs(150, batch=2))
+    starts = documents(150, [0, 3, 4, 64, 140], [70])
+    expected = delta_rule(*tokens, starts)
+    assert max(errors(run_chunks(*tokens, starts), expected)) < 2e-6
+
+
 def test_tokens_of_nearly_one_key_are_the_definition():
     """Each of them takes back nearly all that the one before it wrote."""
     state, inputs = in_float32(random_inputs(130))
@@ -55,14 +67,15 @@ def test_tokens_without_beta_and_decay_leave_the_state():
     np.testing.assert_array_equal(same[1], state[1])
 
 
-def test_gradients_are_those_of_the_definition():
+@pytest.mark.parametrize("starts", [None, documents(70, [0, 5, 6, 67], [64])])
+def test_gradients_are_those_of_the_definition(starts):
     """Against central differences in float64, along random directions."""
-    tokens = random_inputs(70, heads=1, value_dim=4)
+    tokens = random_inputs(70, batch=2, heads=1, value_dim=4)
     rng = np.random.default_rng(1)
     weights = [rng.standard_normal(x.shape) for x in delta_rule(*tokens)]
 
     def loss(run, *tokens):
-        return sum((x * w).sum() for x, w in zip(run(*tokens), weights, strict=True))
+        return sum((x * w).sum() for x, w in zip(run(*tokens, starts), weights, strict=True))
 
     grads = jax.jit(jax.grad(lambda *t: loss(run_chunks, *t), argnums=(0, 1)))(*in_float32(tokens))
     flat, where = jax.tree.flatten(tokens)

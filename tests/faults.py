@@ -84,6 +84,13 @@ FAULTS = (
         "tests/nn/test_delta_net.py -k refused_token",
     ),
     Fault(
+        "heads of 256 channels left to cuDNN on every GPU",
+        "lsjax/attention/dispatch.py",
+        "return _CUDNN_HEAD_DIM_OF_9 if capability_9 else _CUDNN_HEAD_DIM",
+        "return _CUDNN_HEAD_DIM_OF_9",
+        "tests/planning/test_plan.py -k path",
+    ),
+    Fault(
         "a recurrence that goes on from one document of a row to the next",
         "lsjax/nn/delta_net.py",
         "None if since is None else since == 0",

@@ -13,8 +13,9 @@
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
 - Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
-  GPU, prefill and gradients on a GPU in float32 or of heads wider than 128, and what
-  `gpu_mosaic.takes` refuses. Gradients elsewhere are its own, too.
+  GPU, prefill and gradients on a GPU in float32 or of wide heads, and what `gpu_mosaic.takes`
+  refuses. Gradients elsewhere are its own, too. Wide heads have more than 128 channels; in prefill
+  on a Hopper or a later GPU, more than 256. `prefill_path` names what follows.
 """
 
 import importlib.util
@@ -42,8 +43,8 @@ HAS_TRITON = importlib.util.find_spec("jax.experimental.pallas.triton") is not N
 _GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
 _GPU_DECODE_QUERIES = 128
-# Widest head that cuDNN takes on every GPU, and where a program is compiled without one.
-_CUDNN_HEAD_DIM = 128
+# Widest head that cuDNN takes on every GPU, and on those of compute capability 9 or later.
+_CUDNN_HEAD_DIM, _CUDNN_HEAD_DIM_OF_9 = 128, 256
 # Queries per cuDNN call on a GPU where there are edges. More queries dequantize keys less often.
 # Fewer queries leave less to the blockwise loop, which handles the keys among the queries.
 _GPU_QUERIES = 1024
@@ -71,7 +72,8 @@ def attend(
             return _on_tpu(q, k, v, key_range)
         if on_gpu(platform) and (decode := _gpu_decode(q, k)) is not None:
             return decode(q, k, v, key_range)
-    if _by_cudnn(platform, q, slopes) and (not is_int4 or q.shape[3] > MAX_DECODE_QUERIES):
+    widest = _cudnn_head_dim(_has_capability_9())
+    if _by_cudnn(platform, q, slopes, widest) and (not is_int4 or q.shape[3] > MAX_DECODE_QUERIES):
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
 
@@ -91,7 +93,7 @@ def add_gradients(
     def edges(gradients: Gradients, queries: Queries, key_range: KeyRange) -> Gradients:
         return add_blockwise(gradients, queries, k, v, key_range, slopes, blocks)
 
-    if not _by_cudnn(platform, queries.q, slopes):
+    if not _by_cudnn(platform, queries.q, slopes, _CUDNN_HEAD_DIM):
         return edges(gradients, queries, key_range)
     from lsjax.attention import cudnn_gradients
 
@@ -107,6 +109,27 @@ def attend_to_kept(
     else:
         attend_tile = sparse.attend_tile
     return attend_in_tiles(lambda q, kept: attend_tile(q, k, v, kept), q, keep, stop)
+
+
+def prefill_path(
+    platform: str, dtype: str, cache_dtype: str, head_dim: int, alibi: bool, capability: int = 0
+) -> str:
+    """Names what `attend` runs the queries of a prefill chunk by.
+
+    Args:
+      platform: cpu, gpu or tpu.
+      dtype: dtype of the queries.
+      cache_dtype: format of the cache.
+      head_dim: channels of a head.
+      alibi: whether scores have ALiBi's slopes.
+      capability: major number of the GPU's compute capability; 0 where a program is compiled
+        without the GPU, which JAX asks what cuDNN takes.
+    """
+    if platform == "tpu" and not alibi and cache_dtype != "int4":
+        return "a Pallas kernel"
+    if _cudnn_takes(platform, dtype, head_dim, alibi, _cudnn_head_dim(capability >= 9)):
+        return "cuDNN"
+    return "the blockwise loop"
 
 
 def on_gpu(platform: str) -> bool:
@@ -187,10 +210,25 @@ def blocks_of(platform: str) -> Blocks:
     return CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
 
 
-def _by_cudnn(platform: str, q: jax.Array, slopes: jax.Array | None) -> bool:
+def _by_cudnn(platform: str, q: jax.Array, slopes: jax.Array | None, widest: int) -> bool:
     """Returns whether cuDNN takes these queries and what they see."""
-    wide = q.shape[-1] > _CUDNN_HEAD_DIM
-    return on_gpu(platform) and slopes is None and q.dtype == jnp.bfloat16 and not wide
+    return _cudnn_takes(platform, q.dtype.name, q.shape[-1], slopes is not None, widest)
+
+
+def _cudnn_takes(platform: str, dtype: str, head_dim: int, alibi: bool, widest: int) -> bool:
+    return on_gpu(platform) and not alibi and dtype == "bfloat16" and head_dim <= widest
+
+
+def _cudnn_head_dim(capability_9: bool) -> int:
+    """Returns the widest head that cuDNN takes in prefill."""
+    return _CUDNN_HEAD_DIM_OF_9 if capability_9 else _CUDNN_HEAD_DIM
+
+
+def _has_capability_9() -> bool:
+    """Returns whether a GPU is here, a Hopper or a later one: JAX asks so before it calls cuDNN."""
+    from jax._src.cudnn.fused_attention_stablehlo import check_compute_capability
+
+    return check_compute_capability("9.0")
 
 
 def _on_tpu(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:

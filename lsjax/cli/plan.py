@@ -160,6 +160,9 @@ def _print(p: Plan) -> None:
             f"expected   prefill {p.speed.prefill_seconds:,.3g} s{sparse}, decode "
             f"{p.speed.decode_tokens_per_second:,.3g} tokens/s, {ASSUMED}; not measured"
         )
+    planned, run = p.prefill_paths
+    compiled = "" if planned == run else f"; compiled for this plan, without the GPU, to {planned}"
+    print(f"attention  prefill by {run}{compiled}")
     print(f"\nper device, {'compiled' if p.compiled else 'by arithmetic'}")
     print("program       weights       cache  temporaries       total        free          of")
     for name, n in p.programs.items():

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lsjax.attention.dispatch import prefill_path
 from lsjax.config import ModelConfig
 from lsjax.planning.deployment import Deployment, MemoryUsage
 from lsjax.planning.shared_document import DocumentPlan
@@ -53,6 +54,21 @@ class Plan:
     def fits(self) -> bool:
         return fits(self.target, self.programs)
 
+    @property
+    def prefill_paths(self) -> tuple[str, str]:
+        """What attention of prefill was compiled to for the plan, and what the devices would run.
+
+        They differ where JAX asks a GPU that is not here; see dispatch.prefill_path.
+        """
+        c, d = self.config, self.deployment
+        of_model = d.dtype, d.kv_cache_dtype, c.head_dim, c.alibi
+        capability = self.target.capability
+        ahead = self.compiled and self.target.name != "here"
+        return tuple(
+            prefill_path(self.target.platform, *of_model, asked)
+            for asked in (0 if ahead else capability, capability)
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Returns the plan as JSON data; memory is in bytes per device, lengths are in tokens."""
         return {
@@ -68,6 +84,7 @@ class Plan:
             "settings": _as_flags(self.deployment),
             "document": self.document and dataclasses.asdict(self.document),
             "compiled": self.compiled,
+            "prefill_attention": dict(zip(("planned", "run"), self.prefill_paths, strict=True)),
             "expected": self.speed and dataclasses.asdict(self.speed),
             "table": [
                 {"length": n, "programs": _with_totals(needs, self.target)}

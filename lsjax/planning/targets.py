@@ -30,6 +30,7 @@ class Target:
       devices: number of devices.
       memory: bytes per device that programs can use.
       rates: peak rates per device, or None if unknown.
+      capability: major number of a GPU's compute capability; 0 for what is no GPU.
     """
 
     name: str
@@ -37,11 +38,13 @@ class Target:
     devices: int
     memory: int
     rates: Rates | None
+    capability: int = 0
 
 
 # Share of a GPU's memory that programs can use, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95. The
 # driver and JAX itself take the rest.
 _GPU_SHARE = 0.95
+_READ_OF_GPUS = "device_memory_size", "major"  # in XLA's description
 # Two threads must not load a compiler at once.
 _LOADING = threading.Lock()
 _KNOWN = (
@@ -63,12 +66,15 @@ def find_target(name: str) -> Target:
         devices = jax.devices()
         memory = device_memory_bytes(len(devices))
         rates = peak_rates(devices[0].device_kind)
-        return Target(name, platform_of(devices[0]), len(devices), memory, rates)
+        platform = platform_of(devices[0])
+        capability = int(float(devices[0].compute_capability)) if platform == "gpu" else 0
+        return Target(name, platform, len(devices), memory, rates, capability)
     if kind == "cpu" and count:
         return Target(name, "cpu", count, host_memory_bytes() // count, None)
     if kind in GPUS and count:
-        memory = re.search(r"device_memory_size: (\d+)", _description(kind))
-        return Target(name, "gpu", count, int(_GPU_SHARE * int(memory.group(1))), GPUS[kind])
+        found = (re.search(rf"{name}: (\d+)", _description(kind)) for name in _READ_OF_GPUS)
+        memory, capability = (int(number.group(1)) for number in found)
+        return Target(name, "gpu", count, int(_GPU_SHARE * memory), GPUS[kind], capability)
     if kind in TPUS and re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape):
         memory, rates = TPUS[kind]
         return Target(name, "tpu", math.prod(map(int, shape.split("x"))), int(memory), rates)

@@ -145,6 +145,23 @@ def test_int4_is_recommended_only_where_int8_does_not_fit():
     assert recommended(4_000_000)[1] is False
 
 
+@pytest.mark.parametrize(
+    ("config", "target", "paths"),
+    [
+        ("Qwen3-8B", "l40s:1", ("cuDNN", "cuDNN")),
+        ("Qwen3.5-9B", "l40s:1", ("the blockwise loop",) * 2),
+        ("Qwen3.5-9B", "h200:1", ("the blockwise loop", "cuDNN")),
+        ("Qwen3.5-9B", "v5e:2x4", ("a Pallas kernel",) * 2),
+    ],
+)
+def test_the_path_of_prefill_is_named_as_compiled_and_as_run(config, target, paths):
+    config = ROOT / "tests" / "golden" / "configs" / f"{config}.json"
+    given = {"kv_cache_dtype": "int8", "prefill_chunk": 4096, "max_input_length": 9}
+    planned = lsjax.plan(config, target, **given)
+    assert planned.prefill_paths == (paths[1], paths[1])  # nothing was compiled
+    assert dataclasses.replace(planned, compiled=True).prefill_paths == paths
+
+
 def test_what_was_asked_for_is_planned_and_the_better_one_named():
     plan = lsjax.plan(LLAMA, "h100-80gb:8", mesh="context=8", kv_cache_dtype="bfloat16")
     assert plan.deployment.mesh_text == "context=8" and plan.deployment.kv_cache_dtype == "bfloat16"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from lsjax.attention.sparse_rule import SparsePrefill
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.checkpoint import load_parameters, save_parameters
 from lsjax.compression import CompressionSettings
 from lsjax.distributed.multihost import to_host

@@ -668,28 +668,28 @@ FAULTS = (
     ),
     Fault(
         "pruned blocks stand with the score of one token",
-        "lsjax/attention/sparse_rule.py",
+        "lsjax/attention/sparse/rule.py",
         "scores + math.log(TILE)",
         "scores",
         "tests/attention/test_sparse_prefill.py -k softmax",
     ),
     Fault(
         "sparse: blocks chosen by the largest score of a tile alone",
-        "lsjax/attention/sparse_rule.py",
+        "lsjax/attention/sparse/rule.py",
         "jnp.exp(seen - jnp.max(seen, axis=(2, 3), keepdims=True))",
         "jnp.exp(seen - jnp.max(seen, axis=3, keepdims=True))",
         "tests/attention/test_sparse_prefill.py -k softmax",
     ),
     Fault(
         "sparse: a tile's own block unmasked",
-        "lsjax/attention/sparse_rule.py",
+        "lsjax/attention/sparse/rule.py",
         "begin + TILE <= stop[:, :, None, :1]",
         "begin + TILE <= stop[:, :, None, -1:]",
         "tests/attention/test_sparse_prefill.py -k last_bit",
     ),
     Fault(
         "sparse: the last tokens of a padded row's prompt",
-        "lsjax/attention/sparse_rule.py",
+        "lsjax/attention/sparse/rule.py",
         "end > lengths - rule.last_tokens",
         "end > jnp.max(lengths) - rule.last_tokens",
         "tests/attention/test_sparse_prefill.py -k devices",
@@ -724,10 +724,17 @@ FAULTS = (
     ),
     Fault(
         "TPU: blocks after a tile's last one",
-        "lsjax/attention/tpu_sparse.py",
+        "lsjax/attention/sparse/tpu.py",
         "& (first + j < count[b, h])",
         "",
-        "tests/attention/test_tpu_sparse.py",
+        "tests/attention/test_sparse_kernels.py -k tpu",
+    ),
+    Fault(
+        "GPU: a block's last keys read as its first ones",
+        "lsjax/attention/sparse/gpu.py",
+        "* TILE + place * keys",
+        "* TILE",
+        "tests/attention/test_sparse_kernels.py -k gpu",
     ),
 )
 

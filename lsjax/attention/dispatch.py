@@ -10,9 +10,10 @@
   a window within which a block of queries does not fit or that is larger than a piece, of
   StreamingLLM, and of windows around the ring.
 - GPU, gradients: cuDNN's backward pass for the slots that 1,024 queries all see; edges as above.
+- GPU and TPU, sparse prefill: our own kernels, which read the blocks that were chosen.
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are
   known at compile time.
-- Everywhere, the blockwise loop handles what these do not support: ALiBi, int4 but for prefill on a
+- Everywhere, loops over blocks handle what these do not support: ALiBi, int4 but for prefill on a
   GPU, prefill and gradients on a GPU in float32 or of wide heads, and what `gpu_mosaic.takes`
   refuses. Gradients elsewhere are its own, too. Wide heads have more than 128 channels; in prefill
   on a Hopper or a later GPU, more than 256. `prefill_path` names what follows.
@@ -24,7 +25,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lsjax.attention import blockwise, sparse
+from lsjax.attention import blockwise
 from lsjax.attention.backward import Gradients, Queries, add_blockwise
 from lsjax.attention.blockwise import (
     CPU_BLOCKS,
@@ -36,9 +37,9 @@ from lsjax.attention.blockwise import (
 )
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial
-from lsjax.attention.sparse_rule import attend_in_tiles
+from lsjax.attention.sparse.rule import attend_in_tiles, kept_blocks
 
-# Whether `gpu.py` and `gpu_token.py` can be compiled.
+# Whether `gpu.py`, `gpu_token.py` and `sparse/gpu.py` can be compiled.
 HAS_TRITON = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 _GPU = ("gpu", "cuda")
 # Maximum number of query rows per KV head that fit in the decode kernel's registers.
@@ -103,12 +104,21 @@ def add_gradients(
 def attend_to_kept(
     platform: str, q: jax.Array, k: KVArray, v: KVArray, keep: jax.Array, stop: jax.Array
 ) -> Partial:
-    """Runs attention to the blocks of slots that tiles of queries keep; see attend_in_tiles."""
-    if platform == "tpu" and k.data.dtype != jnp.uint8:
-        from lsjax.attention.tpu_sparse import attend_tile
+    """Runs attention to the blocks of slots that tiles of queries keep.
+
+    `q` is [batch, kv_heads, group, tiles * TILE, head_dim], scaled. See kept_blocks for `keep` and
+    `stop`. Values of the result are shaped as q.
+    """
+    kept, is_int4 = kept_blocks(keep, stop), k.data.dtype == jnp.uint8
+    if on_gpu(platform) and HAS_TRITON and q.dtype == jnp.bfloat16 and not is_int4:
+        from lsjax.attention.sparse.gpu import attend_tiles
+
+        return attend_tiles(q, k, v, kept)
+    if platform == "tpu" and not is_int4:
+        from lsjax.attention.sparse.tpu import attend_tile
     else:
-        attend_tile = sparse.attend_tile
-    return attend_in_tiles(lambda q, kept: attend_tile(q, k, v, kept), q, keep, stop)
+        from lsjax.attention.sparse.loop import attend_tile
+    return attend_in_tiles(lambda q, kept: attend_tile(q, k, v, kept), q, kept)
 
 
 def prefill_path(

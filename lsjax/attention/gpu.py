@@ -91,12 +91,7 @@ def decode(
     """
     batch, kv_heads, group, length, head_dim = q.shape
     queries, k = group * length, slots.k
-    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
-        # Pallas uses int32 offsets, in entries, for arrays of up to 4 GiB.
-        raise ValueError(
-            f"int8 keys of {k.shape} are {k.size} bytes on one device; a Triton kernel reaches "
-            f"no more than {2**31} of them: split the cache over more devices, or its batch"
-        )
+    check_addressable(k)
     block = _block(k)
     splits = min(pl.cdiv(_PROGRAMS, batch * kv_heads), k.shape[2] // block)
     near_splits = 0 if near is None else pl.cdiv(near.k.shape[2], _NEAR_KEYS)
@@ -111,19 +106,13 @@ def decode(
         zeros = (0,) * len(shape)
         return pl.BlockSpec((None, None, None, *shape), lambda b, h, s: (b, h, s, *zeros))
 
-    parts = 2 if k.dtype == jnp.int8 else 1
-
-    def by_part(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], -1, parts)
-
-    def in_pairs(x: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(by_part(x), jnp.int16)
+    parts = num_parts(k)
 
     def prepared(slots: Slots | None) -> Slots | None:
         if slots is None:
             return None
         begin, end = (jnp.tile(x, (1, group)) for x in (slots.begin, slots.end))
-        k, v = (in_pairs(x) if x.dtype == jnp.int8 else by_part(x) for x in (slots.k, slots.v))
+        k, v = (stored_parts(x, parts) for x in (slots.k, slots.v))
         return Slots(k, v, slots.k_scale, slots.v_scale, begin, end)
 
     def specs(slots: Slots | None) -> Slots | None:
@@ -132,7 +121,7 @@ def decode(
         of_row = pl.BlockSpec((None, queries), lambda b, h, s: (b, 0))
         return Slots(*map(of_head, slots[:4]), of_row, of_row)
 
-    q_rows = by_part(q.reshape(batch, kv_heads, queries, head_dim))
+    q_rows = by_part(q.reshape(batch, kv_heads, queries, head_dim), parts)
     far, near = prepared(slots), prepared(near)
     shape = (batch, kv_heads, splits + near_splits, queries)
     kernel = functools.partial(
@@ -153,6 +142,50 @@ def decode(
     )(q_rows, far, near)
     merged = _merged(values.reshape(*shape, head_dim), lse, dtype, interpret)
     return jax.tree.map(lambda x: x.reshape(*q.shape[:4], *x.shape[3:]), merged)
+
+
+def check_addressable(k: jax.Array) -> None:
+    """Refuses keys that a kernel cannot address; see decode."""
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32:
+        # Pallas uses int32 offsets, in entries, for arrays of up to 4 GiB.
+        raise ValueError(
+            f"int8 keys of {k.shape} are {k.size} bytes on one device; a Triton kernel reaches "
+            f"no more than {2**31} of them: split the cache over more devices, or its batch"
+        )
+
+
+def num_parts(k: jax.Array) -> int:
+    """Returns the parts of the channels that are read as one: even and odd ones of int8."""
+    return 2 if k.dtype == jnp.int8 else 1
+
+
+def by_part(x: jax.Array, parts: int) -> jax.Array:
+    """Splits the axis of channels, [..., head_dim] -> [..., head_dim / parts, parts]."""
+    return x.reshape(*x.shape[:-1], -1, parts)
+
+
+def stored_parts(x: jax.Array, parts: int) -> jax.Array:
+    """Returns keys or values as `read_parts` takes them; pairs of int8 are int16."""
+    x = by_part(x, parts)
+    return jax.lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.int8 else x
+
+
+def read_parts(ref, at: pl.Slice, parts: int, dtype: jnp.dtype, interpret: bool) -> list[jax.Array]:
+    """Reads slots of a head's keys or values, of which `stored_parts` are given.
+
+    Returns:
+      For each part [slots, channels] in `dtype`, zeros behind the last channel.
+    """
+    channels = ref.shape[1]
+    columns = pl.next_power_of_2(channels)
+    whole, here = columns == channels, (at, pl.ds(0, columns))
+    mask = None
+    if not whole:
+        mask = jnp.broadcast_to((jnp.arange(columns) < channels)[None, :], (at.size, columns))
+    load = functools.partial(plgpu.load, mask=mask, other=None if whole else 0)
+    if ref.dtype == jnp.int16:
+        return _widened(load(ref.at[here]), dtype, interpret)
+    return [load(ref.at[*here, jnp.int32(i)]).astype(dtype) for i in range(parts)]
 
 
 def _block(k: jax.Array) -> int:
@@ -187,15 +220,8 @@ def _kernel(
     q_at = [(pl.ds(0, rows), pl.ds(0, columns), i) for i in part]
     q = [plgpu.load(q_ref.at[at], mask=is_query[:, None] & in_head, other=0) for at in q_at]
     dtype = q[0].dtype
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
-    def read(ref, at) -> list[jax.Array]:
-        whole, here = columns == channels, (at, pl.ds(0, columns))
-        mask = None if whole else jnp.broadcast_to(in_head, (at.size, columns))
-        load = functools.partial(plgpu.load, mask=mask, other=None if whole else 0)
-        if ref.dtype == jnp.int16:
-            return _widened(load(ref.at[here]), dtype, interpret)
-        return [load(ref.at[*here, i]).astype(dtype) for i in part]
+    read = functools.partial(read_parts, parts=parts, dtype=dtype, interpret=interpret)
 
     def attend(slots: Slots, split: jax.Array, splits: int, block: int, state):
         begin, end, start, stop = _share(slots, is_query, split, splits, block)
@@ -203,7 +229,7 @@ def _kernel(
         def step(i, state):
             *acc, sum_exp, running_max = state
             at = pl.ds(i * block, block)
-            scores = sum(_dot(x, y.T, precision) for x, y in zip(q, read(slots.k, at), strict=True))
+            scores = sum(dot(x, y.T) for x, y in zip(q, read(slots.k, at), strict=True))
             if slots.k_scale is not None:
                 scores *= slots.k_scale[at].astype(jnp.float32)[None, :]
             here = i * block + jnp.arange(block)
@@ -213,7 +239,7 @@ def _kernel(
             if slots.v_scale is not None:
                 weights *= slots.v_scale[at].astype(jnp.float32)[None, :]
             weights = weights.astype(dtype)
-            added = [_dot(weights, x, precision) for x in read(slots.v, at)]
+            added = [dot(weights, x) for x in read(slots.v, at)]
             acc = [correction[:, None] * x + y for x, y in zip(acc, added, strict=True)]
             return *acc, *softmax
 
@@ -319,5 +345,7 @@ def _merge_kernel(values_ref, lse_ref, merged_ref, merged_lse_ref) -> None:
     merged_lse_ref[...] = partial.lse
 
 
-def _dot(a: jax.Array, b: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiplies two matrices of one dtype, in float32 exactly, into float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

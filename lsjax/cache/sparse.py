@@ -11,7 +11,7 @@ from lsjax.attention import dispatch, ring
 from lsjax.attention.blockwise import KeyRange
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, merge, merge_over_axis
-from lsjax.attention.sparse_rule import TILE, SparsePrefill, choose
+from lsjax.attention.sparse.rule import TILE, SparsePrefill, choose
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import Step
 from lsjax.distributed.sharding import CACHE_SPEC, FLOAT_TAIL_SPEC, TOKENS_SPEC

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lsjax.attention.blockwise import MAX_DECODE_QUERIES
 from lsjax.attention.kv_array import KVArray, empty_kv_array
-from lsjax.attention.sparse_rule import TILE, SparsePrefill
+from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import KVCache, LayerCache

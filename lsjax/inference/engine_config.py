@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
-from lsjax.attention.sparse_rule import SparsePrefill
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.cache import BLOCK, CacheSpec
 from lsjax.compression import Compression
 from lsjax.config import ModelConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lsjax.attention.sparse_rule import SparsePrefill
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.cache import CACHE_DTYPES
 from lsjax.checkpoint import holds_int8, read_model_config
 from lsjax.compression import CompressionSettings, parse_compression

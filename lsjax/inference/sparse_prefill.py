@@ -5,9 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lsjax.attention.dispatch import on_gpu
-from lsjax.attention.sparse_rule import TILE, SparsePrefill
-from lsjax.compression import Compression
+from lsjax.attention.dispatch import HAS_TRITON, on_gpu
+from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.compression.policy import has_type
 from lsjax.config import ModelConfig
 from lsjax.errors import UserError
@@ -68,7 +67,7 @@ def check_sparse_prefill(config: ModelConfig, settings: EngineConfig) -> None:
       UserError: the message names the first reason.
     """
     platform = settings.mesh.devices.flat[0].platform
-    reason = why_not_sparse(config, platform, settings.compression)
+    reason = why_not_sparse(config, platform, settings)
     if reason is None and settings.prefill_chunk % TILE:
         reason = f"chooses for {TILE} queries at once; set prefill_chunk to a multiple of as many"
     elif reason is None and settings.zigzag.piece_length % TILE:
@@ -80,13 +79,13 @@ def check_sparse_prefill(config: ModelConfig, settings: EngineConfig) -> None:
         raise UserError(f"sparse_prefill {reason}, or leave out sparse_prefill.")
 
 
-def why_not_sparse(
-    config: ModelConfig, platform: str, compression: Compression | None
-) -> str | None:
+def why_not_sparse(config: ModelConfig, platform: str, settings: EngineConfig) -> str | None:
     """Says why prefill of a model cannot be sparse on a platform; None if it can."""
-    if on_gpu(platform):
-        return "has no kernel for a GPU yet, and a loop would be slower than cuDNN"
-    if compression is not None:
+    if on_gpu(platform) and not HAS_TRITON:
+        return "needs a JAX with Pallas' Triton on a GPU, where a loop would be slower than cuDNN"
+    if on_gpu(platform) and settings.kv_cache_dtype == "int4":
+        return "has no kernel for int4 on a GPU, where a loop would be slower than cuDNN"
+    if settings.compression is not None:
         return "does not go with kv_compression, which drops the tokens that it would choose from"
     if config.alibi:
         return "does not go with ALiBi, whose scores depend on distances, which no mean has"

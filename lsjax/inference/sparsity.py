@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lsjax.attention.sparse_rule import TILE
+from lsjax.attention.sparse.rule import TILE
 from lsjax.cache import KVCache, SparseCache, without_tails
 from lsjax.config import ModelConfig
 from lsjax.distributed.multihost import to_host

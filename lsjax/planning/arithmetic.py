@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lsjax.attention.sparse_rule import TILE
+from lsjax.attention.sparse.rule import TILE
 from lsjax.cache import CacheSpec
 from lsjax.config import DeltaNet, LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up

@@ -10,7 +10,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.attention.sparse_rule import TILE
+from lsjax.attention.sparse.rule import TILE
 from lsjax.config import ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.inference.sparse_prefill import why_not_sparse
@@ -97,7 +97,7 @@ def expected_speed(
     # Each chunk sends what is there of the cache once around: half of the whole, on average.
     ring = chunks * cache / 2 * (context - 1) / (rates.link * _OF_LINK)
     chosen = min(max(attention * (DENSITY + 1 / TILE) / rate, ring), attention / rate)
-    refused = why_not_sparse(config, target.platform, deployment.compression) is not None
+    refused = why_not_sparse(config, target.platform, deployment) is not None
     return Speed(
         prefill_seconds=(products + attention) / rate + sending,
         sparse_prefill_seconds=None if refused else products / rate + chosen + sending,

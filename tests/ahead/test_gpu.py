@@ -20,6 +20,8 @@ from lsjax.attention.gpu import _BLOCK_BYTES, Slots
 from lsjax.attention.gpu import decode as decode_on_gpu
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import merge_over_axis
+from lsjax.attention.sparse.gpu import attend_tiles
+from lsjax.attention.sparse.rule import TILE, KeptBlocks
 from lsjax.distributed.sharding import CHUNK_QUERIES_SPEC, CHUNK_SPEC
 from lsjax.planning import find_target, target_mesh
 
@@ -94,6 +96,34 @@ def test_decode_loop_spills_nothing_and_takes_few_instructions_a_byte(cache, mos
     print(f"{cache}: {kernel}, {per_byte:.3f} instructions per byte")
     assert kernel.spilled == 0
     assert per_byte < most
+
+
+ARCHITECTURES = {"h100-80gb:1": "sm_90a", "a100-80gb:1": "sm_80", "l40s:1": "sm_89"}
+
+
+@CACHES
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_tiles_of_a_chunk_attend_to_kept_blocks_in_one_kernel_that_spills_nothing(
+    target, cache, tmp_path
+):
+    mesh, tiles = target_mesh(find_target(target), {}), 32
+    data, scale = store(mesh, GLM4_9B, cache, batch=1)
+    q, stop = queries(mesh, GLM4_9B, batch=1, length=tiles * TILE)
+
+    def of_tiles(*shape):
+        return jax.ShapeDtypeStruct((tiles, 1, *shape), "int32", sharding=stop.sharding)
+
+    count = of_tiles(GLM4_9B["kv_heads"])
+    ids = of_tiles(GLM4_9B["kv_heads"], GLM4_9B["capacity"] // TILE)
+    kept = KeptBlocks(ids, count, count, of_tiles(TILE))
+    stored = KVArray(data, scale)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(attend_tiles).lower(q, stored, stored, kept)
+        program = lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    kernel = assembled(tmp_path, "attend_to_kept_blocks", ARCHITECTURES[target])
+    print(f"{target}, {cache}: {kernel}")
+    assert kernel.spilled == 0
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
 
 
 def prefill_of_prefix(q, k, v, k_scale, v_scale, begin, end):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lsjax.attention import dispatch
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import merge_over_axis
-from lsjax.attention.sparse_rule import TILE
+from lsjax.attention.sparse.rule import TILE
 from lsjax.attention.tpu import attend
 
 CAPACITY = 131072  # slots of a device

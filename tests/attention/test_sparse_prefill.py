@@ -14,7 +14,7 @@ from lsjax.attention import blockwise, dispatch
 from lsjax.attention.blockwise import Blocks, KeyRange
 from lsjax.attention.hadamard import hadamard_matrix
 from lsjax.attention.kv_array import KVArray
-from lsjax.attention.sparse_rule import TILE, SparsePrefill
+from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.cache import CacheSpec, FloatTail, cache_shapes, empty_layer, update_and_attend
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import zigzag_of

@@ -8,7 +8,7 @@ from helpers.golden_models import build, changed_config
 
 import lsjax
 from lsjax import UserError
-from lsjax.attention.sparse_rule import TILE, SparsePrefill
+from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.cli import report
 from lsjax.evals.passkey import make_passage
 from lsjax.inference.options import resolve_options

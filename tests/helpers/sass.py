@@ -9,12 +9,10 @@ import re
 import subprocess
 from pathlib import Path
 
-_ARCHITECTURE = "sm_90a"
-
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """A kernel as machine code of an H100.
+    """A kernel as machine code of a GPU.
 
     Attributes:
       registers: registers per thread.
@@ -29,17 +27,18 @@ class Assembled:
     loop: int
 
 
-def assembled(program_dump: Path, kernel: str) -> Assembled:
+def assembled(program_dump: Path, kernel: str, architecture: str = "sm_90a") -> Assembled:
     """Assembles a kernel of a compiled program.
 
     Args:
       program_dump: folder that the program was compiled with as xla_dump_to.
       kernel: name of the kernel.
+      architecture: the GPU's; an H100's by default.
     """
     entry = f".entry {kernel}("
     (ptx,) = (path for path in program_dump.glob("*.ptx") if entry in path.read_text())
     cubin = ptx.with_suffix(".cubin")
-    report = _run("ptxas", "-v", f"-arch={_ARCHITECTURE}", f"--output-file={cubin}", str(ptx))
+    report = _run("ptxas", "-v", f"-arch={architecture}", f"--output-file={cubin}", str(ptx))
     threads = int(re.search(r"\.(?:req|max)ntid (\d+)", ptx.read_text())[1])
     return Assembled(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),

@@ -5,7 +5,8 @@ import sys
 
 from helpers.programs import run
 
-from lsjax.attention.dispatch import attend
+from lsjax.attention.dispatch import attend, attend_to_kept
+from lsjax.cli.device_check.kept_blocks import check_kept
 from lsjax.cli.device_check.kernels import Case, Way, check
 from lsjax.cli.device_check.phases import Ended, run_logged
 from lsjax.cli.device_check.record import Recorder, read_rows
@@ -32,6 +33,18 @@ def test_attention_as_it_is_passes_and_a_wrong_one_does_not():
     )
     for change in wrong:
         assert not check(CASE, way(change), "cpu")["ok"]
+
+
+def test_attention_to_other_blocks_than_those_kept_is_found_out():
+    def ok(change):
+        def attend(q, k, v, keep, stop):
+            return attend_to_kept("cpu", q, k, v, *change(keep, stop))
+
+        return check_kept(attend, 16, "int8", 4, "cpu")["ok"]
+
+    assert ok(lambda keep, stop: (keep, stop))
+    assert not ok(lambda keep, stop: (keep | True, stop))
+    assert not ok(lambda keep, stop: (keep, stop - 1))
 
 
 def test_a_phase_that_hangs_or_crashes_is_told_and_ends(tmp_path):

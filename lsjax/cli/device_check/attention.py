@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from lsjax.attention import gpu_mosaic
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
-from lsjax.attention.dispatch import attend, decode_by_mosaic
+from lsjax.attention.dispatch import attend, attend_to_kept, decode_by_mosaic
 from lsjax.attention.partial import Partial
+from lsjax.attention.sparse.rule import TILE
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import HEADS, Heads, Sizes
 from lsjax.cli.device_check.timing import (
@@ -67,28 +68,34 @@ def _decode(way: Callable[..., Partial], sizes: Sizes, heads: Heads, keys: int, 
 
 
 def prefill(sizes: Sizes, record: Recorder) -> None:
-    """Times attention of a prompt's last queries to all of its keys."""
+    """Times attention of a prompt's last queries to all of its keys, and to a tenth of them."""
     platform = jax.default_backend()
+    work = [("prefill attention", _prefill, *lengths) for lengths in sizes.prefill]
+    work.append(("sparse prefill attention", _sparse_prefill, *sizes.prefill[-1]))
     for name in sizes.heads:
         for cache in ("bfloat16", "int8"):
-            for queries, keys in sizes.prefill:
-                row = {"what": "prefill attention", "heads": name, "cache": cache}
+            for what, times, queries, keys in work:
+                row = {"what": what, "heads": name, "cache": cache}
                 row |= {"queries": queries, "keys": keys}
                 try:
-                    row |= _prefill(platform, sizes, HEADS[name], cache, queries, keys)
+                    row |= times(platform, sizes, HEADS[name], cache, queries, keys)
                 except Exception as error:  # such as out of memory; other cases may still run
                     row["why"] = repr(error)[:300]
                 record(**row)
 
 
-def _prefill(
-    platform: str, sizes: Sizes, heads: Heads, cache: str, queries: int, keys: int
-) -> dict:
+def _chunk(heads: Heads, cache: str, queries: int, keys: int) -> tuple:
+    """Returns q, k, v and the positions of a prompt's last queries."""
     shape = 1, heads.kv_heads, keys, heads.head_dim
     k, v = random_kv_array(shape, cache, 1), random_kv_array(shape, cache, 2)
     q = random_array((1, heads.kv_heads, heads.group, queries, heads.head_dim), "bfloat16", 3)
-    q = q * heads.head_dim**-0.5
-    at = keys - queries + jnp.arange(queries)[None]
+    return q * heads.head_dim**-0.5, k, v, keys - queries + jnp.arange(queries)[None]
+
+
+def _prefill(
+    platform: str, sizes: Sizes, heads: Heads, cache: str, queries: int, keys: int
+) -> dict:
+    q, k, v, at = _chunk(heads, cache, queries, keys)
 
     @jax.jit
     def run(q, k, v, at):
@@ -97,6 +104,29 @@ def _prefill(
 
     first, seconds = first_and_median(lambda: run(q, k, v, at), min(sizes.rounds, 3))
     pairs = queries * keys - queries**2 / 2
+    return _rate_of(heads, pairs, seconds, first)
+
+
+def _sparse_prefill(
+    platform: str, sizes: Sizes, heads: Heads, cache: str, queries: int, keys: int
+) -> dict:
+    """Times attention to a tenth of the blocks; the rate counts only what is attended to."""
+    q, k, v, at = _chunk(heads, cache, queries, keys)
+    tiles, blocks = queries // TILE, keys // TILE
+    keep = jax.random.uniform(jax.random.key(4), (1, heads.kv_heads, tiles, blocks)) < 0.1
+
+    @jax.jit
+    def run(q, k, v, keep, at):
+        return attend_to_kept(platform, q, k, v, keep, at + 1).values.astype(q.dtype)
+
+    first, seconds = first_and_median(lambda: run(q, k, v, keep, at), min(sizes.rounds, 3))
+    seen = keep & (jnp.arange(blocks) * TILE < at[0, TILE - 1 :: TILE, None])
+    pairs = int(jnp.sum(seen)) / heads.kv_heads * TILE**2
+    return _rate_of(heads, pairs, seconds, first)
+
+
+def _rate_of(heads: Heads, pairs: float, seconds: float, first: float) -> dict:
+    """Returns the figures of a row, for pairs of a query and a key per query head."""
     work = 4 * heads.kv_heads * heads.group * heads.head_dim * pairs
     return {
         "microseconds": seconds * 1e6,

@@ -1,8 +1,4 @@
-"""Checks every attention implementation of this device against float64.
-
-The bound is the error of plain attention in the same dtype on the same device. A kernel's error may
-be at most twice as large, plus a small constant in case plain attention happens to be exact.
-"""
+"""Checks every attention implementation of this device against float64; see accuracy."""
 
 import functools
 import math
@@ -19,6 +15,8 @@ from lsjax.attention import dispatch, gpu_mosaic
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.kv_array import KVArray, empty_kv_array
 from lsjax.attention.partial import Partial
+from lsjax.cli.device_check.accuracy import as_on_accelerators, compare
+from lsjax.cli.device_check.kept_blocks import check_kept_blocks
 from lsjax.cli.device_check.record import Recorder
 from lsjax.cli.device_check.sizes import Sizes
 
@@ -87,6 +85,8 @@ def kernels(sizes: Sizes, record: Recorder) -> None:
     with ThreadPoolExecutor(min(os.cpu_count(), _COMPILED_AT_ONCE)) as pool:
         for row in pool.map(checked, work):
             record(**row)
+    for row in check_kept_blocks(platform, sizes):
+        record(**row)
     if _has_triton(platform):
         from lsjax.cli.device_check.token_step import check_token
 
@@ -183,7 +183,7 @@ def _tpu_takes(case: Case) -> bool:
 def _gpu_decode(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
     from lsjax.attention import gpu
 
-    k, v = _as_on_accelerators(k), _as_on_accelerators(v)
+    k, v = as_on_accelerators(k), as_on_accelerators(v)
     slots = gpu.Slots(k.data, v.data, k.scale, v.scale, key_range.start, key_range.stop)
     return gpu.decode(q, slots, interpret=True)
 
@@ -194,7 +194,7 @@ def _gpu_decode_beside_floats(
     """Attends to the first slots as floats, as to the block beside a quantized cache."""
     from lsjax.attention import gpu
 
-    k, v = _as_on_accelerators(k), _as_on_accelerators(v)
+    k, v = as_on_accelerators(k), as_on_accelerators(v)
     begin, end, count = key_range.start, key_range.stop, k.capacity // 2
     far = gpu.Slots(k.data, v.data, k.scale, v.scale, jnp.maximum(begin, count), end)
     floats = (x.block(None, 0, count).dequantize().astype(q.dtype) for x in (k, v))
@@ -205,19 +205,10 @@ def _gpu_decode_beside_floats(
 def _tpu_kernel(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) -> Partial:
     from lsjax.attention import tpu
 
-    k, v = _as_on_accelerators(k), _as_on_accelerators(v)
+    k, v = as_on_accelerators(k), as_on_accelerators(v)
     return tpu.attend(
         q, k.data, v.data, k.scale, v.scale, key_range.start, key_range.stop, interpret=True
     )
-
-
-def _as_on_accelerators(store: KVArray) -> KVArray:
-    """Returns a KV array with bfloat16 in its own dtype; a CPU holds its bits as uint16."""
-
-    def held(x: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-
-    return jax.tree.map(held, store)
 
 
 def check(case: Case, way: Way, platform: str) -> dict[str, Any]:
@@ -230,19 +221,10 @@ def check(case: Case, way: Way, platform: str) -> dict[str, Any]:
     stores = _spoiled(k, v, begin, end) if way.exact(case) else (k, v)
     got = jax.jit(way.attend)(q, *stores, KeyRange(begin, end, end - 1))
     sample = np.unique(np.linspace(0, case.queries - 1, _SAMPLED_QUERIES, dtype=int))
-    q, begin, end = q[:, :, :, sample], begin[:, sample], end[:, sample]
-    values, lse = (np.asarray(x, np.float64)[:, :, :, sample] for x in (got.values, got.lse))
-    keys, entries = k.dequantize(), v.dequantize()
-    truth = _attention(*(np.asarray(x, np.float64) for x in (q, keys, entries)), begin, end)
-    plain = _plain(q, keys, entries, begin, end)
-    key_range = np.isfinite(truth[1])
-    errors = [_errors(truth, of, key_range) for of in ((values, lse), plain)]
-    spare = (2e-5, 2e-5) if case.dtype == "float32" else (1e-3, 1e-4)
-    near = all(a <= 2 * b + c for a, b, c in zip(*errors, spare, strict=True))
-    blind = np.array_equal(key_range, np.isfinite(lse)) and not values[~key_range].any()
-    row = dict(zip(("error", "lse_error"), errors[0], strict=True))
-    row |= dict(zip(("plain_error", "plain_lse_error"), errors[1], strict=True))
-    return row | {"ok": bool(near and blind and np.isfinite(values).all())}
+    slots, begin, end = np.arange(case.keys), *(np.asarray(x)[:, sample] for x in (begin, end))
+    visible = (slots >= begin[..., None]) & (slots < end[..., None])
+    got = jax.tree.map(lambda x: x[:, :, :, sample], got)
+    return compare(q[:, :, :, sample], k, v, visible[:, None], got)
 
 
 def _inputs(case: Case, platform: str) -> tuple[jax.Array, KVArray, KVArray, jax.Array, jax.Array]:
@@ -284,39 +266,3 @@ def _spoiled(k: KVArray, v: KVArray, begin: jax.Array, end: jax.Array) -> tuple[
         return store.replace(data=x) if store.scale is None else store.replace(scale=x)
 
     return spoil(k), spoil(v)
-
-
-def _attention(q, k, v, begin, end) -> tuple[np.ndarray, np.ndarray]:
-    """Returns values and lse in float64; 0 and -inf for a query that sees nothing."""
-    slots = np.arange(k.shape[2])
-    begin, end = np.asarray(begin)[..., None], np.asarray(end)[..., None]
-    visible = ((slots >= begin) & (slots < end))[:, None, None]
-    scores = np.where(visible, np.einsum("bkgld,bksd->bkgls", q, k, optimize=True), -np.inf)
-    highest = scores.max(axis=-1, keepdims=True)
-    highest = np.where(np.isfinite(highest), highest, 0)
-    weights = np.exp(scores - highest)
-    total = weights.sum(axis=-1, keepdims=True)
-    values = np.einsum("bkgls,bksd->bkgld", weights, v, optimize=True)
-    with np.errstate(divide="ignore"):
-        return values / np.where(total > 0, total, 1), (highest + np.log(total))[..., 0]
-
-
-@jax.jit
-def _plain(q, k, v, begin, end) -> tuple[jax.Array, jax.Array]:
-    """Attends with all scores at once, in q's dtype where a model would; NaN if nothing is seen."""
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
-    slots = jnp.arange(k.shape[2])
-    visible = (slots >= begin[..., None]) & (slots < end[..., None])
-    scores = dot("bkgld,bksd->bkgls", q, k.astype(q.dtype))
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    values = dot("bkgls,bksd->bkgld", weights, v.astype(q.dtype))
-    return values.astype(q.dtype), jax.nn.logsumexp(scores, axis=-1)
-
-
-def _errors(truth, got, key_range: np.ndarray) -> tuple[float, float]:
-    """Returns the largest error norm of values and error of lse, over queries that see keys."""
-    values, lse = (np.asarray(x, np.float64) for x in got)
-    far = np.linalg.norm(values - truth[0], axis=-1)[key_range]
-    lse_far = np.abs(lse[key_range] - truth[1][key_range])
-    return float(np.max(far, initial=0)), float(np.max(lse_far, initial=0))

@@ -62,7 +62,7 @@ DEFAULT: Mapping[str, Phase] = {
     "kernels": Phase("kernels:kernels", 180),
     "ceilings": Phase("ceilings:ceilings", 60),
     "decode": Phase("attention:decode", 110),
-    "prefill": Phase("attention:prefill", 110),
+    "prefill": Phase("attention:prefill", 140),
     "cudnn": Phase("attention:cudnn_ceilings", 60, _needs_gpu),
     "demo": Phase("models:demo", 90),
     "model_7b": Phase("models:model_7b", 240, _needs_accelerator),

@@ -28,6 +28,7 @@ class Sizes:
       check_keys: keys in a decode check. The largest power of two that divides them is 256, so
         that no kernel's block of keys is longer.
       check_prefill: (queries, keys) of a prefill check.
+      check_blocks: blocks of keys in a check of sparse prefill.
       heads: names in HEADS that are timed.
       decode_keys: cache lengths that decode attention is timed over.
       rotated_bytes: bytes of the caches that timed calls cycle through, far more than a GPU's L2
@@ -42,6 +43,7 @@ class Sizes:
     head_dims: tuple[int, ...] = (64, 80, 96, 128, 256)
     check_keys: int = 2048 + 256
     check_prefill: tuple[int, int] = (1300, 32768 + 5120)
+    check_blocks: int = 48
     heads: tuple[str, ...] = tuple(HEADS)
     decode_keys: tuple[int, ...] = (131_072, 1_048_576)
     rotated_bytes: int = 2 * 10**9
@@ -58,6 +60,7 @@ ON_A_CPU = Sizes(
     head_dims=(80,),
     check_keys=768,
     check_prefill=(40, 700),
+    check_blocks=8,
     heads=("Qwen2.5-0.5B",),
     decode_keys=(2048,),
     rotated_bytes=0,

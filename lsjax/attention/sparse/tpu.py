@@ -1,7 +1,7 @@
 """Attention of a tile of queries to the blocks of keys that it has chosen, on TPU.
 
 The blocks' numbers are scalars that the pipeline reads ahead of its steps, so that the others never
-leave HBM. Keys are read in place, as in `tpu`.
+leave HBM. Keys are read in place, as in `attention.tpu`.
 Source: FlashAttention (arXiv 2205.14135).
 """
 
@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, update_softmax
-from lsjax.attention.sparse_rule import TILE, KeptBlocks
+from lsjax.attention.sparse.rule import TILE, KeptBlocks
 from lsjax.attention.tpu import LANES, VMEM, row_of_tile
 from lsjax.runtime.precision import einsum
 

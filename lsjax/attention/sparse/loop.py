@@ -1,4 +1,4 @@
-"""Attention of tiles of queries to the blocks of keys that each has chosen; see sparse_rule."""
+"""Attention of tiles of queries to the blocks of keys that each has chosen; see rule."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lsjax.attention.blockwise import key_scores, weighted_values
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, from_sums, update_softmax
-from lsjax.attention.sparse_rule import TILE, KeptBlocks
+from lsjax.attention.sparse.rule import TILE, KeptBlocks
 
 # Blocks of keys that one matmul takes: as many keys as in the dense loop.
 _BLOCKS = 2

@@ -42,7 +42,9 @@ class SparsePrefill:
 
 
 class KeptBlocks(NamedTuple):
-    """The blocks of slots that a tile of queries attends to.
+    """The blocks of slots that a tile of queries attends to, or each of some tiles.
+
+    Those of several tiles have an axis of tiles before all others.
 
     Attributes:
       ids: [batch, kv_heads, blocks] int32 numbers of the blocks, in order; the first `count` count.
@@ -57,22 +59,13 @@ class KeptBlocks(NamedTuple):
     stop: jax.Array
 
 
-def attend_in_tiles(
-    attend_tile: Callable[[jax.Array, KeptBlocks], Partial],
-    q: jax.Array,
-    keep: jax.Array,
-    stop: jax.Array,
-) -> Partial:
-    """Calls `attend_tile` on one tile of queries after the other.
+def kept_blocks(keep: jax.Array, stop: jax.Array) -> KeptBlocks:
+    """Lists the blocks of each tile.
 
     Args:
-      attend_tile: (q [batch, kv_heads, group * TILE, head_dim], its blocks) -> Partial.
-      q: [batch, kv_heads, group, tiles * TILE, head_dim], scaled.
       keep: [batch, kv_heads, tiles, blocks] whether a tile attends to a block of slots.
-      stop: [batch, tiles * TILE], not decreasing; each query sees the slots before it.
-
-    Returns:
-      Partial with values shaped as q.
+      stop: [batch, tiles * TILE], not decreasing within a tile; each query sees the slots before
+        it.
     """
     keep = jnp.moveaxis(keep, 2, 0)
     stop = jnp.moveaxis(stop.reshape(stop.shape[0], -1, TILE), 1, 0)
@@ -82,7 +75,22 @@ def attend_in_tiles(
     whole = keep & (begin + TILE <= stop[:, :, None, :1])
     ids = jnp.sort(jnp.where(keep, block, block[-1]), axis=-1)
     count, whole = (jnp.sum(x, axis=-1, dtype=jnp.int32) for x in (keep, whole))
-    kept = KeptBlocks(ids, count, whole, stop)
+    return KeptBlocks(ids, count, whole, stop)
+
+
+def attend_in_tiles(
+    attend_tile: Callable[[jax.Array, KeptBlocks], Partial], q: jax.Array, kept: KeptBlocks
+) -> Partial:
+    """Calls `attend_tile` on one tile of queries after the other.
+
+    Args:
+      attend_tile: (q [batch, kv_heads, group * TILE, head_dim], its blocks) -> Partial.
+      q: [batch, kv_heads, group, tiles * TILE, head_dim], scaled.
+      kept: blocks of each tile.
+
+    Returns:
+      Partial with values shaped as q.
+    """
     partial = jax.lax.map(lambda x: attend_tile(*x), (rows_of_tiles(q), kept))
     return queries_of_tiles(partial, q.shape[2])
 

@@ -103,18 +103,26 @@ class SparseCache(FullCache):
         if step.lengths is not None:
             end = jnp.minimum(end, step.lengths)
             begin = jnp.where(step.lengths > start, begin, start)  # no need once a prompt has ended
-        first = zigzag.num_local_slots_before(device, jnp.min(begin))
-        stop = zigzag.num_local_slots_before(device, at) + length
+        first = zigzag.num_local_slots_before(device, jnp.min(begin)) // TILE
+        stop = (zigzag.num_local_slots_before(device, at) + length) // TILE
+        # As many blocks at a time as a chunk has, which mostly is once.
+        blocks = means.k.shape[2]
+        count = min(-(-length // TILE), blocks)
 
         def add(i: jax.Array, held: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            start = jnp.minimum(first + i * count, blocks - count)
+
             def put(held: jax.Array, store: KVArray) -> jax.Array:
-                block = store.block(None, i * TILE, TILE).dequantize()
-                mean = jnp.mean(block, axis=2, keepdims=True).astype(held.dtype)
-                return jax.lax.dynamic_update_slice_in_dim(held, mean, i, axis=2)
+                # Without the barrier a GPU would copy the cache to have a block's slots together.
+                slots = jax.lax.optimization_barrier(store.block(None, start * TILE, count * TILE))
+                tokens = slots.dequantize()
+                tokens = tokens.reshape(*tokens.shape[:2], count, TILE, -1)
+                mean = jnp.mean(tokens, axis=3).astype(held.dtype)
+                return jax.lax.dynamic_update_slice_in_dim(held, mean, start, axis=2)
 
             return put(held[0], self.k), put(held[1], self.v)
 
-        k, v = jax.lax.fori_loop(first // TILE, stop // TILE, add, (means.k, means.v))
+        k, v = jax.lax.fori_loop(0, -(-(stop - first) // count), add, (means.k, means.v))
         return BlockMeans(k, v, jnp.maximum(means.known, end // TILE * TILE))
 
     def _all_means(self) -> tuple[jax.Array, jax.Array]:

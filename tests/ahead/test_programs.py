@@ -13,6 +13,7 @@ from helpers.kernels import between_calls
 from helpers.published import CONFIGS, GLM, QWEN, with_layers
 from helpers.sass import assembled
 
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.compression import RazorConfig
 from lsjax.inference.engine import Engine
 from lsjax.planning import find_target, target_mesh
@@ -41,6 +42,16 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
     assert needs["decode"].temporaries < 0.1 * cache
     # The cache that comes out lies where the one that went in lay.
     assert needs["decode"].cache >= cache and needs["prefill"].cache >= cache
+
+
+def test_sparse_prefill_on_a_gpu_copies_nothing_of_the_cache():
+    config, target = with_layers(GLM, 1), find_target("h100-80gb:1")
+    deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 4096, 1, 256)
+    sparse = dataclasses.replace(deployment, sparse_prefill=SparsePrefill(0.1, first_layers=0))
+    needs = compile_for(config, target, sparse, 2**20)
+    assert needs["prefill"].temporaries < 0.45 * needs["prefill"].cache  # the keys alone are half
+    planned = needs_of(config, target.platform, sparse, 2**20)
+    assert needs["prefill"].total <= planned["prefill"].total
 
 
 def test_tensor_parallel_decode_leaves_the_embedding_where_it_is():

@@ -23,6 +23,12 @@ def hadamard_transform(x: jax.Array) -> jax.Array:
     return einsum("...d,de->...e", x, signs) * x.shape[-1] ** -0.5
 
 
+def undo_hadamard_transform(x: jax.Array) -> jax.Array:
+    """Returns what `hadamard_transform` maps to [..., head_dim], in float32."""
+    signs = hadamard_signs(x.shape[-1], x.dtype)
+    return einsum("...e,de->...d", x, signs) * x.shape[-1] ** -0.5
+
+
 def hadamard_signs(width: int, dtype: jnp.dtype) -> jax.Array:
     """Returns hadamard_matrix, in `dtype` if it is exact there, else in float32."""
     matrix = hadamard_matrix(width)

@@ -43,6 +43,18 @@ def merge_over_axis(partial: Partial, axis_name: str) -> Partial:
     return _normalize(values, jax.lax.psum(weight, axis_name), running_max)
 
 
+def with_blind_queries(partial: Partial, count: int) -> Partial:
+    """Puts `count` queries that see nothing before those of a Partial.
+
+    `partial` has values [batch, kv_heads, group, length, head_dim].
+    """
+    before = ((0, 0),) * 3 + ((count, 0),)
+    return Partial(
+        jnp.pad(partial.values, (*before, (0, 0))),
+        jnp.pad(partial.lse, before, constant_values=-jnp.inf),
+    )
+
+
 def update_softmax(
     scores: jax.Array, sum_exp: jax.Array, running_max: jax.Array, axis: int = -1
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from lsjax.attention import dispatch
 from lsjax.attention.blockwise import KeyRange, QueryBlocks
 from lsjax.attention.hadamard import hadamard_transform
 from lsjax.attention.kv_array import KVArray, write_tokens
-from lsjax.attention.partial import Partial, merge
+from lsjax.attention.partial import Partial, merge, with_blind_queries
 from lsjax.attention.storage import to_storage
 from lsjax.cache.full import FullCache
 from lsjax.cache.protocol import LayerCache, Step
@@ -105,11 +105,7 @@ class FloatTail:
         attend_tail = self._around_ring if step.around_ring(self.zigzag) else self._on_each_device
         partial, tail = attend_tail(q, k, v, near_step, begin)
         if others:
-            before = ((0, 0),) * 3 + ((others, 0),)
-            partial = Partial(
-                jnp.pad(partial.values, (*before, (0, 0))),
-                jnp.pad(partial.lse, before, constant_values=-jnp.inf),
-            )
+            partial = with_blind_queries(partial, others)
         return merge(far, partial), self.replace(inner=inner, tail=tail)
 
     def _takes_token(self, q: jax.Array, step: Step) -> bool:

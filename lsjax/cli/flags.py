@@ -53,6 +53,12 @@ def define_model_flags() -> None:
         "streaming_llm, which keeps the first and the last tokens; or settings as JSON, such as "
         '\'{"kind": "razor", "window": 2000}\'.',
     )
+    define_sparse_prefill_flag()
+    define_mesh_flags()
+
+
+def define_sparse_prefill_flag() -> None:
+    """Defines the flag that says which keys a prompt attends to."""
     flags.DEFINE_string(
         "sparse_prefill",
         "none",
@@ -60,7 +66,6 @@ def define_model_flags() -> None:
         "those with at least that share of the largest estimated weight; or settings as JSON, such "
         'as \'{"alpha": 0.1, "first_layers": 2}\'. Decoding attends to everything.',
     )
-    define_mesh_flags()
 
 
 def define_rope_scaling_flag() -> None:

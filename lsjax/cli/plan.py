@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 from lsjax.cache import CACHE_DTYPES
-from lsjax.cli.flags import define_rope_scaling_flag
+from lsjax.cli.flags import define_rope_scaling_flag, define_sparse_prefill_flag
 from lsjax.cli.program import make_cpu_devices, run_program
 from lsjax.evals.plots import plot_plan
 from lsjax.inference.options import COMPUTE_DTYPES
@@ -91,6 +91,7 @@ def define_flags() -> None:
         "Prompt tokens per prefill step. Default: the best found.",
         lower_bound=1,
     )
+    define_sparse_prefill_flag()
     define_rope_scaling_flag()
     flags.DEFINE_bool(
         "allow_untrained_length", False, "Allow sequences longer than the model supports."
@@ -112,7 +113,8 @@ def main(_) -> None:
         check_writable(file)
     options = (
         "max_input_length max_output_length max_batch_size mesh dtype weight_dtype kv_cache_dtype "
-        "kv_compression prefill_chunk rope_scaling allow_untrained_length document_length compile"
+        "kv_compression sparse_prefill prefill_chunk rope_scaling allow_untrained_length "
+        "document_length compile"
     )
     found = plan(
         FLAGS.config, FLAGS.target, **{name: FLAGS[name].value for name in options.split()}

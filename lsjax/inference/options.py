@@ -135,7 +135,7 @@ def resolve_options(
         sparse_prefill=parse_sparse_prefill(sparse_prefill),
     )
     if options.sparse_prefill:
-        check_sparse_prefill(config, options)
+        check_sparse_prefill(config, options.mesh.devices.flat[0].platform, options)
     return options
 
 

@@ -60,13 +60,12 @@ def _unknown(given: Any) -> UserError:
     )
 
 
-def check_sparse_prefill(config: ModelConfig, settings: EngineConfig) -> None:
-    """Refuses what sparse prefill does not go with.
+def check_sparse_prefill(config: ModelConfig, platform: str, settings: EngineConfig) -> None:
+    """Refuses what sparse prefill does not go with on a platform: cpu, gpu (or cuda) or tpu.
 
     Raises:
       UserError: the message names the first reason.
     """
-    platform = settings.mesh.devices.flat[0].platform
     reason = why_not_sparse(config, platform, settings)
     if reason is None and settings.prefill_chunk % TILE:
         reason = f"chooses for {TILE} queries at once; set prefill_chunk to a multiple of as many"
@@ -89,8 +88,12 @@ def why_not_sparse(config: ModelConfig, platform: str, settings: EngineConfig) -
         return "does not go with kv_compression, which drops the tokens that it would choose from"
     if config.alibi:
         return "does not go with ALiBi, whose scores depend on distances, which no mean has"
-    if config.rope_scaling.kind == "dual_chunk":
-        return "does not choose for the several views of dual chunk attention yet"
+    scaling = config.rope_scaling
+    if scaling.kind == "dual_chunk" and (scaling.chunk_size - scaling.local_size) % TILE:
+        return (
+            f"chooses blocks of {TILE} keys, of which dual chunk attention rotates each as one; "
+            f"make chunk_size - local_size a multiple of {TILE}"
+        )
     if config.delta_nets:
         return "has not been tested with recurrent layers yet, whose prompts attend in few layers"
     if all(config.windows):

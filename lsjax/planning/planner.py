@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.cache import CACHE_DTYPES
 from lsjax.checkpoint import holds_int8
 from lsjax.compression import (
@@ -24,6 +25,7 @@ from lsjax.families import read_config
 from lsjax.inference.engine_config import check_chunks
 from lsjax.inference.options import COMPUTE_DTYPES, one_of
 from lsjax.inference.request import check_total
+from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.planning.arithmetic import needs_of
 from lsjax.planning.compiled import ask_compiler
@@ -51,6 +53,7 @@ def plan(
     weight_dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     kv_compression: str | Mapping[str, Any] | CompressionSettings | None = None,
+    sparse_prefill: str | float | Mapping[str, Any] | SparsePrefill | None = None,
     prefill_chunk: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     allow_untrained_length: bool = False,
@@ -74,6 +77,7 @@ def plan(
       kv_cache_dtype: dtype of the KV cache; auto for the best found.
       kv_compression: KV compression, as in `lsjax.load`; unless razor names a file of heads, the
         heads that keep everything are assumed to be spread evenly over the layers.
+      sparse_prefill: how prompts attend to their keys, as in `lsjax.load`.
       prefill_chunk: prompt tokens per prefill step; None for the best found.
       rope_scaling: RoPE scaling, as in `lsjax.load`.
       allow_untrained_length: whether to allow sequences longer than the model serves.
@@ -111,6 +115,7 @@ def plan(
     free = SearchSpace(
         *(config, target, dtype, weight_dtype, max_batch_size, max_output_length, compression),
         document_length,
+        sparse_prefill=parse_sparse_prefill(sparse_prefill),
     )
     asked = dataclasses.replace(
         free,
@@ -120,6 +125,8 @@ def plan(
     )
     deployment = asked.best(max_input_length, bound)
     check_chunks(config, deployment, output + (max_input_length or 1))
+    if deployment.sparse_prefill:
+        check_sparse_prefill(config, target.platform, deployment)
     if document_length:
         check_options(deployment)
     recommended = deployment if asked == free else free.best(max_input_length, bound)
@@ -213,8 +220,8 @@ class SearchSpace:
       config: model configuration.
       target: devices to plan for.
       compression: settings of KV compression, or None for none.
-      dtype, weight_dtype, batch, output_length, document_length, mesh, kv_cache_dtype,
-        prefill_chunk: settings of the layouts, see Deployment.
+      dtype, weight_dtype, batch, output_length, document_length, sparse_prefill, mesh,
+        kv_cache_dtype, prefill_chunk: settings of the layouts, see Deployment.
     """
 
     config: ModelConfig
@@ -225,6 +232,7 @@ class SearchSpace:
     output_length: int
     compression: CompressionSettings | None
     document_length: int = 0
+    sparse_prefill: SparsePrefill | None = None
     mesh: tuple[int, int, int] | None = None
     kv_cache_dtype: str | None = None
     prefill_chunk: int | None = None
@@ -270,7 +278,10 @@ class SearchSpace:
         if speed is None:
             return 0.0
         written = deployment.batch * deployment.output_length
-        return speed.prefill_seconds + written / speed.decode_tokens_per_second
+        prefill = speed.prefill_seconds
+        if deployment.sparse_prefill:  # None if it is refused
+            prefill = speed.sparse_prefill_seconds or prefill
+        return prefill + written / speed.decode_tokens_per_second
 
     def layouts(self, kv_cache_dtype: str) -> Iterable[Deployment]:
         """Yields all layouts with a cache of this dtype."""
@@ -284,6 +295,7 @@ class SearchSpace:
                     kv_cache_dtype=kv_cache_dtype,
                     prefill_chunk=chunk,
                     compression=compression,
+                    sparse_prefill=self.sparse_prefill,
                     batch=self.batch,
                     output_length=self.output_length,
                     document_length=self.document_length,

@@ -134,6 +134,8 @@ def _as_flags(deployment: Deployment) -> dict[str, Any]:
         "weight_dtype": deployment.weight_dtype,
         "kv_cache_dtype": deployment.kv_cache_dtype,
         "kv_compression": deployment.compression and deployment.compression.settings,
+        "sparse_prefill": deployment.sparse_prefill
+        and dataclasses.asdict(deployment.sparse_prefill),
         "prefill_chunk": deployment.prefill_chunk,
         "max_batch_size": deployment.batch,
         "max_output_length": deployment.output_length,

@@ -38,6 +38,14 @@ class DualChunk:
         farthest = jnp.full_like(position, min(2 * self.stride - 1, self.size))
         return farthest, jnp.minimum(place + self.stride, self.size), place
 
+    def unlimited_offsets(self) -> tuple[int, ...]:
+        """Returns how far beyond its place in its chunk a query is rotated to choose among keys.
+
+        There is one for each range of keys. Unlike `query_positions` they tell distances apart that
+        are larger than the chunk size.
+        """
+        return self.size, self.stride, 0
+
     def key_ranges(self, position: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """Returns the first key of each range and the one after its last.
 

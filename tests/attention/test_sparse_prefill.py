@@ -1,5 +1,6 @@
 """Sparse prefill against its definition in float64: what is chosen, what stands for the rest."""
 
+import dataclasses
 import functools
 import math
 
@@ -16,10 +17,12 @@ from lsjax.attention.hadamard import hadamard_matrix
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.cache import CacheSpec, FloatTail, cache_shapes, empty_layer, update_and_attend
-from lsjax.config import ModelConfig
+from lsjax.config import ModelConfig, RopeScaling
 from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh
 from lsjax.families import parse_config
+from lsjax.nn.attention import LayerInputs
+from lsjax.positions.rotary import rotary_tables, rotate
 from lsjax.shipped.model import HF_CONFIGS
 
 HEAD_DIM, KV_HEADS, GROUP = 16, 2, 2
@@ -54,7 +57,16 @@ def topics(length, batch=1, seed=0):
     return q, k, rng.standard_normal(k.shape).astype("f4")
 
 
-def prefill(q, k, v, rule, chunk, mesh="", dtype="float32", lengths=None):
+@functools.partial(jax.jit, static_argnames="mesh")
+def step(mesh, q, k, v, positions, lengths, cache, tables):
+    """Writes a chunk to the cache and attends to it, after rotation if there are tables."""
+    if tables is not None:
+        inputs = LayerInputs(tables=tables).at(positions)
+        q, k = inputs.rotated(q, False), rotate(k, *inputs.angles, False)
+    return update_and_attend(mesh, q, k, v, positions, lengths, cache, False, tables=tables)
+
+
+def prefill(q, k, v, rule, chunk, mesh="", dtype="float32", lengths=None, tables=None):
     """Runs a prompt in chunks, the last one padded; returns the result and the cache."""
     batch, length = q.shape[:2]
     mesh = make_mesh(mesh)
@@ -74,16 +86,23 @@ def prefill(q, k, v, rule, chunk, mesh="", dtype="float32", lengths=None):
     shardings = jax.tree.map(lambda x: x.sharding, cache_shapes(config(), mesh, spec, "cpu")[0])
     cache = jax.device_put(empty_layer(config(), spec), shardings)
     lengths = jnp.full(batch, length) if lengths is None else jnp.asarray(lengths)
-    step = jax.jit(functools.partial(update_and_attend, mesh, decode=False))
     found = np.zeros(q.shape)
     for start in range(0, length, chunk):
         at = start + zigzag.permutation(chunk)
         new = (np.pad(x, ((0, 0), (0, chunk), (0, 0), (0, 0)))[:, at] for x in (q, k, v))
         positions = np.broadcast_to(at, (batch, chunk))
-        out, cache = step(*new, positions, lengths, cache)
+        out, cache = step(mesh, *new, positions, lengths, cache, tables)
         here = at < length
         found[:, at[here]] = out[:, here]
     return found, cache
+
+
+def sampled(length, chunk, capacity):
+    """Queries that also attend to everything: 64 in a prompt that fills the cache."""
+    of_chunk = math.ceil(64 * chunk / capacity)
+    ends = np.arange(1, of_chunk + 1) * chunk // of_chunk
+    at = (np.arange(0, capacity, chunk)[:, None] + ends - 1).ravel()
+    return at[at < length]
 
 
 def counts(cache):
@@ -98,8 +117,44 @@ def test_the_softmax_is_over_kept_tokens_and_a_token_for_each_other_block():
     assert 0.3 < keep.sum() / keep.size * 2 < 0.9
     assert np.abs(found - wanted).max() < 1e-5
     assert np.array_equal(cache.counts.blocks, keep.sum(axis=(2, 3)))
-    sampled = mass[:, 4 * TILE - 1 :: 4 * TILE].sum(axis=1).reshape(1, KV_HEADS, GROUP)
-    np.testing.assert_allclose(cache.counts.mass, sampled, rtol=1e-5)
+    at = sampled(12 * TILE, 4 * TILE, 12 * TILE)
+    assert cache.counts.samples.tolist() == [len(at)] and len(at) >= 64
+    mass = mass[:, at].sum(axis=1).reshape(1, KV_HEADS, GROUP)
+    np.testing.assert_allclose(cache.counts.mass, mass, rtol=1e-5)
+
+
+def dual_chunk_tables(size, local, length):
+    scaling = RopeScaling("dual_chunk", chunk_size=size, local_size=local, original_length=size)
+    rotary = {"rotary_dim": HEAD_DIM, "rope_theta": 1e4, "rope_scaling": scaling}
+    return rotary_tables(dataclasses.replace(config(), **rotary), [length])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "mesh"),
+    [
+        (4 * TILE, ""),
+        pytest.param(8 * TILE, "context=2", marks=pytest.mark.slow("dense ones do as much")),
+    ],
+)
+def test_with_dual_chunk_attention_blocks_are_chosen_by_distances_without_a_limit(chunk, mesh):
+    """Chunks of positions of 3 blocks; the largest distance that attention shows is 3.5 blocks."""
+    size, local, length = 448, 64, 16 * TILE
+    q, k, v = topics(length)
+    tables = dual_chunk_tables(size, local, length)
+    grown = q * (0.1 * np.log(length / size) + 1) ** 2
+    choosing, attending, rotated_k = sparse_oracle.dual_chunk_views(grown, k, size, local)
+    stride = size - local
+    keep = sparse_oracle.chosen(choosing, rotated_k, RULE.alpha, stride=stride)
+    limited = sparse_oracle.chosen(attending, rotated_k, RULE.alpha, stride=stride)
+    assert (keep != limited).sum() > 5 and 0.3 < keep.sum() / keep.size * 2 < 0.95
+    wanted, mass = sparse_oracle.attention(attending, rotated_k, v, keep, stride=stride)
+    found, cache = prefill(q, k, v, RULE, chunk, mesh, tables=tables)
+    assert np.array_equal(cache.counts.blocks, keep.sum(axis=(2, 3)))
+    assert np.abs(found - wanted).max() < 1e-5
+    if not mesh:
+        at = sampled(length, chunk, length)
+        mass = mass[:, at].sum(axis=1).reshape(1, KV_HEADS, GROUP)
+        np.testing.assert_allclose(cache.counts.mass, mass, rtol=1e-5)
 
 
 def test_alpha_0_is_dense_attention_to_the_last_bit():
@@ -117,18 +172,39 @@ def test_alpha_0_is_dense_attention_to_the_last_bit():
     assert jax.tree.all(jax.tree.map(np.array_equal, partial, in_order))
 
 
+@pytest.mark.slow("the choice is quick, and views over a float block are tested without it")
+@pytest.mark.parametrize("mesh", ["", "context=2"])
+def test_with_dual_chunk_attention_alpha_0_is_dense(mesh):
+    """The block in floats begins within a chunk of positions, whose stride is 1.5 blocks."""
+    length = 15 * TILE + 20
+    tables = dual_chunk_tables(448, 64, length)
+    found, dense = (
+        prefill(*topics(length), rule, 4 * TILE, mesh, "int8", tables=tables)[0]
+        for rule in (rule_of(0.0), None)
+    )
+    assert np.abs(found - dense).max() < 1e-5
+
+
 slow = functools.partial(pytest.param, marks=pytest.mark.slow("int8 in chunks of a tile is quick"))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tiles"), [("int8", 1), slow("float32", 4), slow("int8", 4), slow("int4", 1)]
+    ("dtype", "tiles", "dual_chunk"),
+    [
+        ("int8", 1, False),
+        slow("float32", 4, False),
+        slow("int8", 4, False),
+        slow("int4", 1, False),
+        slow("int8", 1, True),
+    ],
 )
-def test_the_chunk_makes_no_difference(dtype, tiles):
+def test_the_chunk_makes_no_difference(dtype, tiles, dual_chunk):
     """A prompt that ends within a block, in chunks of some tiles, and at once."""
     q, k, v = topics(11 * TILE + 50)
     rule = rule_of(0.2, TILE, 3 * TILE)
+    tables = dual_chunk_tables(448, 64, len(q[0])) if dual_chunk else None
     (found, some), (whole, once) = (
-        prefill(q, k, v, rule, n * TILE, dtype=dtype) for n in (tiles, 12)
+        prefill(q, k, v, rule, n * TILE, dtype=dtype, tables=tables) for n in (tiles, 12)
     )
     assert np.abs(found - whole).max() < 1e-5
     assert np.array_equal(counts(some).blocks, counts(once).blocks)
@@ -185,7 +261,8 @@ def test_a_token_alone_in_a_block_of_noise_is_lost_with_its_block(needle):
     bare, _ = sparse_oracle.attention(q, k, v, keep, corrected=False)
     assert np.abs(found - corrected).max() < 1e-5
     off, bare_off = (np.abs(x[:, -1] - dense).max() for x in (found, bare))
-    np.testing.assert_allclose(counts(cache).mass.ravel(), mass[0, -1], rtol=1e-4)
+    at = sampled(length, length, length)
+    np.testing.assert_allclose(counts(cache).mass.ravel(), mass[0, at].sum(axis=0), rtol=1e-4)
     if needle:
         assert off > 5 and bare_off > 5 and mass[0, -1].max() < 0.3
     else:

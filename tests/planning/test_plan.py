@@ -186,9 +186,20 @@ def test_sparse_prefill_is_expected_to_be_faster_where_there_is_a_kernel():
     assert speed("h200:1", kv_cache_dtype="int4").sparse_prefill_seconds is None
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-7B-Instruct-1M", "Qwen3.5-9B"])
-def test_sparse_prefill_is_not_expected_of_a_model_that_refuses_it(name):
-    found = lsjax.plan(CONFIGS / f"{name}.json", "v5e:2x4", max_input_length=250_000)
+def test_the_scores_by_which_sparse_prefill_chooses_take_memory_and_means_take_cache():
+    options = {"max_input_length": 1_000_000, "mesh": "context=1"}
+    dense, sparse = (
+        lsjax.plan(CONFIGS / "Qwen2.5-7B-Instruct-1M.json", "h100-80gb:1", **options, **given)
+        for given in ({}, {"sparse_prefill": 0.1})
+    )
+    means = 27 * 2 * 4 * 128 * 2 * 1_000_000 / 128  # the first layer has none
+    grown = sparse.programs["decode"].cache - dense.programs["decode"].cache
+    assert grown == pytest.approx(means, rel=0.01)
+    assert sparse.programs["prefill"].temporaries > dense.programs["prefill"].temporaries + 1e8
+
+
+def test_sparse_prefill_is_not_expected_of_a_model_that_refuses_it():
+    found = lsjax.plan(CONFIGS / "Qwen3.5-9B.json", "v5e:2x4", max_input_length=250_000)
     assert found.speed.sparse_prefill_seconds is None
 
 
@@ -206,6 +217,11 @@ def test_sparse_prefill_is_not_expected_of_a_model_that_refuses_it(name):
         ("h200:1", {"max_output_length": 1_048_576}, "leaves no room for a prompt"),
         ("h200:1", {"kv_cache_dtype": "int2"}, "float32, bfloat16, int8, int4"),
         ("h200:1", {"dtype": "float16"}, "float32, bfloat16"),
+        (
+            "h200:1",
+            {"sparse_prefill": 0.1, "kv_cache_dtype": "int4"},
+            "no kernel for int4 on a GPU",
+        ),
     ],
 )
 def test_what_is_impossible_is_refused_with_what_is_possible(target, options, words):

@@ -7,7 +7,7 @@ tokens. Nothing is trained. Source: FlashPrefill (arXiv 2603.06199, 2608.19758).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,34 +98,54 @@ def attend_in_tiles(
 def choose(
     rule: SparsePrefill,
     q: jax.Array,
+    estimating: jax.Array | None,
     mean_k: jax.Array,
     mean_v: jax.Array,
     tiles: jax.Array,
     stop: jax.Array,
     lengths: jax.Array | None,
+    stride: int | None = None,
 ) -> tuple[jax.Array, Partial]:
     """Chooses the blocks that each tile of queries attends to.
 
     Args:
       rule: settings.
-      q: [batch, kv_heads, group, tiles * TILE, head_dim], scaled.
+      q: [batch, kv_heads, group, views * tiles * TILE, head_dim], scaled. There are several views
+        of each query with dual chunk attention; see Step.
+      estimating: the same queries as they are rotated to choose by, or None for `q`.
       mean_k, mean_v: [batch, kv_heads, blocks, head_dim] means of each block's keys and values, in
         the order of positions. Those after a tile's own block are not read.
       tiles: [tiles] index of each tile among all of the prompt.
       stop: [tiles] number of leading blocks that may be replaced by their means; all rows of a tile
         see them whole.
       lengths: [batch] tokens of each prompt, or None.
+      stride: number of positions in a chunk of dual chunk attention, a multiple of TILE; None if
+        one view sees all keys.
 
     Returns:
       [batch, kv_heads, tiles, blocks] whether a tile attends to a block, and the Partial over the
-      means of the blocks that it does not attend to.
+      means of the blocks that it does not attend to, with values
+      [batch, kv_heads, group, tiles * TILE, head_dim].
     """
     block = jnp.arange(mean_k.shape[2])
+    per_chunk = block.size if stride is None else stride // TILE
+    mean_k = mean_k.astype(q.dtype)
 
-    def choose_for_tile(tile: tuple[jax.Array, ...]) -> tuple[jax.Array, Partial]:
-        rows, own, stop = tile
-        scores = einsum("bkrd,bksd->bkrs", rows, mean_k.astype(rows.dtype))
-        seen = jnp.where(block <= own, scores, -jnp.inf)
+    def scores_of(views: jax.Array, own: jax.Array) -> jax.Array:
+        """Scores [views, batch, kv_heads, rows, head_dim] with the means of the view's chunks."""
+        by_chunk = jnp.pad(mean_k, ((0, 0), (0, 0), (0, -block.size % per_chunk), (0, 0)))
+        by_chunk = by_chunk.reshape(*mean_k.shape[:2], -1, per_chunk, mean_k.shape[3])
+        # The last view is of the tile's own chunk, the first of all that no other is of.
+        ago = own // per_chunk - jnp.arange(by_chunk.shape[2])
+        view = jnp.clip(len(views) - 1 - ago, 0, len(views) - 1)
+        scores = einsum("nbkrd,bknsd->bkrns", views[view], by_chunk)
+        return scores.reshape(*scores.shape[:3], -1)[..., : block.size]
+
+    def choose_for_tile(tile: tuple[Any, ...]) -> tuple[jax.Array, Partial]:
+        rows, estimating, own, stop = tile
+        scores = scores_of(rows, own)
+        estimates = scores if estimating is None else scores_of(estimating, own)
+        seen = jnp.where(block <= own, estimates, -jnp.inf)
         weight = jnp.sum(jnp.exp(seen - jnp.max(seen, axis=(2, 3), keepdims=True)), axis=2)
         keep = weight >= rule.alpha * jnp.max(weight, axis=-1, keepdims=True)
         near = (block < _SINK_BLOCKS) | (block >= own - _NEAR_BLOCKS) | (block >= stop)
@@ -135,12 +155,17 @@ def choose(
             keep |= (end > lengths - rule.last_tokens)[:, None, None]
             keep &= near | (own * TILE < lengths)[:, None, None]  # padding
         replaced = jnp.where(keep[:, :, None], -jnp.inf, scores + math.log(TILE))
-        zeros = jnp.zeros(rows.shape[:3], jnp.float32)
+        zeros = jnp.zeros(rows.shape[1:4], jnp.float32)
         weights, _, *softmax = update_softmax(replaced, zeros, zeros - jnp.inf)
         acc = einsum("bkrs,bksd->bkrd", weights.astype(rows.dtype), mean_v.astype(rows.dtype))
         return keep & (block <= own), from_sums(acc, *softmax)
 
-    keep, partial = jax.lax.map(choose_for_tile, (rows_of_tiles(q), tiles, stop))
+    def views_of_tiles(q: jax.Array) -> jax.Array:
+        rows = rows_of_tiles(q)
+        return rows.reshape(-1, len(tiles), *rows.shape[1:]).swapaxes(0, 1)
+
+    rows = jax.tree.map(views_of_tiles, (q, estimating))
+    keep, partial = jax.lax.map(choose_for_tile, (*rows, tiles, stop))
     return jnp.moveaxis(keep, 0, 2), queries_of_tiles(partial, q.shape[2])
 
 

@@ -24,4 +24,6 @@ def read_document(model: LanguageModel, ids: Sequence[int], **options: Any) -> D
     document = model.read(ids, on_prefill=PrefillBar(model.config, len(ids)), **options)
     seconds = time.perf_counter() - start
     say(f"document   {len(document):,} tokens in {seconds:.2f} s, compiling included")
+    if document.sparsity:
+        say(f"attended   to {document.sparsity}")
     return document

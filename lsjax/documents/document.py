@@ -18,6 +18,7 @@ from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request, batches, bucket
+from lsjax.inference.sparsity import Sparsity
 from lsjax.runtime.html import table
 
 
@@ -35,6 +36,8 @@ class Document:
       engine: engine of the model that has read it.
       compressed: number of its leading tokens that are compressed, if it was opened: another mesh
         may have read it. None for as many as this one compresses, or if none are.
+      sparsity: what its tokens attended to while this process read them; None if to everything, or
+        if they were all saved.
     """
 
     token_ids: tuple[int, ...]
@@ -43,6 +46,7 @@ class Document:
     fingerprint: dict[str, str]
     engine: Engine
     compressed: int | None = None
+    sparsity: Sparsity | None = None
 
     @property
     def shared(self) -> int:
@@ -110,6 +114,7 @@ class Document:
             {
                 "document": f"{len(self):,} tokens, {self.cached:,} of them kept once",
                 "length with question and answer": settled,
+                **({"attended to": str(self.sparsity)} if self.sparsity else {}),
                 **self.fingerprint,
             }
         )

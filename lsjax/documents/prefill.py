@@ -27,6 +27,7 @@ from lsjax.documents.folder import DocumentFolder
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.request import bucket, chunks
+from lsjax.inference.sparsity import measure
 
 if TYPE_CHECKING:
     from lsjax.documents.document import Document
@@ -42,8 +43,8 @@ def prefill_document(
     document: "Document",
     folder: DocumentFolder | None = None,
     on_prefill: Callable[[int], None] | None = None,
-) -> DocumentCache:
-    """Prefills a document, or what the folder does not hold of it.
+) -> "Document":
+    """Prefills a document, or what the folder does not hold of it; returns it with its cache.
 
     Args:
       engine: engine of the model.
@@ -56,11 +57,12 @@ def prefill_document(
     on_prefill = on_prefill or (lambda tokens: None)
     tables = engine.tables([document.settled_length or len(document)])
     prefill = functools.partial(_prefill, engine, params, tables, document.token_ids, on_prefill)
-    cached, shared = document.cached, document.shared
+    cached, shared, sparsity = document.cached, document.shared, None
     if engine.by_layer:
         cache = _compressed(engine, params, tables, document, folder, on_prefill)
     else:
-        cache = _in_chunks(engine, document, folder, prefill, on_prefill)
+        cache, start = _in_chunks(engine, document, folder, prefill, on_prefill)
+        sparsity = measure(cache, engine.config, [cached], start)
     kinds = engine.config.layers
     spec = document_spec(engine.settings, shared - cached)
     spec = dataclasses.replace(spec, chunk=0, policy=None)  # begins anywhere, and keeps all
@@ -70,7 +72,8 @@ def prefill_document(
     )
     states = _copied(states_of(cache))  # those in `rest` go on to its end
     read = DocumentCache(shared_layers(cache, kinds), np.int32(cached), (), states)
-    return read.replace(rest=prefill(rest, cached, shared, document=read))
+    read = read.replace(rest=prefill(rest, cached, shared, document=read))
+    return dataclasses.replace(document, cache=read, sparsity=sparsity)
 
 
 def document_spec(settings: EngineConfig, tokens: int) -> CacheSpec:
@@ -85,7 +88,11 @@ def document_spec(settings: EngineConfig, tokens: int) -> CacheSpec:
 
 
 def _in_chunks(engine, document, folder, prefill, on_prefill):
-    """Prefills the cached tokens that the folder does not hold, all layers chunk by chunk."""
+    """Prefills the cached tokens that the folder does not hold, all layers chunk by chunk.
+
+    Returns:
+      The cache, and the number of leading tokens that the folder holds.
+    """
     cached, start, saver = document.cached, 0, None
     spec = document_spec(engine.settings, cached)
     states = states_of(engine.cache_shapes(spec))
@@ -105,7 +112,7 @@ def _in_chunks(engine, document, folder, prefill, on_prefill):
     else:
         cache = engine.new_cache(spec)
     try:
-        return prefill(cache, start, cached, saver=saver)
+        return prefill(cache, start, cached, saver=saver), start
     finally:
         if saver:
             saver.finish()

@@ -42,15 +42,13 @@ def read_document(
       on_prefill: see prefill_document.
     """
     if save_to is None:
-        cache = prefill_document(engine, params, document, None, on_prefill)
-        return dataclasses.replace(document, cache=cache)
+        return prefill_document(engine, params, document, None, on_prefill)
     folder, (other, tokens) = new_folder(save_to, document), begins_as
     document = _as_compressed(document, folder)
     with contextlib.nullcontext() if folder.complete else folder.writing():
         if other is not None and not folder.manifest.done:
             folder.copy_from(other, tokens)
-        cache = prefill_document(engine, params, document, folder, on_prefill)
-    return dataclasses.replace(document, cache=cache)
+        return prefill_document(engine, params, document, folder, on_prefill)
 
 
 def unread_document(
@@ -108,7 +106,7 @@ def open_document(
         engine=engine,
     )
     document = _as_compressed(document, folder)
-    return dataclasses.replace(document, cache=prefill_document(engine, params, document, folder))
+    return prefill_document(engine, params, document, folder)
 
 
 def _as_compressed(document: Document, folder: DocumentFolder) -> Document:

@@ -48,21 +48,25 @@ class Sparsity:
 OnSparsity = Callable[[Sparsity], object]
 
 
-def measure(cache: KVCache, config: ModelConfig, lengths: Sequence[int]) -> Sparsity | None:
+def measure(
+    cache: KVCache, config: ModelConfig, lengths: Sequence[int], start: int = 0
+) -> Sparsity | None:
     """Returns what prefill has attended to; None if it was not sparse.
 
     Args:
       cache: cache after prefill.
       config: model configuration.
       lengths: number of tokens of each prompt; rows after those are padding.
+      start: number of leading tokens, a multiple of TILE, that came with the cache.
     """
     layers = {i: x for i, x in enumerate(without_tails(cache)) if isinstance(x, SparseCache)}
-    if not layers:
+    if not layers or max(lengths) <= start:
         return None
     rows = len(lengths)
     counts = {i: jax.tree.map(lambda x: to_host(x)[:rows], x.counts) for i, x in layers.items()}
     tiles = -(-np.asarray(lengths, np.float64) // TILE)
-    full = float(np.sum(tiles * (tiles + 1) / 2))  # of one head
+    before = start // TILE
+    full = float(np.sum(tiles * (tiles + 1) - before * (before + 1)) / 2)  # of one head
     whole = sum(window is None for window in config.windows)
     sparse = sum(float(x.blocks.astype(np.float64).mean(axis=1).sum()) for x in counts.values())
     density = ((whole - len(layers)) * full + sparse) / (whole * full)

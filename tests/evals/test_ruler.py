@@ -18,6 +18,7 @@ from lsjax.evals.cells import Cells
 from lsjax.evals.ruler import TASKS, Table, measure
 from lsjax.evals.ruler.measure import case_of, prompts_of
 from lsjax.evals.ruler.tasks import Case, Question
+from lsjax.inference.sparsity import Sparsity
 from lsjax.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(GOLDEN / "tokenizer" / "byte_level_json")
@@ -108,20 +109,23 @@ class Perfect:
 
     tokenizer = TOKENIZER
     options = SimpleNamespace(compression=None)
+    sparsity = Sparsity(0.5, 10, 0)
 
     def __init__(self, texts):
         self.texts, self.reserves = texts, []
 
     def read(self, ids, reserve, **_):
         self.reserves.append(reserve)
-        return ids
+        return SimpleNamespace(ids=ids, sparsity=self.sparsity)
 
     def generate(self, prompts, tokens, document=None, **_):
         self.texts -= 1
         if self.texts < 0:
             raise KeyboardInterrupt
-        whole = [self.tokenizer.decode((*(document or ()), *prompt)) for prompt in prompts]
-        return [SimpleNamespace(text=text) for text in whole]
+        begin = () if document is None else document.ids
+        whole = [self.tokenizer.decode((*begin, *prompt)) for prompt in prompts]
+        stats = SimpleNamespace(sparsity=self.sparsity)
+        return [SimpleNamespace(text=text, stats=stats) for text in whole]
 
 
 def test_a_table_is_measured_cell_by_cell():
@@ -129,10 +133,15 @@ def test_a_table_is_measured_cell_by_cell():
     with pytest.raises(KeyboardInterrupt):
         measure(Perfect(3), tasks, [900, 1200], 2, cells=cells)
     assert len(cells.values) == 3
-    model, counted = Perfect(5), []
-    table = measure(model, tasks, [900, 1200], 2, cells=cells, progress=counted.append)
+    model, counted, attended = Perfect(5), [], []
+    table = measure(
+        *(model, tasks, [900, 1200], 2),
+        cells=cells,
+        progress=counted.append,
+        on_sparsity=lambda length, found: attended.append(length),
+    )
     assert table == Table(tuple(tasks), (900, 1200), ((1.0, 1.0), (1.0, 1.0)))
-    assert sum(counted) == 8
+    assert sum(counted) == 8 and attended == [900] + 4 * [1200]
     assert model.texts == 0 and len(model.reserves) == 3  # several questions over one text
     cells.add({name: 0.0 for name in list(cells.values)[:1]})
     assert measure(Perfect(0), tasks, [900], 2, cells=cells).scores == ((0.5,), (1.0,))

@@ -92,12 +92,20 @@ def test_a_document_may_be_read_in_two_parts(tmp_path):
         return [c.token_ids for c in lm.generate([[1, 2], [3]], 8, **options)]
 
     usual = answers(lm)
-    lm.read(ids[: 6 * TILE], document_cache=tmp_path, allow_untrained_length=True)
+    first = lm.read(ids[: 6 * TILE], document_cache=tmp_path, allow_untrained_length=True)
     assert answers(lm, document_cache=tmp_path) == usual
+    whole, rest = (
+        lm.read(ids, allow_untrained_length=True, **options)
+        for options in ({}, {"save_to": tmp_path / "it"})
+    )
+    assert first.sparsity.pairs == 6 * 7 / 2 and whole.sparsity.pairs == 12 * 13 / 2
+    assert whole.sparsity == rest.sparsity and 0.5 < whole.sparsity.density < 1
 
 
 def test_a_document_is_not_used_with_another_alpha(tmp_path):
-    model().read(prompt(200), save_to=tmp_path / "it", allow_untrained_length=True)
+    lm, options = model(), {"save_to": tmp_path / "it", "allow_untrained_length": True}
+    assert lm.read(prompt(600), **options).sparsity.pairs == 5 * 6 / 2  # tiles of 128 tokens
+    assert lm.read(prompt(600), **options).sparsity is None  # nothing is read
     for rule in (None, dataclasses.replace(RULE, alpha=0.5)):
         with pytest.raises(UserError, match="read with another sparse_prefill"):
             model(rule=rule).open_document(tmp_path / "it")

@@ -32,6 +32,33 @@ def test_needles_by_length_and_depth(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow("density is a sum of counts, which are quick")
+def test_density_is_told_by_every_measurement():
+    rule = '{"alpha": 0.5, "first_layers": 0, "dense_length": 0, "last_tokens": 128}'
+    sparse, text = ["--sparse_prefill", rule], ROOT / "examples" / "passkey_2048.txt"
+    tasks = "single needle,multi-key needle"
+    for program, asked, words in (
+        ("eval_needle.py", ["--lengths", "1800", "--depths", 1], r"1,800 tokens .* density "),
+        ("eval_perplexity.py", ["--text_file", text, "--length", 1800], r"config, density "),
+        (
+            "eval_ruler.py",
+            [
+                "--lengths",
+                "1800",
+                "--texts_per_cell",
+                1,
+                "--tasks",
+                "single needle,multi-key needle",
+            ],
+            r"1,800 tokens  attended to ",
+        ),
+    ):
+        done = run(program, *asked, *sparse)
+        assert done.returncode == 0, done.stderr
+        density = float(re.search(words + r"([\d.]+)%", done.stdout)[1])
+        assert 30 < density < 95, done.stdout
+
+
 def test_needles_beside_those_of_an_earlier_run(tmp_path):
     earlier = Cells(str(tmp_path / "earlier.json"))
     earlier.add({"256 0.5 0": True, "512 0.5 0": True, "512 0.5 1": False})

@@ -4,6 +4,7 @@
         --output_json ruler.json --plot ruler.png
 """
 
+import collections
 import sys
 
 from absl import flags
@@ -20,6 +21,7 @@ from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.plots import plot_task_scores
 from lsjax.evals.ruler import TASKS, Table, measure
+from lsjax.inference.sparsity import Sparsity, combine
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
 from lsjax.runtime.text_files import check_writable
@@ -52,12 +54,21 @@ def main(_: list[str]) -> None:
     model = load(**model_options(), rope_scaling=FLAGS.rope_scaling)
     measured = model.fingerprint | {"kv_compression": FLAGS.kv_compression}
     cells = Cells(FLAGS.output_json, measured)
+    attended: dict[int, list[Sparsity]] = collections.defaultdict(list)
     total = len(lengths) * len(tasks) * FLAGS.texts_per_cell
     with tqdm(total=total, unit="text", file=sys.stderr) as bar:
         table = measure(
-            model, tasks, lengths, FLAGS.texts_per_cell, cells=cells, progress=bar.update
+            model,
+            tasks,
+            lengths,
+            FLAGS.texts_per_cell,
+            cells=cells,
+            progress=bar.update,
+            on_sparsity=lambda length, found: attended[length].append(found),
         )
     print(as_text(table))
+    for length in filter(attended.get, lengths):
+        print(f"{length:>10,} tokens  attended to {combine(attended[length])}")
     if FLAGS.plot:
         title = f"rope_scaling {FLAGS.rope_scaling or 'as in config.json'}"
         plot_task_scores(table, title, FLAGS.plot)

@@ -11,6 +11,7 @@ from lsjax.documents import ChatFrame, chat_frame
 from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.ruler.tasks import TASKS, Case
+from lsjax.inference.sparsity import Sparsity
 from lsjax.runtime.html import grid
 from lsjax.tokenizer import Tokenizer
 
@@ -69,6 +70,7 @@ def measure(
     *,
     cells: Cells | None = None,
     progress: Callable[[int], object] | None = None,
+    on_sparsity: Callable[[int, Sparsity], object] | None = None,
 ) -> Table:
     """Measures a model, with its chat template if it has one.
 
@@ -82,6 +84,8 @@ def measure(
       cases: texts per task and length.
       cells: keeps the score of each text; those that it has are not asked for again.
       progress: called with the number of texts done.
+      on_sparsity: called with the length and what a text attended to as it was read, if that was
+        not everything.
 
     Raises:
       UserError: a length is too short for a task.
@@ -92,7 +96,10 @@ def measure(
             for index in range(cases):
                 (name,) = names = [_name(task, length, index)]
                 if cells.missing(names):
-                    cells.add({name: _score(model, task, length, f"{task} {index}")})
+                    score, sparsity = _score(model, task, length, f"{task} {index}")
+                    cells.add({name: score})
+                    if on_sparsity and sparsity:
+                        on_sparsity(length, sparsity)
                 if progress:
                     progress(1)
     scores = [
@@ -144,8 +151,10 @@ def _name(task: str, length: int, index: int) -> str:
     return f"{task}, {length} tokens, text {index}"
 
 
-def _score(model: "LanguageModel", task: str, length: int, seed: str) -> float:
-    """Returns the mean score of the questions about one text."""
+def _score(
+    model: "LanguageModel", task: str, length: int, seed: str
+) -> tuple[float, Sparsity | None]:
+    """Returns the mean score of the questions about one text, and what the text attended to."""
     case, prompts = case_of(model.tokenizer, task, length, seed)
     tokens = TASKS[task].answer_tokens
     whole = [(*prompts.document, *question) for question in prompts.questions]
@@ -164,4 +173,6 @@ def _score(model: "LanguageModel", task: str, length: int, seed: str) -> float:
         allow_untrained_length=True,
         document=document,
     )
-    return float(np.mean([q.score(a.text) for q, a in zip(case.questions, answers, strict=True)]))
+    scores = [q.score(a.text) for q, a in zip(case.questions, answers, strict=True)]
+    read = answers[0].stats if document is None else document
+    return float(np.mean(scores)), read.sparsity

@@ -42,14 +42,7 @@ def test_density_is_told_by_every_measurement():
         ("eval_perplexity.py", ["--text_file", text, "--length", 1800], r"config, density "),
         (
             "eval_ruler.py",
-            [
-                "--lengths",
-                "1800",
-                "--texts_per_cell",
-                1,
-                "--tasks",
-                "single needle,multi-key needle",
-            ],
+            ["--lengths", "1800", "--texts_per_cell", 1, "--tasks", tasks],
             r"1,800 tokens  attended to ",
         ),
     ):

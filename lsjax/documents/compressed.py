@@ -1,7 +1,8 @@
 """Compressed documents: read layer by layer, and saved as what each head keeps.
 
 A layer is read with all of its keys, then compressed, so no token that is compressed misses a key.
-Every later token sees what is kept, and all tokens in between.
+Every later token sees what is kept, and all tokens in between. Recurrent layers have their states
+after the document beside them.
 
 On disk each group of heads of a layer has an array of entries, [2, heads, tokens, ...], keys before
 values, and one of scales. Heads with a compensation token have an array of it, [2, heads,
@@ -21,8 +22,15 @@ from lsjax.cache import (
     FullCache,
     HeadGroups,
     KVCache,
+    LayerCache,
+    States,
     WindowCache,
+    from_snapshot,
     shared_layers,
+    snapshot,
+    snapshot_bytes,
+    states_of,
+    with_states,
 )
 from lsjax.distributed.sharding import put_on_mesh
 from lsjax.documents.folder import DocumentFolder
@@ -30,7 +38,7 @@ from lsjax.inference.engine import Engine
 from lsjax.inference.layerwise_prefill import layer_progress
 from lsjax.positions.rotary import RotaryTables
 
-Layers = tuple[HeadGroups, ...]
+Layers = tuple[HeadGroups | None, ...]  # None for recurrent layers
 _BOTH = (0, 1)  # keys and values
 
 
@@ -41,23 +49,25 @@ def read_layers(
     ids: tuple[int, ...],
     spec: CacheSpec,
     on_prefill: Callable[[int], None],
-) -> Layers:
+) -> KVCache:
     """Returns what the layers keep of tokens; `spec` is that of the compressed cache."""
     if not ids:
-        return _only_read(engine, engine.new_cache(spec))
+        return engine.new_cache(spec)
     chunk = engine.settings.prefill_chunk
     tokens = np.zeros((spec.batch, -(-len(ids) // chunk) * chunk), np.int32)
     tokens[:, : len(ids)] = ids
     lengths = np.full(spec.batch, len(ids), np.int32)
     on_chunk = layer_progress(engine.config, chunk, len(ids), on_prefill)
     cache, _ = engine.prefill_by_layer(params, tables, tokens, lengths, spec, on_chunk)
-    return _only_read(engine, cache)
+    return cache
 
 
-def save_layers(engine: Engine, layers: Layers, tokens: int, folder: DocumentFolder) -> None:
-    """Writes what the layers keep of the first `tokens` tokens."""
+def save_layers(
+    engine: Engine, layers: Layers, states: States, tokens: int, folder: DocumentFolder
+) -> None:
+    """Writes what the layers keep of the first `tokens` tokens, and the states after them."""
     for i, layer in enumerate(layers):
-        for n, group in enumerate(layer.groups):
+        for n, group in enumerate(layer.groups if layer else ()):
             order, slots = _order_of_heads(engine, i, layer, n), _slots(group, tokens)
             where = np.ix_(_BOTH, order, slots)
             entries = np.stack([np.asarray(x.data[0]) for x in (group.k, group.v)])
@@ -68,23 +78,31 @@ def save_layers(engine: Engine, layers: Layers, tokens: int, folder: DocumentFol
             if token := _compensation_token(group):
                 means = np.stack([np.asarray(x[0]) for x in (token.k, token.v)])
                 folder.write_array(f"{i}/{n}/compensation", means[:, order])
-    folder.finish(tokens)
+    folder.finish(tokens, snapshot(states) if states else None)
 
 
-def open_layers(engine: Engine, spec: CacheSpec, tokens: int, folder: DocumentFolder) -> Layers:
+def open_layers(engine: Engine, spec: CacheSpec, tokens: int, folder: DocumentFolder) -> KVCache:
     """Returns what `save_layers` has written, on the mesh of an engine.
 
     Raises:
       UserError: an array is missing or damaged.
     """
-    layers = []
-    for i, layer in enumerate(_only_read(engine, engine.cache_shapes(spec))):
+    shapes = engine.cache_shapes(spec)
+    if states := states_of(shapes):
+        held = folder.read_snapshot(tokens, snapshot_bytes(states))
+        shapes = with_states(shapes, from_snapshot(states, held))
+
+    def opened(i: int, layer: HeadGroups | None) -> LayerCache:
+        if layer is None:
+            return shapes[i]
         groups = tuple(
             _open_group(group, f"{i}/{n}", _order_of_heads(engine, i, layer, n), tokens, folder)
             for n, group in enumerate(layer.groups)
         )
-        layers.append(layer.replace(groups=groups))
-    return tuple(layers)
+        return layer.replace(groups=groups)
+
+    only_read = shared_layers(shapes, engine.config.layers)
+    return tuple(opened(i, layer) for i, layer in enumerate(only_read))
 
 
 def _open_group(
@@ -115,10 +133,6 @@ def _open_group(
     count = np.full(token.count.shape, max(tokens - group.spec.slots, 0), token.count.dtype)
     token = CompensationToken(k, v, put_on_mesh(count, token.count.sharding))
     return group.replace(compensation_token=token)
-
-
-def _only_read(engine: Engine, cache: KVCache) -> Layers:
-    return shared_layers(cache, engine.config.layers)
 
 
 def _compensation_token(group: FullCache | WindowCache) -> CompensationToken | None:

@@ -233,10 +233,13 @@ class DocumentFolder:
         except (ValueError, OSError) as error:
             raise self._damaged(error) from None
 
-    def finish(self, cached: int) -> None:
-        """Waits until all arrays are durable, then records that `cached` tokens are saved."""
+    def finish(self, cached: int, states: np.ndarray | None = None) -> None:
+        """Waits until all arrays are durable, then records that `cached` tokens are saved.
+
+        `states` is a snapshot of the states after them.
+        """
         self.manifest = dataclasses.replace(self.manifest, cached=cached)
-        self.commit(cached)
+        self.commit(cached, None if states is None else (cached, states))
 
     def end(self, cached: int) -> None:
         """Records that no more than `cached` tokens are saved: a mesh may share fewer of them."""
@@ -332,7 +335,8 @@ class DocumentFolder:
 
     def _spec(self, name: str) -> dict[str, Any]:
         kvstore = {"driver": "file", "path": os.path.join(self.path, name)}
-        return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+        options = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+        return {"driver": "zarr3", "kvstore": kvstore, **options}
 
     def _save_manifest(self) -> None:
         content = json.dumps(dataclasses.asdict(self.manifest), indent=1)

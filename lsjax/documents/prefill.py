@@ -125,13 +125,14 @@ def _compressed(engine, params, tables, document, folder, on_prefill):
     if not cached:  # shorter than a block
         return read_layers(engine, params, tables, (), spec, on_prefill)
     if folder is not None and folder.complete:
-        layers = open_layers(engine, spec, cached, folder)
+        cache = open_layers(engine, spec, cached, folder)
         on_prefill(cached)
-        return layers
-    layers = read_layers(engine, params, tables, document.token_ids[:cached], spec, on_prefill)
+        return cache
+    cache = read_layers(engine, params, tables, document.token_ids[:cached], spec, on_prefill)
     if folder is not None:
-        save_layers(engine, layers, cached, folder)
-    return layers
+        layers = shared_layers(cache, engine.config.layers)
+        save_layers(engine, layers, states_of(cache), cached, folder)
+    return cache
 
 
 def _prefill(
@@ -183,7 +184,7 @@ def _chunks_from(
 def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> None:
     """Writes a document that has been read to a folder, or what is missing there."""
     if engine.by_layer:
-        save_layers(engine, cache.layers, int(cache.length), folder)
+        save_layers(engine, cache.layers, cache.states, int(cache.length), folder)
         return
     held = tuple(layer or rest for layer, rest in zip(cache.layers, cache.rest, strict=True))
     manifest, size = folder.manifest, folder.manifest.slice

@@ -109,18 +109,20 @@ def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
     spec = dataclasses.replace(_without_tail(document), policy=None)
     per_token = spec.nbytes(dataclasses.replace(config, layers=layers)) // spec.capacity
     per_token //= document.batch
+    states = (cached > 0) * _without_tail(document).nbytes(_recurrent(config)) // document.batch
     if deployment.compression is None:
-        states = _without_tail(document).nbytes(_recurrent(config)) // document.batch
-        return cached * per_token + 4 * tokens + (cached > 0) * (PARTS + 1) * states
+        return cached * per_token + 4 * tokens + (PARTS + 1) * states
     kept, means, shards = 0, 0, deployment.sizes["model"]
-    for i in range(config.num_layers):
+    for i, kind in enumerate(config.layers):
+        if kind.delta_net:
+            continue
         split = deployment.compression.split(i, document.prompt_capacity)
         kept += shards * split.whole * cached
         for heads, window in split.windows:
             kept += shards * heads * min(window.slots, cached)
             means += shards * heads * window.has_compensation
-    per_head = per_token // (config.num_layers * config.num_kv_heads)
-    return kept * per_head + means * 2 * config.head_dim * 4 + 4 * tokens
+    per_head = per_token // (len(attention) * config.num_kv_heads)
+    return kept * per_head + means * 2 * config.head_dim * 4 + 4 * tokens + states
 
 
 def _by_sharing(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:

@@ -73,8 +73,7 @@ def attend(
             return _on_tpu(q, k, v, key_range)
         if on_gpu(platform) and (decode := _gpu_decode(q, k)) is not None:
             return decode(q, k, v, key_range)
-    widest = _cudnn_head_dim(_has_capability_9())
-    if _by_cudnn(platform, q, slopes, widest) and (not is_int4 or q.shape[3] > MAX_DECODE_QUERIES):
+    if _prefill_by_cudnn(platform, q, slopes) and (not is_int4 or q.shape[3] > MAX_DECODE_QUERIES):
         return _prefill_on_gpu(q, k, v, key_range, blocks)
     return blockwise.attend(q, k, v, key_range, slopes, blocks_of(platform))
 
@@ -218,6 +217,13 @@ def decode_by_mosaic(q: jax.Array, k: KVArray, v: KVArray, key_range: KeyRange) 
 def blocks_of(platform: str) -> Blocks:
     """Returns the block sizes of the blockwise loops on a platform."""
     return CPU_BLOCKS if platform == "cpu" else _ACCELERATOR_BLOCKS
+
+
+def _prefill_by_cudnn(platform: str, q: jax.Array, slopes: jax.Array | None) -> bool:
+    """Does what `_by_cudnn` does, for prefill on the GPU that is here."""
+    if not on_gpu(platform):
+        return False
+    return _by_cudnn(platform, q, slopes, _cudnn_head_dim(_has_capability_9()))
 
 
 def _by_cudnn(platform: str, q: jax.Array, slopes: jax.Array | None, widest: int) -> bool:

@@ -320,6 +320,30 @@ def test_prefill_is_as_near_the_truth_as_plain_attention(monkeypatch, name, cach
     assert_as_near(prefill(*args), in_bfloat16(*args), args)
 
 
+@pytest.mark.slow("the planned path is quick, from the same function; others of cuDNN's are narrow")
+@pytest.mark.parametrize("hopper", [True, False])
+def test_heads_of_256_channels_are_left_to_cudnn_on_a_hopper(monkeypatch, hopper):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return dot_product_attention(*args, **options)
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", counted)
+    monkeypatch.setattr(dispatch, "_has_capability_9", lambda: hopper)
+    case = Case(((0, 0),), 256, 2, "int8", "bfloat16", capacity=512, kv_heads=1, length=80)
+    q, k, v, k_scale, v_scale, _, _ = inputs(case)
+    begin = np.zeros((1, 80), np.int32)
+    end = 300 + np.arange(80, dtype=np.int32)[None]
+    key_range = KeyRange(begin, end, end)
+    run = jax.jit(
+        lambda: dispatch.attend("gpu", q, KVArray(k, k_scale), KVArray(v, v_scale), key_range, None)
+    )
+    args = q, k, v, k_scale, v_scale, begin, end
+    assert_as_near(run(), in_bfloat16(*args), args)
+    assert bool(calls) == hopper
+
+
 def test_what_all_queries_see_is_left_to_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", dot_product_attention)
     q, *stores, begin, end = args = inputs(

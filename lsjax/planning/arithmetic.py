@@ -173,10 +173,14 @@ def _prefill_temporaries(
 
 
 def _choice_bytes(config: ModelConfig, deployment: Deployment, input_length: int) -> int:
-    """Returns the bytes of the scores by which a tile of queries chooses its blocks of keys."""
+    """Returns the bytes of the scores by which a tile of queries chooses its blocks of keys.
+
+    They are held as they are and as weights. With dual chunk attention others choose.
+    """
     data, _, model = deployment.sizes.values()
     blocks = deployment.cache_spec_for(input_length).capacity // TILE
-    return deployment.batch // data * config.num_heads // model * TILE * blocks * 4
+    arrays = 3 if config.rope_scaling.kind == "dual_chunk" else 2
+    return arrays * deployment.batch // data * config.num_heads // model * TILE * blocks * 4
 
 
 def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:

@@ -45,11 +45,13 @@ def test_decode_and_prefill_work_in_the_cache_that_they_are_given(
 
 
 def test_sparse_prefill_on_a_gpu_copies_nothing_of_the_cache():
-    config, target = with_layers(GLM, 1), find_target("h100-80gb:1")
+    layers, target = 3, find_target("h100-80gb:1")
+    config = with_layers(GLM, layers)
     deployment = deployment_of((1, 1, 1), "bfloat16", "int8", 4096, 1, 256)
     sparse = dataclasses.replace(deployment, sparse_prefill=SparsePrefill(0.1, first_layers=0))
     needs = compile_for(config, target, sparse, 2**20)
-    assert needs["prefill"].temporaries < 0.45 * needs["prefill"].cache  # the keys alone are half
+    # The keys of a layer are half of its cache. What is made for tiles is not held for all layers.
+    assert needs["prefill"].temporaries < 0.45 * needs["prefill"].cache / layers
     planned = needs_of(config, target.platform, sparse, 2**20)
     assert needs["prefill"].total <= planned["prefill"].total
 

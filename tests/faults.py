@@ -681,6 +681,20 @@ FAULTS = (
         "tests/attention/test_sparse_prefill.py -k softmax",
     ),
     Fault(
+        "sparse: with dual chunk attention blocks chosen by limited distances",
+        "lsjax/attention/sparse/rule.py",
+        "scores if estimating is None else scores_of(estimating, own)",
+        "scores",
+        "tests/attention/test_sparse_prefill.py -k without_a_limit",
+    ),
+    Fault(
+        "sparse: earlier chunks scored as the chunk before",
+        "lsjax/attention/sparse/rule.py",
+        "jnp.clip(len(views) - 1 - ago, 0,",
+        "jnp.clip(len(views) - 1 - ago, len(views) // 2,",
+        "tests/attention/test_sparse_prefill.py -k without_a_limit",
+    ),
+    Fault(
         "sparse: a tile's own block unmasked",
         "lsjax/attention/sparse/rule.py",
         "begin + TILE <= stop[:, :, None, :1]",

@@ -63,7 +63,9 @@ class GatedDeltaNet(nn.Module):
 
         sizes = widths | {"b": net.group, "a": net.group}
         tokens = jnp.concatenate([project(*size) for size in sizes.items()], axis=-1)
+        # XLA would fuse it with the norms of queries and keys, which Triton does not compile.
         conv = jnp.concatenate([taps(*size) for size in widths.items()], axis=1)
+        conv = jax.lax.optimization_barrier(conv)
         weights = conv, rate("A_log"), rate("dt_bias")
         y, state = self._recur(tokens, weights, inputs, state)
         gate = project("z", net.group * net.value_dim)

@@ -161,11 +161,11 @@ def _prefill_temporaries(
     tokens = deployment.batch // data * deployment.prefill_chunk // context
     itemsize = jnp.dtype(deployment.dtype).itemsize
     widest = max(_mlp_channels(config, kind, model) * itemsize for kind in config.layers)
-    widest = max(widest, *(_recurrence_bytes(net) / model for net in config.delta_nets), 0)
-    total = tokens * (widest + _HIDDEN_VECTORS * config.hidden_size * itemsize)
     if deployment.document_length:
         query_channels = config.num_heads * config.head_dim / model
-        total += 4 * tokens * _BESIDE_DOCUMENT_VECTORS * query_channels
+        widest += 4 * _BESIDE_DOCUMENT_VECTORS * query_channels
+    widest = max(widest, *(_recurrence_bytes(net) / model for net in config.delta_nets), 0)
+    total = tokens * (widest + _HIDDEN_VECTORS * config.hidden_size * itemsize)
     if context > 1:
         gathered = sum(layers) if platform == "cpu" else _GATHERED * max(layers)
         total += context * gathered

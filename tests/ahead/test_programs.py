@@ -127,9 +127,16 @@ def test_a_layer_of_decode_on_a_gpu_is_a_short_chain_of_kernels(tmp_path):
         assert kernel.spilled == 0
 
 
-@pytest.mark.parametrize(("target", "mesh"), [("v5e:2x4", (1, 4, 2)), ("h100-80gb:1", (1, 1, 1))])
-def test_rows_of_a_document_copy_nothing_of_it(target, mesh):
-    config, target = with_layers(GLM, 1), find_target(target)
+@pytest.mark.parametrize(
+    ("path", "layers", "target", "mesh"),
+    [
+        (GLM, 1, "v5e:2x4", (1, 4, 2)),
+        (GLM, 1, "h100-80gb:1", (1, 1, 1)),
+        (CONFIGS / "Qwen3.5-9B.json", 4, "h100-80gb:1", (1, 1, 1)),  # the fourth has attention
+    ],
+)
+def test_rows_of_a_document_copy_nothing_of_it(path, layers, target, mesh):
+    config, target = with_layers(path, layers), find_target(target)
     deployment = deployment_of(mesh, "bfloat16", "int8", 256, 8, 256)
     deployment = dataclasses.replace(deployment, document_length=1_044_480)
     compiled = compile_for(config, target, deployment, 3840)

@@ -1,8 +1,7 @@
 """Compressed documents: read layer by layer, and saved as what each head keeps.
 
 A layer is read with all of its keys, then compressed, so no token that is compressed misses a key.
-Every later token sees what is kept, and all tokens in between. Recurrent layers have their states
-after the document beside them.
+Every later token sees what is kept, and all tokens in between.
 
 On disk each group of heads of a layer has an array of entries, [2, heads, tokens, ...], keys before
 values, and one of scales. Heads with a compensation token have an array of it, [2, heads,
@@ -22,8 +21,7 @@ from lsjax.cache import (
     FullCache,
     HeadGroups,
     KVCache,
-    LayerCache,
-    States,
+    RecurrentState,
     WindowCache,
     from_snapshot,
     shared_layers,
@@ -38,7 +36,7 @@ from lsjax.inference.engine import Engine
 from lsjax.inference.layerwise_prefill import layer_progress
 from lsjax.positions.rotary import RotaryTables
 
-Layers = tuple[HeadGroups | None, ...]  # None for recurrent layers
+Layers = tuple[HeadGroups | RecurrentState, ...]
 _BOTH = (0, 1)  # keys and values
 
 
@@ -49,25 +47,25 @@ def read_layers(
     ids: tuple[int, ...],
     spec: CacheSpec,
     on_prefill: Callable[[int], None],
-) -> KVCache:
+) -> Layers:
     """Returns what the layers keep of tokens; `spec` is that of the compressed cache."""
     if not ids:
-        return engine.new_cache(spec)
+        return _only_read(engine, engine.new_cache(spec))
     chunk = engine.settings.prefill_chunk
     tokens = np.zeros((spec.batch, -(-len(ids) // chunk) * chunk), np.int32)
     tokens[:, : len(ids)] = ids
     lengths = np.full(spec.batch, len(ids), np.int32)
     on_chunk = layer_progress(engine.config, chunk, len(ids), on_prefill)
     cache, _ = engine.prefill_by_layer(params, tables, tokens, lengths, spec, on_chunk)
-    return cache
+    return _only_read(engine, cache)
 
 
-def save_layers(
-    engine: Engine, layers: Layers, states: States, tokens: int, folder: DocumentFolder
-) -> None:
-    """Writes what the layers keep of the first `tokens` tokens, and the states after them."""
+def save_layers(engine: Engine, layers: Layers, tokens: int, folder: DocumentFolder) -> None:
+    """Writes what the layers keep of the first `tokens` tokens."""
     for i, layer in enumerate(layers):
-        for n, group in enumerate(layer.groups if layer else ()):
+        if isinstance(layer, RecurrentState):
+            continue
+        for n, group in enumerate(layer.groups):
             order, slots = _order_of_heads(engine, i, layer, n), _slots(group, tokens)
             where = np.ix_(_BOTH, order, slots)
             entries = np.stack([np.asarray(x.data[0]) for x in (group.k, group.v)])
@@ -78,31 +76,30 @@ def save_layers(
             if token := _compensation_token(group):
                 means = np.stack([np.asarray(x[0]) for x in (token.k, token.v)])
                 folder.write_array(f"{i}/{n}/compensation", means[:, order])
-    folder.finish(tokens, snapshot(states) if states else None)
+    states = states_of(layers)
+    folder.finish(tokens, (tokens, snapshot(states)) if states else None)
 
 
-def open_layers(engine: Engine, spec: CacheSpec, tokens: int, folder: DocumentFolder) -> KVCache:
+def open_layers(engine: Engine, spec: CacheSpec, tokens: int, folder: DocumentFolder) -> Layers:
     """Returns what `save_layers` has written, on the mesh of an engine.
 
     Raises:
       UserError: an array is missing or damaged.
     """
-    shapes = engine.cache_shapes(spec)
-    if states := states_of(shapes):
-        held = folder.read_snapshot(tokens, snapshot_bytes(states))
-        shapes = with_states(shapes, from_snapshot(states, held))
-
-    def opened(i: int, layer: HeadGroups | None) -> LayerCache:
-        if layer is None:
-            return shapes[i]
+    layers, empty = [], _only_read(engine, engine.cache_shapes(spec))
+    for i, layer in enumerate(empty):
+        if isinstance(layer, RecurrentState):
+            layers.append(layer)
+            continue
         groups = tuple(
             _open_group(group, f"{i}/{n}", _order_of_heads(engine, i, layer, n), tokens, folder)
             for n, group in enumerate(layer.groups)
         )
-        return layer.replace(groups=groups)
-
-    only_read = shared_layers(shapes, engine.config.layers)
-    return tuple(opened(i, layer) for i, layer in enumerate(only_read))
+        layers.append(layer.replace(groups=groups))
+    if states := states_of(empty):
+        content = folder.read_snapshot(tokens, snapshot_bytes(states))
+        return with_states(layers, from_snapshot(states, content))
+    return tuple(layers)
 
 
 def _open_group(
@@ -133,6 +130,12 @@ def _open_group(
     count = np.full(token.count.shape, max(tokens - group.spec.slots, 0), token.count.dtype)
     token = CompensationToken(k, v, put_on_mesh(count, token.count.sharding))
     return group.replace(compensation_token=token)
+
+
+def _only_read(engine: Engine, cache: KVCache) -> Layers:
+    """Returns what rows share of the layers, and the states of recurrent ones, which they copy."""
+    shared = shared_layers(cache, engine.config.layers)
+    return tuple(layer or state for layer, state in zip(shared, cache, strict=True))
 
 
 def _compensation_token(group: FullCache | WindowCache) -> CompensationToken | None:

@@ -233,13 +233,13 @@ class DocumentFolder:
         except (ValueError, OSError) as error:
             raise self._damaged(error) from None
 
-    def finish(self, cached: int, states: np.ndarray | None = None) -> None:
+    def finish(self, cached: int, snapshot: tuple[int, np.ndarray] | None = None) -> None:
         """Waits until all arrays are durable, then records that `cached` tokens are saved.
 
-        `states` is a snapshot of the states after them.
+        See `commit` for the snapshot.
         """
         self.manifest = dataclasses.replace(self.manifest, cached=cached)
-        self.commit(cached, None if states is None else (cached, states))
+        self.commit(cached, snapshot)
 
     def end(self, cached: int) -> None:
         """Records that no more than `cached` tokens are saved: a mesh may share fewer of them."""
@@ -335,8 +335,9 @@ class DocumentFolder:
 
     def _spec(self, name: str) -> dict[str, Any]:
         kvstore = {"driver": "file", "path": os.path.join(self.path, name)}
-        options = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-        return {"driver": "zarr3", "kvstore": kvstore, **options}
+        # What is not there is missing, so zeros are written as well.
+        zeros = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+        return {"driver": "zarr3", "kvstore": kvstore, **zeros}
 
     def _save_manifest(self) -> None:
         content = json.dumps(dataclasses.asdict(self.manifest), indent=1)

@@ -125,14 +125,13 @@ def _compressed(engine, params, tables, document, folder, on_prefill):
     if not cached:  # shorter than a block
         return read_layers(engine, params, tables, (), spec, on_prefill)
     if folder is not None and folder.complete:
-        cache = open_layers(engine, spec, cached, folder)
+        layers = open_layers(engine, spec, cached, folder)
         on_prefill(cached)
-        return cache
-    cache = read_layers(engine, params, tables, document.token_ids[:cached], spec, on_prefill)
+        return layers
+    layers = read_layers(engine, params, tables, document.token_ids[:cached], spec, on_prefill)
     if folder is not None:
-        layers = shared_layers(cache, engine.config.layers)
-        save_layers(engine, layers, states_of(cache), cached, folder)
-    return cache
+        save_layers(engine, layers, cached, folder)
+    return layers
 
 
 def _prefill(
@@ -183,10 +182,11 @@ def _chunks_from(
 
 def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> None:
     """Writes a document that has been read to a folder, or what is missing there."""
-    if engine.by_layer:
-        save_layers(engine, cache.layers, cache.states, int(cache.length), folder)
-        return
     held = tuple(layer or rest for layer, rest in zip(cache.layers, cache.rest, strict=True))
+    held = with_states(held, cache.states)
+    if engine.by_layer:
+        save_layers(engine, held, int(cache.length), folder)
+        return
     manifest, size = folder.manifest, folder.manifest.slice
     cached = min(int(cache.length), manifest.cached)
     saver = _Saver(engine, folder, manifest.done // size * size, cached, size)
@@ -195,7 +195,7 @@ def save_cache(engine: Engine, cache: DocumentCache, folder: DocumentFolder) -> 
             saver.take(held, min(at + size, cached))
             saver.write(cached)
         if cached == cache.length:
-            saver.take_states(with_states(held, cache.states), cached)
+            saver.take_states(held, cached)
     finally:
         saver.finish()
 

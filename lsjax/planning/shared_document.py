@@ -85,8 +85,8 @@ def shared_bytes(config: ModelConfig, platform: str, deployment: Deployment) -> 
     spec, (full, _) = document_specs(config, deployment, 1).document, _by_sharing(config)
     if deployment.compression is None:
         return _without_tail(spec).nbytes(full, deployment.mesh, platform)
-    cache = jax.eval_shape(lambda: empty_cache(full, spec, platform))
-    layers = shared_layers(cache, full.layers)
+    cache = jax.eval_shape(lambda: empty_cache(config, spec, platform))
+    layers = filter(None, shared_layers(cache, config.layers))
     return sum(layer_bytes(layer, deployment.mesh) for layer in layers)
 
 
@@ -100,7 +100,7 @@ def own_bytes(
 
 
 def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
-    """Returns the bytes of keys, values, ids, and at most as many snapshots of a saved document."""
+    """Returns the bytes of keys, values, ids and snapshots, at most, of a saved document."""
     tokens, border = deployment.document_length, sharing_borders(config, deployment)[1]
     cached = tokens // border * border
     attention = tuple(layer for layer in config.layers if not layer.delta_net)
@@ -109,20 +109,18 @@ def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
     spec = dataclasses.replace(_without_tail(document), policy=None)
     per_token = spec.nbytes(dataclasses.replace(config, layers=layers)) // spec.capacity
     per_token //= document.batch
-    states = (cached > 0) * _without_tail(document).nbytes(_recurrent(config)) // document.batch
+    states = document.nbytes(_recurrent(config)) // document.batch
     if deployment.compression is None:
-        return cached * per_token + 4 * tokens + (PARTS + 1) * states
+        return cached * per_token + 4 * tokens + (cached > 0) * (PARTS + 1) * states
     kept, means, shards = 0, 0, deployment.sizes["model"]
-    for i, kind in enumerate(config.layers):
-        if kind.delta_net:
-            continue
+    for i in range(config.num_layers):  # a recurrent one has no heads
         split = deployment.compression.split(i, document.prompt_capacity)
         kept += shards * split.whole * cached
         for heads, window in split.windows:
             kept += shards * heads * min(window.slots, cached)
             means += shards * heads * window.has_compensation
     per_head = per_token // (len(attention) * config.num_kv_heads)
-    return kept * per_head + means * 2 * config.head_dim * 4 + 4 * tokens + states
+    return kept * per_head + means * 2 * config.head_dim * 4 + 4 * tokens + (cached > 0) * states
 
 
 def _by_sharing(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:

@@ -106,19 +106,3 @@ def test_a_prompt_in_one_chunk_may_be_compressed_as_it_comes(razor):
     np.testing.assert_allclose(
         lm.teacher_forced_nll(rows(), PROMPT), expected_nll()[1], rtol=0, atol=1e-4
     )
-
-
-@pytest.mark.slow("documents with states are quick, and so are compressed ones")
-@pytest.mark.parametrize("mesh", ["111", "141", "212"])
-def test_a_compressed_document_has_the_states_after_it(mesh, razor, tmp_path):
-    """Where nothing is dropped, answers are those to the plain prompt, also once it is opened."""
-    document, questions = rows()[0].tolist(), [[5, 7, 9], [8] * 20]
-    options = {"allow_untrained_length": True, "ignore_eos": True}
-    plain = model().generate([document + q for q in questions], 12, **options)
-    keeps_all = dataclasses.replace(razor, window=500)
-    reader, opener = model(mesh, keeps_all), model(razor=keeps_all)
-    read = reader.read(document, save_to=tmp_path / "saved", allow_untrained_length=True)
-    assert 0 < read.cached < len(document)
-    for lm, held in ((reader, read), (opener, opener.open_document(tmp_path / "saved"))):
-        answers = lm.generate(questions, 12, document=held, **options)
-        assert [a.token_ids for a in answers] == [p.token_ids for p in plain]

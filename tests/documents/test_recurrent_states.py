@@ -5,6 +5,7 @@ import shutil
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.deployments import deployment as deployment_of
@@ -13,10 +14,12 @@ from helpers.golden_models import build, changed_config, mesh_of
 from lsjax import Sampling, UserError
 from lsjax.attention.kv_array import KVArray
 from lsjax.cache import CacheSpec, cache_shapes, from_snapshot, snapshot, snapshot_bytes, states_of
+from lsjax.compression import HeadScores, RazorConfig, write_scores
 from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.documents import prefill
 from lsjax.documents.folder import DocumentFolder
+from lsjax.language_model import LanguageModel
 from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes
 
 often = mock.patch.object(prefill, "_INTERVAL", 0)  # every slice is recorded
@@ -72,13 +75,14 @@ def test_the_last_snapshot_of_each_quarter_is_kept(tmp_path):
     folder, entries = empty_folder(tmp_path), np.zeros((1, 2, 1, 50, 4), np.float32)
     for at in range(50, 1001, 50):
         folder.append(KVArray(entries, None), at - 50)
-        folder.commit(at, (at, np.full(100, at // 50, np.uint8)))
+        folder.commit(at, (at, np.full(100, 20 - at // 50, np.uint8)))
         assert folder.manifest.states[-1] == at
     folder = DocumentFolder.open(tmp_path)
     assert folder.manifest.states == (200, 450, 700, 950, 1000)
     kept = {int(path.name) for path in (tmp_path / "states").iterdir()}
     assert kept == set(folder.manifest.states)
-    np.testing.assert_array_equal(folder.read_snapshot(450, 100), np.full(100, 9, np.uint8))
+    for at, value in ((450, 11), (1000, 0)):
+        np.testing.assert_array_equal(folder.read_snapshot(at, 100), np.full(100, value, np.uint8))
     last = folder.manifest.last_state
     assert [last(1000), last(999), last(999, 100), last(450, 100), last(150)] == (
         [1000, 950, 700, 450, 0]
@@ -227,6 +231,32 @@ def test_a_document_that_begins_as_a_saved_one_is_read_from_a_snapshot(tmp_path,
     told, other = [], [*DOCUMENT[:170], *ids(10, 70)]
     read(lm, other, document_cache=tmp_path, on_prefill=told.append)
     assert "a saved document is passed over" in caplog.text and told[0] == 64
+
+
+@pytest.mark.slow("what is compressed, and states that rows copy, are quick apart")
+def test_a_compressed_document_has_its_states_beside_it(tmp_path):
+    """Windows that hold all of it leave the tokens of the plain prompt, also on another mesh."""
+
+    def razor(mesh):
+        lm = model(mesh)
+        heads = tmp_path / "heads.json"
+        if not heads.exists():
+            some = np.eye(1, 8)  # the first head of the layer of attention keeps everything
+            write_scores(str(heads), lm.config, HeadScores(np.zeros_like(some), some))
+        settings = RazorConfig(induction=0.5, echo=0.0, window=400, heads=str(heads))
+        found = settings.resolve("", lm.config, int(mesh[2]))
+        params = found.reorder_heads(jax.tree.map(jnp.copy, lm.params), lm.config)
+        return LanguageModel(dataclasses.replace(lm.options, compression=found), params)
+
+    lm = razor("111")
+    document = read(lm, save_to=tmp_path / "a")
+    expected = plain(model())
+    assert answers(lm, document) == expected
+    other = razor("122")
+    opened = other.open_document(tmp_path / "a")
+    assert answers(other, opened) == expected
+    opened.save(tmp_path / "b")
+    assert answers(lm, lm.open_document(tmp_path / "b")) == expected
 
 
 @pytest.mark.slow("turns of a chat are quick")

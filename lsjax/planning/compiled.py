@@ -80,20 +80,23 @@ def _with_document(
     config, platform = engine.config, engine.decoder.mesh.devices.flat[0].platform
     specs = document_specs(config, deployment, input_length)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = pool.submit(engine.lower_ahead(specs.document)[0].compile)
+        *lowered, _ = engine.lower_ahead(specs.document)
+        read = [pool.submit(program.compile) for program in lowered]
         prefill, decode = engine.compile_ahead(specs.own, specs.document)
-        programs = [p.memory_analysis() for p in (compiled.result(), prefill, decode)]
-    read, prefill, decode = programs
+        prefill, decode, *read = (
+            p.memory_analysis() for p in (prefill, decode, *(x.result() for x in read))
+        )
     held = held_bytes(config, platform, deployment)
     weights = decode.argument_size_in_bytes - decode.alias_size_in_bytes
     shared = shared_bytes(config, platform, deployment)
     weights -= shared
-    reading = _needs(read, weights)
+    reading = [_needs(program, weights) for program in read]
     if engine.by_layer:
         alone = dataclasses.replace(deployment, batch=deployment.sizes["data"])
-        reading = _by_layer(reading, shared, hidden_bytes(config, alone, alone.document_length))
+        hidden = hidden_bytes(config, alone, alone.document_length)
+        reading = [_by_layer(one, shared, hidden) for one in reading]
     return {
-        "read": reading,
+        "read": max(reading, key=lambda n: n.total),
         "prefill": _needs(prefill, weights, held),
         "decode": _needs(decode, weights, held),
     }

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def prefill_paths(self) -> tuple[str, str]:
-        """What attention of prefill was compiled to for the plan, and what the devices would run.
+        """What dense attention of prefill is in the plan's programs, and what devices would run.
 
         They differ where JAX asks a GPU that is not here; see dispatch.prefill_path.
         """

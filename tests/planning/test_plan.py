@@ -127,6 +127,24 @@ def test_a_compressed_cache_takes_a_third():
     assert share <= 0.34
 
 
+def test_a_compressed_document_is_counted_in_layers_of_attention():
+    """6 of 32 KV heads keep 131,072 tokens, and the others a fifth of them."""
+    settings = {"kv_cache_dtype": "int8", "prefill_chunk": 4096, "max_input_length": 1024}
+    whole, kept = (
+        lsjax.plan(
+            CONFIGS / "Qwen3.5-9B.json",
+            "h100-80gb:1",
+            kv_compression=c,
+            document_length=131_072,
+            **settings,
+        )
+        for c in ("none", "razor")
+    )
+    less = whole.programs["decode"].cache - kept.programs["decode"].cache
+    heads = 26 * 2 * (256 + 2)  # bytes of a token in int8, with scales
+    assert less == pytest.approx(heads * 131_072 * 4 / 5, rel=0.01)
+
+
 @pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8", "int4"])
 def test_a_cache_is_planned_to_the_byte(kv):
     config = read_config(ROOT / "examples" / "qwen2.5-0.5b.json")

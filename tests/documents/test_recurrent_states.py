@@ -20,7 +20,7 @@ from lsjax.distributed.sharding import make_mesh, parse_mesh
 from lsjax.documents import prefill
 from lsjax.documents.folder import DocumentFolder
 from lsjax.language_model import LanguageModel
-from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes
+from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes, shared_bytes
 
 often = mock.patch.object(prefill, "_INTERVAL", 0)  # every slice is recorded
 OPTIONS = {"allow_untrained_length": True, "ignore_eos": True}
@@ -168,6 +168,17 @@ def test_it_takes_what_is_planned(tmp_path):
     assert held_bytes(lm.config, "cpu", plan) == sum(x.nbytes for x in arrays)
     first, *_ = lm.generate(QUESTIONS, OUTPUT, document=document, **OPTIONS)
     assert own_bytes(lm.config, "cpu", plan, 30) == first.stats.cache_bytes
+
+
+def test_a_compressed_document_takes_as_much_memory_as_disk():
+    """The ids left out; the snapshot of the states is small beside the rest."""
+    config, length = changed_config("qwen3_5", 0), 65_536
+    plan = deployment_of(
+        (1, 1, 1), "float32", "int8", 64, 1, OUTPUT, RazorConfig().estimate(config, 1)
+    )
+    plan = dataclasses.replace(plan, document_length=length)
+    held = shared_bytes(config, "cpu", plan)
+    assert saved_bytes(config, plan) - 4 * length == pytest.approx(held, rel=0.02)
 
 
 @pytest.mark.slow("a state on each mesh is quick")

@@ -94,7 +94,7 @@ def main(_: list[str]) -> None:
     kept = document_cache_options()
     (text,) = inputs.read_texts([FLAGS.document])
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
-    check_options(options.config, options)
+    check_options(options)
     tokenizer = options.tokenizer or load_tokenizer(options.folder)
     frame = _frame(tokenizer, text)
     with character_bar("tokenize", len(frame.document)) as bar:

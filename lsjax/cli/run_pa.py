@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
     read = _reader(argv[1:])
     options = resolve_options(**model_options(), rope_scaling=FLAGS.rope_scaling)
     if FLAGS.document_cache:
-        check_options(options.config, options)
+        check_options(options)
     tokenizer = options.tokenizer or load_tokenizer(options.folder)
     ids = read(tokenizer)
     requests = batches(

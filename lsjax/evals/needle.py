@@ -48,8 +48,8 @@ class NeedleMap:
         return cls(lengths, depths, tuple(tuple(map(_mean, row)) for row in shares))
 
     def by_length(self) -> list[float]:
-        """Returns the share of correct answers at each length, averaged over all depths."""
-        return [float(np.mean(row)) for row in self.shares]
+        """Returns the share of correct answers at each length, over the depths measured there."""
+        return [float(np.nanmean(row)) for row in self.shares]
 
     def _repr_html_(self) -> str:
         """Shows the shares in a notebook, a row per length and a column per depth."""

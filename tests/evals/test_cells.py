@@ -61,3 +61,5 @@ def test_needles_go_on_after_an_interruption():
     assert len(asked) == 5 + 4 and len(set(asked)) == 8
     assert found == NeedleMap((200, 300), (0.0, 1.0), ((1.0, 1.0), (0.5, 0.0)))
     assert NeedleMap.of(cells.values) == found
+    more = cells.values | {"400 0.5 0": True}  # other depths at another length
+    assert NeedleMap.of(more).by_length() == [1.0, 0.25, 1.0]

@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +83,11 @@ def from_slices(layers: Layers, slices: Iterable[tuple[int, TokenSlice]]) -> Lay
         for capacity, those in alike.items()
     }
     with ThreadPoolExecutor(os.cpu_count()) as threads:
+        writes: list[Future] = []  # of a slice; the next one is read meanwhile
         for start, tokens in slices:
-            for some in held.values():
-                some.put(tokens, start, threads)
+            _wait_for(writes)
+            writes = [x for some in held.values() for x in some.put(tokens, start, threads)]
+        _wait_for(writes)
 
     def filled(i: int, layer: FullCache) -> FullCache:
         k, v = held[layer.k.capacity].on_mesh(i, layer.k)
@@ -105,22 +107,23 @@ class _HeldLayers:
             lambda x: _zeros((len(those), 2, *x.shape[1:]), x.dtype), layer.k
         )
 
-    def put(self, tokens: TokenSlice, start: int, threads: ThreadPoolExecutor) -> None:
+    def put(self, tokens: TokenSlice, start: int, threads: ThreadPoolExecutor) -> list[Future]:
+        """Begins to write tokens, each thread to some of the layers."""
         capacity, stop = len(self._slots), start + tokens.data.shape[3]
         first = max(start, stop - capacity)
         slots = self._slots[np.arange(first, stop) % capacity]
         if np.all(np.diff(slots) == 1):
             slots = slice(slots[0], slots[-1] + 1)
 
-        def write(held: np.ndarray, x: np.ndarray) -> None:
-            x = np.asarray(x).view(held.dtype)[self._taken, :, :, first - start :]
+        def write(some: np.ndarray) -> None:
+            def put_in(held: np.ndarray, x: np.ndarray) -> None:
+                x = np.asarray(x).view(held.dtype)[self._taken, :, :, first - start :]
+                held[some[0] : some[-1] + 1, :, :, slots] = x[some[0] : some[-1] + 1]
 
-            def write_layer(layer: int) -> None:
-                held[layer][:, :, slots] = x[layer]
+            jax.tree.map(put_in, self._arrays, tokens)
 
-            list(threads.map(write_layer, range(len(held))))
-
-        jax.tree.map(write, self._arrays, tokens)
+        parts = np.array_split(np.arange(len(self._those)), os.cpu_count())
+        return [threads.submit(write, part) for part in parts if len(part)]
 
     def on_mesh(self, layer: int, like: KVArray) -> tuple[KVArray, KVArray]:
         i = self._those.index(layer)
@@ -132,16 +135,16 @@ class _HeldLayers:
         return k, v
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns zeros that JAX takes over on a CPU without a copy, in huge pages if Linux has them.
+def _wait_for(writes: list[Future]) -> None:
+    for write in writes:
+        write.result()
 
-    Most of the time to open a document would be that of touching small pages for the first time.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns zeros in pages of their own, which JAX takes over on a CPU without a copy."""
+    size = math.prod(shape)
+    pages = mmap.mmap(-1, max(size * np.dtype(dtype).itemsize, 1), mmap.MAP_PRIVATE)
+    return np.frombuffer(pages, dtype, size).reshape(shape)
 
 
 def _stacked(trees: Iterable[TokenSlice]) -> TokenSlice:

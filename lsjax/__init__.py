@@ -7,12 +7,12 @@ Example:
 """
 
 from lsjax.config import ModelConfig, RopeScaling
-from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.sampling import Sampling
 from lsjax.language_model import LanguageModel, load
 from lsjax.planning import Plan, plan
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 
 __all__ = [

@@ -25,7 +25,6 @@ from lsjax.documents import (
     requests_after,
     unread_document,
 )
-from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
 from lsjax.inference.generate import Run
@@ -37,6 +36,7 @@ from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 

@@ -52,9 +52,9 @@ from lsjax.cli.flags import parse_lengths
 from lsjax.cli.program import run_program
 from lsjax.compression import RazorConfig
 from lsjax.distributed.sharding import make_mesh
-from lsjax.errors import UserError
 from lsjax.evals.plots import plot_times
 from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.precision import einsum
 from lsjax.runtime.text_files import check_writable, write_atomically
 

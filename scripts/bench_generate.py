@@ -22,7 +22,7 @@ from absl import flags
 
 from lsjax.checkpoint.random_weights import write_random_checkpoint
 from lsjax.cli.program import run_program
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.text_files import check_writable, write_atomically
 

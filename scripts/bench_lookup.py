@@ -21,8 +21,8 @@ from lsjax.checkpoint.random_weights import write_random_checkpoint
 from lsjax.cli import inputs
 from lsjax.cli.flags import define_model_flags, model_options, parse_lengths
 from lsjax.cli.program import run_program
-from lsjax.errors import UserError
 from lsjax.inference.request import check_lookup
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import check_writable, write_atomically
 
 FLAGS = flags.FLAGS

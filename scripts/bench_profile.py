@@ -23,9 +23,9 @@ import lsjax
 from lsjax.checkpoint.random_weights import write_random_checkpoint
 from lsjax.cli.flags import define_model_flags, model_options
 from lsjax.cli.program import run_program
-from lsjax.errors import UserError
 from lsjax.inference.generate import Timing, generate
 from lsjax.inference.request import batches
+from lsjax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
 

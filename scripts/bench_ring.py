@@ -39,9 +39,9 @@ from lsjax.distributed.sharding import (
     put_on_mesh,
     sharding,
 )
-from lsjax.errors import UserError
 from lsjax.evals.plots import plot_ring
 from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.text_files import check_writable, write_atomically
 

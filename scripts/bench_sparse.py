@@ -18,9 +18,9 @@ from absl import flags
 
 from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_options
 from lsjax.cli.program import run_program
-from lsjax.errors import UserError
 from lsjax.inference.sparsity import measure
 from lsjax.language_model import LanguageModel, load
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import read_text
 
 FLAGS = flags.FLAGS

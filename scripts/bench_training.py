@@ -28,13 +28,13 @@ from absl import flags
 from lsjax.cli.program import make_cpu_devices, run_program
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh, parse_mesh
-from lsjax.errors import UserError
 from lsjax.families import parse_config, read_config
 from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import random_parameters
 from lsjax.planning import find_target, target_mesh
 from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.memory import human_bytes
 from lsjax.runtime.precision import einsum
 from lsjax.shipped.model import HF_CONFIGS

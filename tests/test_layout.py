@@ -8,7 +8,7 @@ import lsjax
 
 ROOT = Path(lsjax.__file__).parent
 FLOORS = (
-    "config errors runtime",
+    "config runtime",
     "positions tokenizer",
     "distributed families",
     "attention",

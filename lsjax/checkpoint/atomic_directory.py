@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 
 @contextlib.contextmanager

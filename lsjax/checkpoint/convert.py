@@ -28,9 +28,9 @@ from lsjax.checkpoint.sidecar_files import copy_sidecar_files, note_left_out, si
 from lsjax.checkpoint.tensor_info import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import make_mesh
-from lsjax.errors import UserError
 from lsjax.nn.int8_weights import float_matrix, int8_shapes, quantize_parameters, scale_path
 from lsjax.nn.parameters import abstract_parameters
+from lsjax.runtime.errors import UserError
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int], None]

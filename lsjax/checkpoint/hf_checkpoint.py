@@ -10,8 +10,8 @@ from lsjax.checkpoint.hf_folder import stored_tensors
 from lsjax.checkpoint.shards import read_parts
 from lsjax.checkpoint.tensor_info import StoredParameter, TensorInfo
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
 from lsjax.families import Tensor, family_of
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 

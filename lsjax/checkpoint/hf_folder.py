@@ -4,7 +4,7 @@ import os
 
 from lsjax.checkpoint.safetensors_header import read_header, read_metadata
 from lsjax.checkpoint.tensor_info import TensorInfo
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 from lsjax.runtime.text_files import read_json
 

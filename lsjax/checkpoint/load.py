@@ -18,9 +18,9 @@ from lsjax.checkpoint.orbax_checkpoint import (
 from lsjax.checkpoint.tensor_info import in_groups, total_bytes
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import abstract_mesh
-from lsjax.errors import UserError
 from lsjax.nn.int8_weights import quantize_parameters
 from lsjax.nn.parameters import abstract_parameters, unflatten
+from lsjax.runtime.errors import UserError
 
 
 def load_parameters(

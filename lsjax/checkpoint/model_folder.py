@@ -8,8 +8,8 @@ from lsjax.checkpoint.hf_folder import aliases, stored_tensors
 from lsjax.checkpoint.orbax_checkpoint import is_orbax, stored_parameters
 from lsjax.checkpoint.tensor_info import TensorInfo
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
 from lsjax.families import read_config
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

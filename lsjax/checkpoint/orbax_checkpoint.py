@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from lsjax.checkpoint.tensor_info import TensorInfo
-from lsjax.errors import UserError
 from lsjax.nn.int8_weights import scale_path
 from lsjax.nn.parameters import flatten, unflatten
+from lsjax.runtime.errors import UserError
 
 PARAMS = "params"
 

@@ -7,7 +7,7 @@ import os
 import jax.numpy as jnp
 
 from lsjax.checkpoint.tensor_info import TensorInfo
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lsjax.checkpoint.tensor_info import TensorInfo
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import DTYPES
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 # Arrays are read in groups of up to this many bytes (a larger array is a group by itself), so that
 # host memory is bounded by the group and not by the checkpoint.

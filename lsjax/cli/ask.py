@@ -27,13 +27,13 @@ from lsjax.cli.flags import (
 from lsjax.cli.program import run_program, say
 from lsjax.cli.reading import load_model, read_document
 from lsjax.documents import ChatFrame, Document, chat_frame, check_options
-from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import batches
 from lsjax.language_model import LanguageModel
 from lsjax.planning.check import check_memory
 from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.progress import character_bar
 from lsjax.runtime.text_files import STDIN, check_writable, write_atomically
 from lsjax.tokenizer import Tokenizer, load_tokenizer

@@ -20,7 +20,7 @@ from lsjax.cli.device_check.phases import ALL, DEFAULT, MORE, Ended, run_phase
 from lsjax.cli.device_check.record import RESULTS, read_rows
 from lsjax.cli.device_check.report import failed, report
 from lsjax.cli.program import run_program
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
 

@@ -19,8 +19,8 @@ from lsjax.checkpoint import (
 )
 from lsjax.cli.flags import define_progress_flag
 from lsjax.cli.program import import_extra, run_program
-from lsjax.errors import UserError
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.progress import byte_bar
 
 FLAGS = flags.FLAGS

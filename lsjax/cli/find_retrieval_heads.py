@@ -17,11 +17,11 @@ from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_
 from lsjax.cli.program import run_program
 from lsjax.compression import HEAD_FILE, RazorConfig, choose, write_bounds, write_scores
 from lsjax.compression.alibi_span import alibi_spans, score_bounds
-from lsjax.errors import UserError
 from lsjax.evals.plots import plot_heads
 from lsjax.evals.retrieval_heads import REPEATS, find_heads, repeated_text
 from lsjax.language_model import LanguageModel, load
 from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import check_writable
 
 FLAGS = flags.FLAGS

@@ -7,9 +7,9 @@ from absl import flags
 
 from lsjax.cache import CACHE_DTYPES
 from lsjax.distributed import multihost
-from lsjax.errors import UserError
 from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 
 

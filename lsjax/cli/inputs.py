@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import STDIN, check_characters, parse_json, read_lines, read_text
 
 Message = dict[str, Any]

@@ -13,8 +13,8 @@ import jax
 from absl import app, flags, logging
 
 from lsjax.cli.flags import connect
-from lsjax.errors import UserError
 from lsjax.runtime import notes
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.primary import silence_other_processes
 from lsjax.runtime.progress import events_to
 

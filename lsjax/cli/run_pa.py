@@ -25,13 +25,13 @@ from lsjax.cli.flags import (
 from lsjax.cli.program import run_program, say
 from lsjax.cli.reading import load_model, read_document
 from lsjax.documents import check_options
-from lsjax.errors import UserError
 from lsjax.inference.options import Options, resolve_options
 from lsjax.inference.request import Request, batches, caches_held
 from lsjax.inference.sampling import Sampling
 from lsjax.language_model import LanguageModel
 from lsjax.planning.check import check_memory, longest_here
 from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 from lsjax.runtime.progress import PrefillBar, character_bar
 from lsjax.runtime.text_files import check_writable, write_atomically

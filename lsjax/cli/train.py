@@ -19,9 +19,9 @@ from absl import flags
 
 from lsjax.cli.flags import define_mesh_flags, define_progress_flag, parse_lengths
 from lsjax.cli.program import import_extra, run_program
-from lsjax.errors import UserError
 from lsjax.inference.options import COMPUTE_DTYPES
 from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 
 FLAGS = flags.FLAGS

@@ -8,7 +8,7 @@ from typing import Any
 from lsjax.compression.policy import CompressionSettings
 from lsjax.compression.razor import RazorConfig
 from lsjax.compression.streaming_llm import StreamingLLM
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 KINDS = {"razor": RazorConfig, "streaming_llm": StreamingLLM}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lsjax.cache import CacheSpec, HeadSplit, KVCache, LayerCache
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

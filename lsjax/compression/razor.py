@@ -26,7 +26,7 @@ from lsjax.compression.policy import Compression, check_no_windows, check_tokens
 from lsjax.compression.reorder_heads import moved_channels, query_heads, reorder_heads
 from lsjax.compression.scores import HEAD_FILE, HeadScores, read_bounds, read_scores
 from lsjax.config import LayerKind, ModelConfig
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import write_atomically
 
 HEAD_FILE = "retrieval_heads.json"

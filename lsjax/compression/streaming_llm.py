@@ -21,8 +21,8 @@ from lsjax.compression.policy import Compression, check_no_windows, check_tokens
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import FLOAT_TAIL_SPEC
-from lsjax.errors import UserError
 from lsjax.positions.rotary import rotate, rotation_back
+from lsjax.runtime.errors import UserError
 
 
 @flax.struct.dataclass

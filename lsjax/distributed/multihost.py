@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lsjax.distributed.rendezvous import rendezvous
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.primary import is_primary
 
 # Seconds without a heartbeat after which a process counts as dead, and the others exit.

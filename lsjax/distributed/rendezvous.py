@@ -8,7 +8,7 @@ import contextlib
 import socket
 import time
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 _GO = "go"
 _PATIENCE = 5  # seconds to wait longer than process 0 does, to hear from it what is wrong

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 AXES = ("data", "context", "model")
 

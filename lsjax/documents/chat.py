@@ -10,13 +10,13 @@ from lsjax.cache import KVCache
 from lsjax.distributed.multihost import to_host
 from lsjax.documents.document import Document, sharing_borders
 from lsjax.documents.question import after_document, before_document
-from lsjax.errors import UserError
 from lsjax.inference.completion import Completion
 from lsjax.inference.generate import Run
 from lsjax.inference.prompts import Prompt
 from lsjax.inference.request import Request
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from lsjax.config import ModelConfig
 from lsjax.documents.fingerprint import check_fingerprint
 from lsjax.documents.folder import DocumentFolder, slice_tokens
 from lsjax.documents.prefill import save_cache
-from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request, batches, bucket
 from lsjax.inference.sparsity import Sparsity
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.html import table
 
 

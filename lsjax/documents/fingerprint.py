@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import sharding
-from lsjax.errors import UserError
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.nn.parameters import flatten
+from lsjax.runtime.errors import UserError
 
 _SAMPLES = 8  # entries of a weight that are compared along each axis
 

@@ -27,7 +27,7 @@ from lsjax.cache import TokenSlice
 from lsjax.checkpoint.atomic_directory import is_disk_full
 from lsjax.documents.fingerprint import check_fingerprint, hash_of_ids
 from lsjax.documents.manifest import FORMAT, Manifest, last_of_parts
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 from lsjax.runtime.text_files import parse_json, read_text, write_atomically
 

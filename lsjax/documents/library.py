@@ -17,8 +17,8 @@ from lsjax.documents.fingerprint import hash_of_ids
 from lsjax.documents.folder import DocumentFolder
 from lsjax.documents.manifest import Manifest
 from lsjax.documents.read import read_document
-from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
+from lsjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

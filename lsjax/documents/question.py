@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.tokenizer import Tokenizer
 
 # Stand for document and question while a chat template is rendered.

@@ -9,13 +9,13 @@ from lsjax.documents.document import Document, new_folder
 from lsjax.documents.fingerprint import check_fingerprint
 from lsjax.documents.folder import DocumentFolder
 from lsjax.documents.prefill import prefill_document
-from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.options import Options
 from lsjax.inference.request import check_ids, check_lengths
 from lsjax.positions.dual_chunk import settled_length
 from lsjax.positions.rotary import depends_on_length
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 # Tokens of question and answer that a document leaves room for, if nothing else is asked for.

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import check_writable, read_json, write_atomically
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.passkey import SHORTEST, Passage, make_passage
 from lsjax.inference.sparsity import Sparsity
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.html import grid
 from lsjax.tokenizer import Tokenizer
 

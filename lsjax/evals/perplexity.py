@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsjax.errors import UserError
 from lsjax.inference.scoring import decoded_nll, prompt_nll
 from lsjax.inference.sparsity import Sparsity, combine
+from lsjax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from lsjax.language_model import LanguageModel

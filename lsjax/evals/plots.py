@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.errors import UserError
 from lsjax.evals.needle import NeedleMap
 from lsjax.evals.perplexity import Curve
 from lsjax.evals.ruler.measure import Table
+from lsjax.runtime.errors import UserError
 
 
 def plot_curves(curves: Mapping[str, Curve], trained_length: int, path: str) -> None:

@@ -21,10 +21,10 @@ from lsjax.config import LayerKind
 from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
 from lsjax.distributed.sharding import QUERIES_SPEC
-from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.block import Block
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.precision import einsum
 
 REPEATS = 4

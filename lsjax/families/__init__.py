@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
 from lsjax.families.baichuan import BAICHUAN
 from lsjax.families.family import Family, Tensor
 from lsjax.families.fields import Fields
@@ -15,6 +14,7 @@ from lsjax.families.qwen import QWEN2, QWEN3
 from lsjax.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from lsjax.families.qwen_moe import QWEN3_MOE
 from lsjax.positions.scaling import check_scaling, with_dual_chunk
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import read_json
 
 __all__ = [

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsjax.config import DTYPES
-from lsjax.errors import UserError
 from lsjax.families.generation_config import eos_token_ids
 from lsjax.positions.scaling import is_positive
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 _MISSING = object()

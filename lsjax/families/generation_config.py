@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import read_json
 
 NAME = "generation_config.json"

@@ -4,11 +4,11 @@ Source: transformers' modeling_qwen2.py and modeling_qwen3.py.
 """
 
 from lsjax.config import LayerKind, ModelConfig
-from lsjax.errors import UserError
 from lsjax.families.family import Family
 from lsjax.families.fields import Fields
 from lsjax.families.hf_fields import parse_hf
 from lsjax.families.hf_names import PRE_NORMS, hf_tensors
+from lsjax.runtime.errors import UserError
 
 
 def _parse_qwen2(fields: Fields, architecture: str) -> ModelConfig:

@@ -7,12 +7,12 @@ Source: transformers' modeling_qwen3_5.py and modeling_qwen3_5_moe.py.
 from typing import Any
 
 from lsjax.config import DeltaNet, Experts, LayerKind, ModelConfig
-from lsjax.errors import UserError
 from lsjax.families.family import Family, Tensor
 from lsjax.families.fields import Fields
 from lsjax.families.hf_fields import parse_hf
 from lsjax.families.hf_names import PRE_NORMS, hf_tensors
 from lsjax.families.qwen_moe import QWEN3_MOE, parse_experts
+from lsjax.runtime.errors import UserError
 
 # What config.json says beside `text_config`: of images, videos and other models.
 _BESIDE_TEXT = (

@@ -6,10 +6,10 @@ Source: transformers' modeling_qwen3_moe.py.
 import dataclasses
 
 from lsjax.config import Experts, ModelConfig
-from lsjax.errors import UserError
 from lsjax.families.family import Family
 from lsjax.families.fields import Fields
 from lsjax.families.qwen import QWEN3
+from lsjax.runtime.errors import UserError
 
 # As transformers holds them in memory, and as files written in that layout do.
 _STACKED = {

@@ -9,8 +9,8 @@ from lsjax.cache import BLOCK, CacheSpec
 from lsjax.compression import Compression
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, Zigzag, zigzag_of
-from lsjax.errors import UserError
 from lsjax.positions.dual_chunk import chunks_for
+from lsjax.runtime.errors import UserError
 
 SEGMENT = 16  # decode steps between two checks for end-of-sequence
 # A long cache's capacity per device of the context axis is a multiple of this, so that attention

@@ -9,7 +9,6 @@ import numpy as np
 
 from lsjax.cache import DocumentCache
 from lsjax.distributed.multihost import to_host
-from lsjax.errors import UserError
 from lsjax.inference.completion import Completion, Stats
 from lsjax.inference.engine import Engine
 from lsjax.inference.layerwise_prefill import layer_progress
@@ -20,6 +19,7 @@ from lsjax.inference.sparsity import OnSparsity, Sparsity, measure
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import Stopper, cut
 from lsjax.runtime.compilation import CLOCK
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.memory import peak_memory_bytes
 from lsjax.tokenizer import Tokenizer
 

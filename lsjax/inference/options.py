@@ -14,7 +14,6 @@ from lsjax.compression import CompressionSettings, parse_compression
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
-from lsjax.errors import UserError
 from lsjax.families import refuse_gguf
 from lsjax.families.generation_config import NAME, eos_token_ids, read_generation_config, unapplied
 from lsjax.inference.engine_config import EngineConfig
@@ -22,6 +21,7 @@ from lsjax.inference.sampling import Sampling, suggested_sampling
 from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
 from lsjax.nn.int8_weights import WEIGHT_DTYPES
 from lsjax.positions.scaling import override_rope_scaling
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.html import table
 from lsjax.runtime.notes import note
 from lsjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 Prompt = str | Sequence[int]
 

@@ -8,11 +8,11 @@ from lsjax.cache import CacheSpec
 from lsjax.compression import Compression, served_length
 from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE
-from lsjax.errors import UserError
 from lsjax.inference.engine_config import EngineConfig, check_chunks, round_up
 from lsjax.inference.options import Options
 from lsjax.inference.prompt_lookup import MAX_DRAFT_TOKENS
 from lsjax.inference.sampling import Sampling
+from lsjax.runtime.errors import UserError
 
 # Sizes that a prompt's last chunk may have beside the usual one.
 _LAST_CHUNKS = (16, 64, 256, 1024)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsjax.errors import UserError
 from lsjax.families.generation_config import NAME
 from lsjax.positions.scaling import is_positive
+from lsjax.runtime.errors import UserError
 
 NOT_A_NUMBER = -1  # replaces the token of a row whose logits are not finite
 _GREEDY_BELOW = 1e-5  # float32 logits divided by less leave only the most likely token

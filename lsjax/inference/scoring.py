@@ -11,7 +11,6 @@ import numpy as np
 from lsjax.config import ModelConfig
 from lsjax.distributed.multihost import to_host
 from lsjax.distributed.sequence_layout import round_up_to_blocks
-from lsjax.errors import UserError
 from lsjax.inference.engine import Engine
 from lsjax.inference.engine_config import round_up
 from lsjax.inference.generate import teacher_forced_scores
@@ -20,6 +19,7 @@ from lsjax.inference.request import Request, check_ids
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.sparse_prefill import tile_multiple
 from lsjax.inference.sparsity import OnSparsity, measure
+from lsjax.runtime.errors import UserError
 
 
 def prompt_logits(

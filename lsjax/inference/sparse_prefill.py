@@ -9,8 +9,8 @@ from lsjax.attention.dispatch import HAS_TRITON, on_gpu
 from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.compression.policy import has_type
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
 from lsjax.inference.engine_config import EngineConfig
+from lsjax.runtime.errors import UserError
 
 _NUMBER = (int, float)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from lsjax.cache import CACHE_DTYPES
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import AXES, abstract_mesh
-from lsjax.errors import UserError
 from lsjax.inference.engine_config import EngineConfig
 from lsjax.inference.options import Options
 from lsjax.inference.request import Request, caches_held
@@ -15,6 +14,7 @@ from lsjax.planning.deployment import Deployment
 from lsjax.planning.planner import longest_served, longest_that_fits
 from lsjax.planning.result import fits
 from lsjax.planning.targets import Target, find_target
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.memory import device_memory_bytes, human_bytes
 
 

@@ -20,7 +20,6 @@ from lsjax.config import MAX_POSITIONS, ModelConfig
 from lsjax.distributed.sequence_layout import round_up_to_blocks
 from lsjax.distributed.sharding import AXES, abstract_mesh, check_fits_mesh, parse_mesh
 from lsjax.documents import check_options
-from lsjax.errors import UserError
 from lsjax.families import read_config
 from lsjax.inference.engine_config import check_chunks
 from lsjax.inference.options import COMPUTE_DTYPES, one_of
@@ -35,6 +34,7 @@ from lsjax.planning.shared_document import DocumentPlan, saved_bytes
 from lsjax.planning.speed import expected_speed
 from lsjax.planning.targets import Target, find_target
 from lsjax.positions.scaling import override_rope_scaling
+from lsjax.runtime.errors import UserError
 
 # Prefill chunks that are compared, in tokens; rounded up where a context axis needs it.
 _CHUNKS = (4096, 8192, 16384, 32768)

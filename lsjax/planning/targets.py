@@ -14,8 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from lsjax.distributed.sharding import AXES
-from lsjax.errors import UserError
 from lsjax.runtime.devices import GPUS, TPUS, Rates, peak_rates
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.memory import device_memory_bytes, host_memory_bytes
 
 

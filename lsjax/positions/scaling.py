@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsjax.config import ModelConfig, RopeScaling
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 # For each kind: field of the JSON block -> (field of RopeScaling, whether it is required).

@@ -1,1 +1,1 @@
-"""Runtime support: devices, memory, compilation, text files, progress bars."""
+"""Runtime support: devices, memory, compilation, text files, progress bars, errors."""

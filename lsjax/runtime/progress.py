@@ -12,7 +12,7 @@ from typing import IO, Any
 from tqdm.auto import tqdm  # shows notebook widgets in a notebook
 
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.flops import prefill_cost
 from lsjax.runtime.primary import is_primary
 

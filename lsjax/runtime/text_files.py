@@ -6,7 +6,7 @@ import sys
 import tempfile
 from typing import Any
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.primary import is_primary
 
 STDIN = "-"

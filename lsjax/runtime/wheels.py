@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

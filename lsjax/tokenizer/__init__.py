@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lsjax.errors import ChatTemplateError, TokenizerError
+from lsjax.runtime.errors import ChatTemplateError, TokenizerError
 from lsjax.tokenizer import json_backend, sentencepiece_backend, tiktoken_backend
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import read_config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lsjax.errors import ChatTemplateError
+from lsjax.runtime.errors import ChatTemplateError
 from lsjax.runtime.notes import note
 from lsjax.runtime.text_files import check_characters
 from lsjax.tokenizer.chat import render_chat

@@ -11,7 +11,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lsjax.errors import ChatTemplateError
+from lsjax.runtime.errors import ChatTemplateError
 
 
 class _GenerationBlock(Extension):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lsjax.errors import TokenizerError, UserError
+from lsjax.runtime.errors import TokenizerError, UserError
 from lsjax.runtime.text_files import read_json, read_text
 
 CONFIG_NAME = "tokenizer_config.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from lsjax.errors import TokenizerError
+from lsjax.runtime.errors import TokenizerError
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import AddedToken, TokenizerConfig
 from lsjax.tokenizer.detokenizer import REPLACE_EACH_BYTE, Detokenizer

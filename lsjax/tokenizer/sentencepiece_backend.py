@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from lsjax.errors import TokenizerError
+from lsjax.runtime.errors import TokenizerError
 from lsjax.tokenizer.added_tokens import AddedTokenFinder
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import AddedToken, TokenizerConfig

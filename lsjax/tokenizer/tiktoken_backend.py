@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiktoken
 
-from lsjax.errors import TokenizerError
+from lsjax.runtime.errors import TokenizerError
 from lsjax.tokenizer.added_tokens import AddedTokenFinder
 from lsjax.tokenizer.base import Progress, Tokenizer
 from lsjax.tokenizer.config import AddedToken, TokenizerConfig

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import orbax.checkpoint.experimental.v1 as ocp
 
 from lsjax.checkpoint.atomic_directory import is_disk_full
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.training.packing import DataPosition
 from lsjax.training.step import TrainState
 

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from lsjax.checkpoint import read_model_config
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
-from lsjax.errors import UserError
 from lsjax.families import parse_config, read_raw_config
 from lsjax.inference.options import COMPUTE_DTYPES, end_of_documents, one_of
 from lsjax.inference.request import way_out
 from lsjax.positions.dual_chunk import chunks_for
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 from lsjax.tokenizer import has_tokenizer, load_tokenizer
 from lsjax.training.batch import length_unit

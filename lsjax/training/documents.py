@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import decode, parse_json, read_text
 from lsjax.tokenizer import Tokenizer
 

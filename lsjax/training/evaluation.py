@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lsjax.distributed.multihost import to_host
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.training.batch import Batch
 from lsjax.training.documents import Corpus
 from lsjax.training.packing import first_tokens

@@ -13,8 +13,8 @@ from typing import Any
 from lsjax.checkpoint import checkpoint_bytes, export_parameters, load_parameters
 from lsjax.compression import HEAD_FILE
 from lsjax.distributed.multihost import broadcast_from_primary
-from lsjax.errors import UserError
 from lsjax.nn.parameters import random_parameters
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.progress import byte_bar, step_bar
 from lsjax.runtime.text_files import write_atomically
 from lsjax.training.checkpoints import Checkpoints

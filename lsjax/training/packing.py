@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.training.batch import Batch
 from lsjax.training.documents import Corpus, Document
 from lsjax.training.pose import gapped_positions

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.positions.scaling import override_rope_scaling, parse_json
+from lsjax.runtime.errors import UserError
 
 # Keys that transformers 5 keeps inside the RoPE block, and transformers 4 beside it.
 _BESIDE = ("rope_theta", "partial_rotary_factor")

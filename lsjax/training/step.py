@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, put_on_mesh, sharding
-from lsjax.errors import UserError
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables, rotary_tables
 from lsjax.runtime.compilation import compiler_options
+from lsjax.runtime.errors import UserError
 from lsjax.training.batch import Batch, length_unit
 from lsjax.training.loss import ChunkSizes, Loss
 

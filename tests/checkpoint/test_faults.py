@@ -10,8 +10,8 @@ from helpers.checkpoints import make_folder, make_tensors, mesh, write_folder
 from safetensors.numpy import save_file
 
 from lsjax.checkpoint import checkpoint_bytes, convert_hf_to_orbax, load_parameters
-from lsjax.errors import UserError
 from lsjax.families import read_config
+from lsjax.runtime.errors import UserError
 
 
 def refusal(folder, config=None):

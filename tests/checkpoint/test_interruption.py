@@ -19,8 +19,8 @@ from lsjax.checkpoint import (
     orbax_checkpoint,
     safetensors_writer,
 )
-from lsjax.errors import UserError
 from lsjax.families import read_config
+from lsjax.runtime.errors import UserError
 
 
 @pytest.fixture

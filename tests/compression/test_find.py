@@ -6,8 +6,8 @@ from helpers.golden_models import build
 from helpers.intermediates import queries_and_keys
 
 import lsjax
-from lsjax.errors import UserError
 from lsjax.evals.retrieval_heads import REPEATS, find_heads, repeated_text
+from lsjax.runtime.errors import UserError
 
 
 def whole_matrix(lm, text):

@@ -10,9 +10,9 @@ from helpers.caches import cache_bytes
 
 import lsjax
 from lsjax.compression import HEAD_FILE, HeadScores, choose, read_scores, write_scores
-from lsjax.errors import UserError
 from lsjax.evals.sentences import sentences
 from lsjax.inference.options import resolve_options
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
 

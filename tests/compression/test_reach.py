@@ -12,9 +12,9 @@ import lsjax
 from lsjax.compression import HEAD_FILE, RazorConfig, write_bounds
 from lsjax.compression.alibi_span import alibi_spans, score_bounds
 from lsjax.compression.scores import read_bounds
-from lsjax.errors import UserError
 from lsjax.inference.options import resolve_options
 from lsjax.positions.alibi import alibi_slopes
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
 

@@ -11,9 +11,9 @@ from lsjax.cache import FullCache, HeadSplit, WindowSpec, compress, update_and_a
 from lsjax.cli import report
 from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh
-from lsjax.errors import UserError
 from lsjax.inference.options import resolve_options
 from lsjax.inference.request import batches
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
 

@@ -13,9 +13,9 @@ from lsjax.cache import FullCache, RollingCache, update_and_attend
 from lsjax.compression.streaming_llm import SinkCache
 from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh
-from lsjax.errors import UserError
 from lsjax.inference.options import resolve_options
 from lsjax.positions.rotary import cos_sin, rotary_tables, rotate
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.evaluation import held_out_passages
 

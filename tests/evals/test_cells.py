@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lsjax.errors import UserError
 from lsjax.evals.cells import Cells, read_cells
 from lsjax.evals.needle import NeedleMap, needle_map
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.tokenizer import load_tokenizer
 

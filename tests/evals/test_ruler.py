@@ -13,12 +13,12 @@ from helpers.programs import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.ruler import TASKS, Table, measure
 from lsjax.evals.ruler.measure import case_of, prompts_of
 from lsjax.evals.ruler.tasks import Case, Question
 from lsjax.inference.sparsity import Sparsity
+from lsjax.runtime.errors import UserError
 from lsjax.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(GOLDEN / "tokenizer" / "byte_level_json")

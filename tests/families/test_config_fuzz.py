@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 
 from lsjax.config import ModelConfig, RopeScaling
 from lsjax.distributed.sharding import AXES, parse_mesh
-from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.positions.scaling import KINDS, override_rope_scaling, parse_rope_scaling
+from lsjax.runtime.errors import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "golden" / "configs").glob("*.json"))
 RAW = {file.stem: json.loads(file.read_text()) for file in CONFIGS}

@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from lsjax.config import DeltaNet, Experts, LayerKind, RopeScaling
-from lsjax.errors import UserError
 from lsjax.families import FAMILIES, parse_config, read_config
 from lsjax.positions.scaling import override_rope_scaling
+from lsjax.runtime.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "golden" / "configs"
 

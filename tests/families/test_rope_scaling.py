@@ -3,8 +3,8 @@
 import pytest
 
 from lsjax.config import RopeScaling
-from lsjax.errors import UserError
 from lsjax.positions.scaling import KINDS, parse_rope_scaling
+from lsjax.runtime.errors import UserError
 
 LLAMA3 = {
     "factor": 8.0,

@@ -19,8 +19,8 @@ from lsjax.checkpoint.gguf import read_gguf
 from lsjax.checkpoint.gguf import tensors as gguf_tensors
 from lsjax.checkpoint.gguf.config import hf_config
 from lsjax.checkpoint.gguf.file import open_gguf
-from lsjax.errors import UserError
 from lsjax.families import parse_config, read_config
+from lsjax.runtime.errors import UserError
 
 MODELS = ("llama", "llama_biases", "qwen2_tied", "qwen3", "glm4")
 

@@ -10,7 +10,7 @@ from helpers.programs import run
 
 import lsjax
 from lsjax.checkpoint.gguf import read_gguf
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 RAW = golden_config("qwen3")
 

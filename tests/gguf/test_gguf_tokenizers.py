@@ -8,7 +8,7 @@ from helpers.gguf_files import GOLDEN, write_metadata
 
 from lsjax.checkpoint.gguf.file import open_gguf
 from lsjax.checkpoint.gguf.sidecar_files import sidecar_files
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.tokenizer import load_tokenizer
 
 EXPECTED = json.loads((GOLDEN / "tokenizer" / "expected.json").read_text(encoding="utf-8"))

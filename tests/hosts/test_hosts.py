@@ -11,7 +11,7 @@ from helpers.processes import finish, free_port, start
 from helpers.programs import ROOT, path_of, run
 
 from lsjax.distributed.rendezvous import rendezvous
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 PASSKEY = (ROOT / "examples" / "passkey_2048.txt").read_text()
 # With the key at 66, and no more than fill some chunks of each device.

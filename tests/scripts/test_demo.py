@@ -12,7 +12,7 @@ from helpers.gguf_files import GOLDEN, golden_config, write_gguf
 from helpers.programs import run
 
 import lsjax
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.wheels import Wheel, fetch_wheel
 from lsjax.shipped import smollm2
 from lsjax.shipped.smollm2 import Question

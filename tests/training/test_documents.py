@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.shipped import shipped_model_path
 from lsjax.shipped.model import END
 from lsjax.tokenizer import load_tokenizer

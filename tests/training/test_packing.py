@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 from lsjax.training.documents import Corpus, Document
 from lsjax.training.packing import DataPosition, Packer, first_tokens
 from lsjax.training.pose import gapped_positions

@@ -11,9 +11,9 @@ from helpers.plain_attention import causal_attention
 from helpers.tiny_models import documents, in_parts, parameters, tiny
 
 from lsjax.distributed.sharding import make_mesh
-from lsjax.errors import UserError
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.parameters import flatten
+from lsjax.runtime.errors import UserError
 from lsjax.training.loss import ChunkSizes
 from lsjax.training.step import Trainer
 

@@ -12,9 +12,9 @@ from helpers.training_runs import CONFIG, train
 
 from lsjax import shipped_model_path
 from lsjax.cli.program import import_extra
-from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.positions.scaling import override_rope_scaling
+from lsjax.runtime.errors import UserError
 from lsjax.training.config import DataConfig, LoggingConfig, find_model_source, resolve_training
 from lsjax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from lsjax.training.scaled_config import scaled_config

@@ -13,7 +13,7 @@ from gguf import TokenType
 
 from lsjax.checkpoint.gguf.metadata import Metadata
 from lsjax.checkpoint.gguf.vocabulary import PREFIX, Vocabulary
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _WORDS = _BYTES | {"use_regex": True}  # splits as GPT-2 does

@@ -8,7 +8,7 @@ from typing import Any
 
 from lsjax.checkpoint.gguf.file import GGUFFile
 from lsjax.checkpoint.gguf.rope import rope_scaling
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 
 from lsjax.checkpoint.gguf.metadata import Metadata
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 _MAGIC = b"GGUF"
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType, ReaderField
 
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 _MISSING = object()
 

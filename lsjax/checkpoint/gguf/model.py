@@ -17,9 +17,9 @@ from lsjax.checkpoint.hf_writer import MAX_SHARD_BYTES, Part, write_weights
 from lsjax.checkpoint.safetensors_writer import nbytes
 from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import abstract_mesh
-from lsjax.errors import UserError
 from lsjax.families import parse_config
 from lsjax.nn.parameters import abstract_parameters
+from lsjax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

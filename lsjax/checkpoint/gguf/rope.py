@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from lsjax.checkpoint.gguf.file import GGUFFile
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 ROPE_FREQS = "rope_freqs.weight"
 # The divisors depend on ratios to this length alone, and llama.cpp always computes with it.

@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from lsjax.checkpoint.gguf.metadata import Metadata
 from lsjax.checkpoint.gguf.vocabulary import PREFIX, Vocabulary
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 # llama.cpp takes these where a file does not say them.
 DEFAULT_IDS = {"unk_token": 0, "bos_token": 1, "eos_token": 2}

@@ -7,8 +7,8 @@ from lsjax.checkpoint.gguf.byte_level import byte_level_files
 from lsjax.checkpoint.gguf.metadata import Metadata
 from lsjax.checkpoint.gguf.sentencepiece_model import DEFAULT_IDS, sentencepiece_files
 from lsjax.checkpoint.gguf.vocabulary import PREFIX, Vocabulary, read_vocabulary
-from lsjax.errors import UserError
 from lsjax.families.generation_config import NAME as GENERATION_CONFIG
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.notes import note
 
 _KINDS = {"gpt2": (byte_level_files, {}), "llama": (sentencepiece_files, DEFAULT_IDS)}

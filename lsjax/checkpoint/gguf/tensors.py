@@ -15,8 +15,8 @@ from lsjax.checkpoint.gguf.config import architecture_of
 from lsjax.checkpoint.gguf.file import GGUFFile
 from lsjax.checkpoint.gguf.rope import ROPE_FREQS
 from lsjax.config import ModelConfig
-from lsjax.errors import UserError
 from lsjax.families import family_of
+from lsjax.runtime.errors import UserError
 
 _OUTER = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 _INNER = {

@@ -7,7 +7,7 @@ from typing import Any
 from gguf import TokenType
 
 from lsjax.checkpoint.gguf.metadata import Metadata
-from lsjax.errors import UserError
+from lsjax.runtime.errors import UserError
 
 PREFIX = "tokenizer.ggml."
 # Name in tokenizer_config.json -> key.

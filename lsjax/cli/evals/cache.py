@@ -11,11 +11,11 @@ from lsjax.cache import CACHE_DTYPES
 from lsjax.cli.flags import define_model_flags, define_rope_scaling_flag, model_options
 from lsjax.cli.program import run_program
 from lsjax.documents import hash_of_ids
-from lsjax.errors import UserError
 from lsjax.evals.cache_dtypes import Scores, difference, scores
 from lsjax.evals.cells import Cells
 from lsjax.language_model import LanguageModel, load
 from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import read_text
 
 FLAGS = flags.FLAGS

@@ -17,13 +17,13 @@ from lsjax.cli.flags import (
     parse_lengths,
 )
 from lsjax.cli.program import run_program
-from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.plots import plot_task_scores
 from lsjax.evals.ruler import TASKS, Table, measure
 from lsjax.inference.sparsity import Sparsity, combine
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.text_files import check_writable
 
 FLAGS = flags.FLAGS

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsjax.documents import ChatFrame, chat_frame
-from lsjax.errors import UserError
 from lsjax.evals.cells import Cells
 from lsjax.evals.ruler.tasks import TASKS, Case
 from lsjax.inference.sparsity import Sparsity
+from lsjax.runtime.errors import UserError
 from lsjax.runtime.html import grid
 from lsjax.tokenizer import Tokenizer
 

@@ -8,6 +8,7 @@ caches, so the first token of the answer is that of the uncompressed model.
 import bisect
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -89,13 +90,15 @@ def layer_progress(
     def cost_of(kind: LayerKind, length: int) -> float:
         return prefill_cost(dataclasses.replace(config, layers=(kind,)), 0, length)
 
+    whole = (cost_of(kind, longest) for kind in config.layers)
+    before = list(itertools.accumulate(whole, initial=0.0))  # work of the layers before each
+
     def on_chunk(layer: int, n: int) -> None:
         nonlocal told
         if (layer, n) == (layers - 1, chunks - 1):
             done = longest
         else:
-            work = cost_of(config.layers[layer], min((n + 1) * chunk, longest))
-            work += sum(cost_of(kind, longest) for kind in config.layers[:layer])
+            work = before[layer] + cost_of(config.layers[layer], min((n + 1) * chunk, longest))
             done = bisect.bisect(range(longest), work, key=cost) - 1
         if done > told:
             on_prefill(done - told)

@@ -28,8 +28,9 @@ def parse_sparse_prefill(
     rule = given if isinstance(given, SparsePrefill) else _of_settings(given)
     if not has_type(rule.alpha, _NUMBER) or not 0 <= rule.alpha <= 1:
         raise UserError(f"sparse_prefill: alpha must be from 0 to 1, not {rule.alpha!r}.")
-    for name in ("first_layers", "last_tokens", "dense_length"):
-        value = getattr(rule, name)
+    for name, value in dataclasses.asdict(rule).items():
+        if name == "alpha":
+            continue
         if not has_type(value, _NUMBER) or value != int(value) or value < 0:
             raise UserError(f"sparse_prefill: {name} must be a number from 0, not {value!r}.")
     return rule

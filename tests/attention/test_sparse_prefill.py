@@ -111,9 +111,10 @@ def counts(cache):
 
 def test_the_softmax_is_over_kept_tokens_and_a_token_for_each_other_block():
     q, k, v = topics(12 * TILE)
-    keep = sparse_oracle.chosen(q, k, RULE.alpha)
+    rule = dataclasses.replace(RULE, sink_blocks=1, near_blocks=2)
+    keep = sparse_oracle.chosen(q, k, RULE.alpha, sinks=1, before=2)
     wanted, mass = sparse_oracle.attention(q, k, v, keep)
-    found, cache = prefill(q, k, v, RULE, 4 * TILE)
+    found, cache = prefill(q, k, v, rule, 4 * TILE)
     assert 0.3 < keep.sum() / keep.size * 2 < 0.9
     assert np.abs(found - wanted).max() < 1e-5
     assert np.array_equal(cache.counts.blocks, keep.sum(axis=(2, 3)))

@@ -41,7 +41,9 @@ def block_means(x):
     return whole.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]).mean(axis=2)
 
 
-def chosen(q, k, alpha, lengths=None, last_tokens=0, dense_length=0, stride=None):
+def chosen(
+    q, k, alpha, lengths=None, last_tokens=0, dense_length=0, sinks=2, before=4, stride=None
+):
     """Chooses blocks by the sum of exp(score of the block's mean) over the rows of a tile.
 
     Args:
@@ -50,6 +52,7 @@ def chosen(q, k, alpha, lengths=None, last_tokens=0, dense_length=0, stride=None
       alpha: share of the largest sum that a block needs.
       lengths: [batch]; None for all of the length.
       last_tokens, dense_length: see SparsePrefill.
+      sinks, before: blocks that every tile keeps: the first ones, and those before its own.
       stride: number of positions in a chunk, if there are views.
 
     Returns:
@@ -71,7 +74,7 @@ def chosen(q, k, alpha, lengths=None, last_tokens=0, dense_length=0, stride=None
         sums = np.exp(scores - scores.max()).sum(axis=0)
         end = (tile + 1) * BLOCK
         dense = end <= dense_length or end > lengths[row] - last_tokens
-        near = (seen < 2) | (seen >= tile - 4)
+        near = (seen < sinks) | (seen >= tile - before)
         keep[row, head, tile, seen] = dense | near | (sums >= alpha * sums.max())
     return keep
 

@@ -10,8 +10,10 @@ from helpers.processes import finish, start
 from helpers.programs import run
 
 import lsjax
+from lsjax.cli.evals.perplexity import _labeled
 from lsjax.evals.cells import Cells, read_cells
 from lsjax.evals.needle import NeedleMap
+from lsjax.evals.perplexity import Curve
 
 ROOT = pathlib.Path(__file__).parents[2]
 QWEN = ROOT / "examples" / "qwen2.5-0.5b.json"
@@ -79,6 +81,15 @@ def test_loss_by_position_for_several_settings(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     refused = run("eval_perplexity.py", *asked, "--windows", 1)
     assert refused.returncode == 2 and "another windows (4, not 1)" in refused.stderr
+    other = ["--text_file", text, "--length", 2048, "--plot", tmp_path / "both.png"]
+    refused = run("eval_perplexity.py", *other, "--compare", f"before={text}")
+    assert refused.returncode == 2 and "must be label=file" in refused.stderr
+
+
+def test_loss_curves_of_runs_have_a_label_each():
+    one, two = Curve((1,), (2.0,), 7.4), Curve((1,), (1.0,), 2.7)
+    runs = {"before": {"off": one, "auto": two}, "this": {"config": two}}
+    assert _labeled(runs) == {"before, off": one, "before, auto": two, "this": two}
 
 
 @pytest.mark.slow("caches and the comparison of scores are tested by themselves")

@@ -18,9 +18,6 @@ from lsjax.runtime.precision import einsum
 # Positions of a tile of queries, and of a block of keys. Both begin at multiples of it, so that an
 # answer does not depend on where the prompt was cut into chunks.
 TILE = 128
-# Blocks that every tile attends to: the first ones, where many heads rest, and those just before.
-_SINK_BLOCKS = 2
-_NEAR_BLOCKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +30,16 @@ class SparsePrefill:
       first_layers: number of layers, from the first, that attend to everything.
       last_tokens: queries among so many last tokens of a prompt attend to everything.
       dense_length: queries before this position attend to everything.
+      sink_blocks: number of first blocks that every tile attends to; many heads rest there.
+      near_blocks: number of blocks before its own that every tile attends to.
     """
 
     alpha: float
     first_layers: int = 1
     last_tokens: int = 4 * TILE
     dense_length: int = 4096
+    sink_blocks: int = 2
+    near_blocks: int = 4
 
 
 class KeptBlocks(NamedTuple):
@@ -148,7 +149,7 @@ def choose(
         seen = jnp.where(block <= own, estimates, -jnp.inf)
         weight = jnp.sum(jnp.exp(seen - jnp.max(seen, axis=(2, 3), keepdims=True)), axis=2)
         keep = weight >= rule.alpha * jnp.max(weight, axis=-1, keepdims=True)
-        near = (block < _SINK_BLOCKS) | (block >= own - _NEAR_BLOCKS) | (block >= stop)
+        near = (block < rule.sink_blocks) | (block >= own - rule.near_blocks) | (block >= stop)
         end = (own + 1) * TILE
         keep |= near | (end <= rule.dense_length)
         if lengths is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from lsjax.cli.evals.comparison import define_plot_flags, read_earlier
 from lsjax.cli.flags import (
     define_model_flags,
     define_rope_scaling_flag,
@@ -17,14 +18,12 @@ from lsjax.cli.flags import (
     parse_lengths,
 )
 from lsjax.cli.program import run_program
-from lsjax.evals.cells import Cells, read_cells
+from lsjax.evals.cells import Cells
 from lsjax.evals.needle import NeedleMap, needle_map
 from lsjax.evals.plots import plot_needle_curves, plot_needles
 from lsjax.inference.sparsity import Sparsity, combine
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.errors import UserError
-from lsjax.runtime.text_files import check_writable
 
 FLAGS = flags.FLAGS
 
@@ -45,25 +44,13 @@ def define_flags() -> None:
         None,
         "File to write to whether each key was read right. A later run goes on with it.",
     )
-    flags.DEFINE_string("plot", None, "PNG file to draw the heat map in.")
-    flags.DEFINE_multi_string(
-        "compare",
-        [],
-        "label=file, where --output_json of an earlier run wrote the file: plot its curve by "
-        "length beside this run's instead of a heat map. Repeat the flag for several.",
-    )
-    flags.DEFINE_string("label", "this", "Label of this run's curve with --compare.")
+    define_plot_flags("the heat map")
 
 
 def main(argv: list[str]) -> None:
     del argv
     enable_persistent_cache()
-    if FLAGS.plot:
-        check_writable(FLAGS.plot)
-    lengths = parse_lengths(FLAGS.lengths)
-    if FLAGS.compare and not FLAGS.plot:
-        raise UserError("--compare says what to plot; give --plot too.")
-    earlier = dict(map(_earlier, FLAGS.compare))
+    lengths, earlier = parse_lengths(FLAGS.lengths), read_earlier(NeedleMap.of)
     depths = np.linspace(0, 1, FLAGS.depths).round(4).tolist()
     model = load(**model_options(), rope_scaling=FLAGS.rope_scaling)
     measured = model.fingerprint | {"kv_compression": FLAGS.kv_compression}
@@ -90,17 +77,6 @@ def main(argv: list[str]) -> None:
     elif FLAGS.plot:
         title = f"rope_scaling {FLAGS.rope_scaling or 'as in config.json'}"
         plot_needles(needles, title, FLAGS.plot)
-
-
-def _earlier(given: str) -> tuple[str, NeedleMap]:
-    """Parses a value of --compare, label=file, and reads the file."""
-    name, _, file = given.partition("=")
-    try:
-        return name, NeedleMap.of(read_cells(file))
-    except ValueError as error:
-        raise UserError(
-            f"--compare {given!r} must be label=file, a file that --output_json wrote ({error})."
-        ) from None
 
 
 def program() -> None:

@@ -5,9 +5,11 @@
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
+from lsjax.cli.evals.comparison import define_plot_flags, read_earlier
 from lsjax.cli.flags import define_model_flags, model_options
 from lsjax.cli.program import run_program
 from lsjax.documents import hash_of_ids
@@ -16,7 +18,7 @@ from lsjax.evals.perplexity import Curve, loss_curve
 from lsjax.evals.plots import plot_curves
 from lsjax.language_model import load
 from lsjax.runtime.compilation import enable_persistent_cache
-from lsjax.runtime.text_files import check_writable, read_text
+from lsjax.runtime.text_files import read_text
 
 FLAGS = flags.FLAGS
 
@@ -49,14 +51,13 @@ def define_flags() -> None:
         None,
         "File to write each loss curve to as it comes. A later run measures only what it lacks.",
     )
-    flags.DEFINE_string("plot", None, "PNG file to plot the loss curves in.")
+    define_plot_flags("the loss curves")
 
 
 def main(argv: list[str]) -> None:
     del argv
     enable_persistent_cache()
-    if FLAGS.plot:
-        check_writable(FLAGS.plot)
+    earlier = read_earlier(_curves)
     text = read_text(FLAGS.text_file)
     model = load(**model_options())
     ids = model.tokenizer.encode(text)
@@ -74,8 +75,23 @@ def main(argv: list[str]) -> None:
         curves[name] = Curve(**cells.values[name])
         density = f", density {curves[name].density:.1%}" if model.options.sparse_prefill else ""
         print(f"{curves[name].perplexity:10.4f}  {name}{density}", flush=True)
+    if earlier:
+        curves = _labeled(earlier | {FLAGS.label: curves})
     if FLAGS.plot:
         plot_curves(curves, model.config.trained_length, FLAGS.plot)
+
+
+def _curves(cells: dict[str, Any]) -> dict[str, Curve]:
+    return {name: Curve(**cell) for name, cell in cells.items()}
+
+
+def _labeled(runs: dict[str, dict[str, Curve]]) -> dict[str, Curve]:
+    """Returns the curves of runs by label; a run of several scalings has a label for each."""
+    return {
+        label if len(curves) == 1 else f"{label}, {name}": curve
+        for label, curves in runs.items()
+        for name, curve in curves.items()
+    }
 
 
 def program() -> None:

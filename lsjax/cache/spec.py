@@ -158,10 +158,9 @@ def empty_cache(config: ModelConfig, spec: CacheSpec, platform: str = "cpu") -> 
     """Creates a cache of zeros. Call it under jit, and shard it as its partition specs say."""
     if spec.policy is not None:
         return spec.policy.empty_cache(config, spec, platform)
-    dense_layers = 0 if spec.sparse is None else spec.sparse.first_layers
-    dense = dataclasses.replace(spec, sparse=None)
-
-    kinds = [(dense if i < dense_layers else spec, x) for i, x in enumerate(config.layers)]
+    first = 0 if spec.sparse is None else spec.sparse.first_layers
+    of_first, dense = config.attention_layers[:first], dataclasses.replace(spec, sparse=None)
+    kinds = [(dense if i in of_first else spec, x) for i, x in enumerate(config.layers)]
     layers = {(spec, kind): empty_entry(config, spec, platform, kind) for spec, kind in set(kinds)}
     return tuple(layers[kind] for kind in kinds)
 

@@ -95,9 +95,7 @@ def why_not_sparse(config: ModelConfig, platform: str, settings: EngineConfig) -
             f"chooses blocks of {TILE} keys, of which dual chunk attention rotates each as one; "
             f"make chunk_size - local_size a multiple of {TILE}"
         )
-    if config.delta_nets:
-        return "has not been tested with recurrent layers yet, whose prompts attend in few layers"
-    if all(config.windows):
+    if all(config.windows[i] for i in config.attention_layers):
         return "does not go with sliding windows in all layers, which read few keys as it is"
     return None
 

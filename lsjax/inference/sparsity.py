@@ -18,7 +18,7 @@ class Sparsity:
 
     Attributes:
       density: pairs of queries and keys that were attended to, relative to full attention, over all
-        layers without a sliding window, the dense ones included.
+        layers of attention without a sliding window, the dense ones included.
       pairs: those of full attention, in blocks of queries and keys.
       samples: sampled queries of each layer.
       kept_mass: share of full attention's weights that was on what sampled queries attended to,
@@ -59,7 +59,8 @@ def measure(
       lengths: number of tokens of each prompt; rows after those are padding.
       start: number of leading tokens, a multiple of TILE, that came with the cache.
     """
-    layers = {i: x for i, x in enumerate(without_tails(cache)) if isinstance(x, SparseCache)}
+    attention = zip(config.attention_layers, without_tails(cache), strict=True)
+    layers = {i: x for i, x in attention if isinstance(x, SparseCache)}
     if not layers or max(lengths) <= start:
         return None
     rows = len(lengths)
@@ -67,7 +68,7 @@ def measure(
     tiles = -(-np.asarray(lengths, np.float64) // TILE)
     before = start // TILE
     full = float(np.sum(tiles * (tiles + 1) - before * (before + 1)) / 2)  # of one head
-    whole = sum(window is None for window in config.windows)
+    whole = sum(config.windows[i] is None for i in config.attention_layers)
     sparse = sum(float(x.blocks.astype(np.float64).mean(axis=1).sum()) for x in counts.values())
     density = ((whole - len(layers)) * full + sparse) / (whole * full)
     samples = int(next(iter(counts.values())).samples.sum())

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers.golden_models import build, changed_config
+from helpers.golden_models import build
 
 import lsjax
 from lsjax import UserError
@@ -12,7 +12,7 @@ from lsjax.attention.sparse.rule import TILE, SparsePrefill
 from lsjax.cli import report
 from lsjax.evals.passkey import make_passage
 from lsjax.inference.options import resolve_options
-from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
+from lsjax.inference.sparse_prefill import parse_sparse_prefill
 from lsjax.inference.sparsity import Sparsity, combine
 from lsjax.language_model import LanguageModel
 from lsjax.shipped import shipped_model_path
@@ -44,6 +44,34 @@ def test_logits_do_not_depend_on_chunks_and_devices(other):
     usual = model().logits([prompt()])
     assert np.abs(model(**other).logits([prompt()]) - usual).max() < 1e-4
     assert np.abs(model(rule=None).logits([prompt()]) - usual).max() > 1e-3
+
+
+@pytest.mark.slow("caches are tested alone, and a model of such layers takes long to compile")
+def test_layers_of_attention_between_recurrent_ones(tmp_path):
+    """Layers 1 and 3 of 4 attend; the first of them is the dense one."""
+
+    def model(alpha, chunk=256, mesh=""):
+        rule = SparsePrefill(alpha, 1, 0, 0, sink_blocks=1, near_blocks=1) if alpha >= 0 else None
+        lm = build("qwen3_5", "float32", chunk, mesh, layers=4, block=256)
+        return LanguageModel(dataclasses.replace(lm.options, sparse_prefill=rule), lm.params)
+
+    dense = model(-1).logits([prompt()])
+    assert np.abs(model(0.0).logits([prompt()]) - dense).max() < 1e-4
+    usual = model(1.0).logits([prompt()])
+    assert np.abs(usual - dense).max() > 1e-3
+    assert np.abs(model(1.0, 512, "context=2").logits([prompt()]) - usual).max() < 1e-4
+    options = {"allow_untrained_length": True, "ignore_eos": True}
+    plain = model(1.0).generate([[*prompt(), 1, 2]], 8, **options)[0]
+    tiles = 13
+    most = tiles * (tiles + 1)  # blocks of two layers
+    found = plain.stats.sparsity
+    assert 0.5 + (3 * tiles - 3) / most <= found.density <= 0.5 + 4 * tiles / most
+    assert found.least_head[0] == 3
+    document = model(1.0).read(prompt(), save_to=tmp_path / "it", allow_untrained_length=True)
+    of_document = model(1.0).generate([[1, 2]], 8, document=document, **options)[0]
+    opened = model(1.0, 512, "context=2").open_document(tmp_path / "it")
+    again = model(1.0, 512, "context=2").generate([[1, 2]], 8, document=opened, **options)[0]
+    assert of_document.token_ids == again.token_ids and document.sparsity.density < 1
 
 
 def test_what_prompts_attended_to_is_told():
@@ -132,11 +160,6 @@ def test_what_does_not_go_with_it_is_refused(options, reason):
     options = {"path": shipped_model_path(), "sparse_prefill": 0.1} | options
     with pytest.raises(UserError, match=reason):
         resolve_options(**options)
-
-
-def test_recurrent_layers_are_refused():
-    with pytest.raises(UserError, match="not been tested with recurrent layers"):
-        check_sparse_prefill(changed_config("qwen3_5", 4), "cpu", model().options)
 
 
 def test_settings_are_a_number_or_json():

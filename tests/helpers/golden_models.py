@@ -38,7 +38,8 @@ def build(
     weight_dtype="auto",
     **changes,
 ):
-    """A golden model: its last layers alone if a number is given, its config with changes."""
+    """A golden model: its last layers alone if a number is given, or all of them
+    several times for a larger number; its config with changes."""
     config = override_rope_scaling(changed_config(name, layers, **changes), rope_scaling)
     devices = make_mesh(parse_mesh(mesh))
     settings = Options(
@@ -70,7 +71,8 @@ def golden_logits(name):
 def changed_config(name, layers, **changes):
     config = parse_config(json.loads(CONFIGS[name].read_text()))
     config = dataclasses.replace(config, **changes)
-    return dataclasses.replace(config, layers=config.layers[-layers:])
+    times = -(-layers // len(config.layers)) or 1
+    return dataclasses.replace(config, layers=(config.layers * times)[-layers:])
 
 
 @functools.lru_cache(maxsize=32)

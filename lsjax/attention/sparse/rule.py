@@ -27,7 +27,7 @@ class SparsePrefill:
     Attributes:
       alpha: a tile attends to a block whose estimated weight is at least this share of the largest
         one; 0 for all blocks.
-      first_layers: number of layers, from the first, that attend to everything.
+      first_layers: number of layers of attention, from the first, that attend to everything.
       last_tokens: queries among so many last tokens of a prompt attend to everything.
       dense_length: queries before this position attend to everything.
       sink_blocks: number of first blocks that every tile attends to; many heads rest there.

@@ -33,6 +33,7 @@ from lsjax.inference.prompts import Prompt, as_prompts
 from lsjax.inference.request import Request, batches
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
+from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
@@ -123,8 +124,20 @@ class LanguageModel:
 
     def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
         """Returns a model with the same weights and another rope_scaling; see `load`."""
-        config = override_rope_scaling(self.config, rope_scaling)
-        return LanguageModel(dataclasses.replace(self.options, config=config), self.params)
+        return self._with(config=override_rope_scaling(self.config, rope_scaling))
+
+    def with_sparse_prefill(
+        self, sparse_prefill: str | float | Mapping[str, Any] | SparsePrefill | None
+    ) -> "LanguageModel":
+        """Returns a model with the same weights and another sparse_prefill; see `load`."""
+        return self._with(sparse_prefill=parse_sparse_prefill(sparse_prefill))
+
+    def _with(self, **changes: Any) -> "LanguageModel":
+        options = dataclasses.replace(self.options, **changes)
+        if options.sparse_prefill:
+            platform = options.mesh.devices.flat[0].platform
+            check_sparse_prefill(options.config, platform, options)
+        return LanguageModel(options, self.params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the model to a new folder, which `load` can read onto any mesh.

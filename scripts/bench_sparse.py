@@ -8,7 +8,6 @@ short. Attention's time is that of all chunks, less as often that of the first o
 the machine does slows both down alike.
 """
 
-import dataclasses
 import sys
 import time
 
@@ -40,8 +39,7 @@ def main(argv: list[str]) -> None:
     chunk = model.options.prefill_chunk
     if len(ids) < FLAGS.length or len(ids) % chunk:
         raise UserError(f"give a text of --length tokens, a multiple of the chunk of {chunk}.")
-    options = dataclasses.replace(model.options, sparse_prefill=None)
-    dense, sparse = Prefill(LanguageModel(options, model.params), ids), Prefill(model, ids)
+    dense, sparse = Prefill(model.with_sparse_prefill(None), ids), Prefill(model, ids)
     for prefill in (dense, sparse):
         prefill.repeat_first()  # compiles
     seconds = np.zeros((0, 3))

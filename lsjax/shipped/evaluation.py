@@ -1,12 +1,14 @@
 """Pass keys and perplexity of the shipped models by length, for each kind of RoPE scaling."""
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.evals.needle import needle_map
 from lsjax.evals.passkey import Passage, make_passage
 from lsjax.evals.perplexity import loss_curve
@@ -26,16 +28,18 @@ class Cell:
     """Results of one setting at one length.
 
     Attributes:
-      setting: one of SETTINGS.
+      setting: one of SETTINGS, and with sparse prefill its alpha.
       length: tokens of text and answer together.
       share: share of pass keys answered correctly, from 0 to 1.
       perplexity: perplexity on ordinary sentences, over all positions of texts of this length.
+      density: what these texts attended to, relative to full attention.
     """
 
     setting: str
     length: int
     share: float
     perplexity: float
+    density: float
 
 
 def scaling_for(kind: str, length: int) -> str | dict[str, Any]:
@@ -70,6 +74,7 @@ def measure(
     lengths: Sequence[int],
     keys: int,
     *,
+    rules: Sequence[SparsePrefill | None] = (None,),
     max_batch_size: int,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[Cell]:
@@ -81,6 +86,7 @@ def measure(
       settings: settings from SETTINGS; "alibi" measures the twin, without scaling.
       lengths: tokens of text and answer together.
       keys: pass keys per cell, spread evenly over the depth.
+      rules: settings of sparse prefill to measure each setting with; None for dense prefill.
       max_batch_size: texts answered together.
       progress: called with the number of texts answered.
     """
@@ -88,17 +94,23 @@ def measure(
     for length in lengths:
         text = " ".join(sentences(random.Random(f"text {length}"), _TEXTS * length))
         ids = rotary.tokenizer.encode(text)
-        for setting in settings:
+        for setting, rule in itertools.product(settings, rules):
             if setting == "alibi":
                 model = alibi
             else:
                 model = rotary.with_rope_scaling(scaling_for(setting, length))
             needles = needle_map(
-                model,
+                model.with_sparse_prefill(rule),
                 [length - ANSWER_TOKENS],
                 depths,
                 max_batch_size=max_batch_size,
                 progress=progress,
             )
-            perplexity = loss_curve(model, ids, length).perplexity
-            yield Cell(setting, length, needles.by_length()[0], perplexity)
+            curve = loss_curve(model.with_sparse_prefill(rule), ids, length)
+            name = named(setting, rule)
+            yield Cell(name, length, needles.by_length()[0], curve.perplexity, curve.density)
+
+
+def named(setting: str, rule: SparsePrefill | None) -> str:
+    """Returns the name of a column: the setting, and with sparse prefill its alpha."""
+    return setting if rule is None else f"{setting}, alpha {rule.alpha:g}"

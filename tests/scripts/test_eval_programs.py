@@ -127,9 +127,16 @@ def test_the_table_of_scalings(tmp_path):
     assert [(c["setting"], c["length"]) for c in cells] == [
         (setting, length) for length in lengths for setting in settings
     ]
-    assert cells[0]["share"] == 1 and 1 < cells[0]["perplexity"] < 2
+    assert cells[0]["share"] == 1 and 1 < cells[0]["perplexity"] < 2 and cells[0]["density"] == 1
     assert "| 256 | 1.00, " in done.stdout
     assert (tmp_path / "table.png").read_bytes().startswith(PNG)
+    rule = '{"alpha": 0.5, "first_layers": 0, "dense_length": 0, "sink_blocks": 0}'
+    asked = ["--lengths", 1536, "--rope_settings", "yarn", "--keys_per_cell", 1]
+    rules = ["--sparse_prefill", "none", "--sparse_prefill", rule]
+    done = run("eval_shipped.py", *asked, *rules)
+    assert done.returncode == 0, done.stderr
+    assert "| tokens | yarn | yarn, alpha 0.5 |" in done.stdout
+    assert 60 < float(re.search(r"([\d.]+)% \|", done.stdout)[1]) < 95, done.stdout
 
 
 @pytest.mark.slow("it measures, and nothing else rests on it")
@@ -241,6 +248,7 @@ def test_experts_beside_a_dense_model():
             "give a longer text",
         ),
         (["eval_shipped.py", "--lengths", "0"], "--lengths takes numbers of tokens"),
+        (["eval_shipped.py", "--sparse_prefill", "0.1"], "does not go with ALiBi; leave out"),
         (["bench_attention.py", "--decode_lengths", "x"], "--decode_lengths takes numbers"),
         (["bench_attention.py", "--cache_dtypes", "int9"], "--cache_dtypes takes float32"),
         (["bench_attention.py", "--heads", "3"], "does not divide --heads=3"),

@@ -1,6 +1,5 @@
 """The main interface: loading a model, generating text with it, and scoring tokens."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -28,12 +27,12 @@ from lsjax.documents import (
 from lsjax.inference.completion import Completion
 from lsjax.inference.engine import Engine
 from lsjax.inference.generate import Run
-from lsjax.inference.options import Options, resolve_options
+from lsjax.inference.options import Options, changed, resolve_options
 from lsjax.inference.prompts import Prompt, as_prompts
 from lsjax.inference.request import Request, batches
 from lsjax.inference.sampling import Sampling
 from lsjax.inference.scoring import decoded_nll, prompt_logits, prompt_nll
-from lsjax.inference.sparse_prefill import check_sparse_prefill, parse_sparse_prefill
+from lsjax.inference.sparse_prefill import parse_sparse_prefill
 from lsjax.inference.steps import DecodeState
 from lsjax.inference.stop_strings import TextStream
 from lsjax.positions.scaling import override_rope_scaling
@@ -124,19 +123,12 @@ class LanguageModel:
 
     def with_rope_scaling(self, rope_scaling: str | Mapping[str, Any]) -> "LanguageModel":
         """Returns a model with the same weights and another rope_scaling; see `load`."""
-        return self._with(config=override_rope_scaling(self.config, rope_scaling))
+        config = override_rope_scaling(self.config, rope_scaling)
+        return LanguageModel(changed(self.options, config=config), self.params)
 
-    def with_sparse_prefill(
-        self, sparse_prefill: str | float | Mapping[str, Any] | SparsePrefill | None
-    ) -> "LanguageModel":
+    def with_sparse_prefill(self, given: float | SparsePrefill | None) -> "LanguageModel":
         """Returns a model with the same weights and another sparse_prefill; see `load`."""
-        return self._with(sparse_prefill=parse_sparse_prefill(sparse_prefill))
-
-    def _with(self, **changes: Any) -> "LanguageModel":
-        options = dataclasses.replace(self.options, **changes)
-        if options.sparse_prefill:
-            platform = options.mesh.devices.flat[0].platform
-            check_sparse_prefill(options.config, platform, options)
+        options = changed(self.options, sparse_prefill=parse_sparse_prefill(given))
         return LanguageModel(options, self.params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -276,9 +268,7 @@ class LanguageModel:
         return done
 
     def stream(self, prompt: Prompt, max_output_length: int = 256, **options: Any) -> Iterator[str]:
-        """Answers one prompt and yields text as it is generated.
-
-        The pieces joined are the text that `generate` returns.
+        """Yields the text that `generate` would return for one prompt, as it is generated.
 
         Args:
           prompt: a text or a list of ids.
@@ -310,9 +300,7 @@ class LanguageModel:
         document: Document | None = None,
         **options: Any,
     ) -> list[Request]:
-        """Groups prompts into batches; see `lsjax.inference.request.batches`.
-
-        Prompts include the document, if there is one.
+        """Groups prompts, which include the document, into batches; see `request.batches`.
 
         Raises:
           UserError: the document belongs to another model, or see `batches`.
@@ -394,8 +382,7 @@ class LanguageModel:
     def chat(self, document: Document) -> Chat:
         """Begins a chat about a document, whose turns run only what is new; see Chat.
 
-        If the document was read with `as_chat`, the turns follow the model's chat template. Else
-        each question goes on where the text so far ends.
+        Turns follow the chat template if the document was read with `as_chat`. Else they go on.
         """
         return Chat(self, document)
 

@@ -134,8 +134,18 @@ def resolve_options(
         compression=settings and settings.resolve(folder, config, mesh.shape["model"]),
         sparse_prefill=parse_sparse_prefill(sparse_prefill),
     )
+    return changed(options)
+
+
+def changed(options: Options, **changes: Any) -> Options:
+    """Returns options with changes.
+
+    Raises:
+      UserError: sparse prefill does not go with them.
+    """
+    options = dataclasses.replace(options, **changes)
     if options.sparse_prefill:
-        check_sparse_prefill(config, options.mesh.devices.flat[0].platform, options)
+        check_sparse_prefill(options.config, options.mesh.devices.flat[0].platform, options)
     return options
 
 

@@ -99,14 +99,15 @@ def measure(
                 model = alibi
             else:
                 model = rotary.with_rope_scaling(scaling_for(setting, length))
+            model = model.with_sparse_prefill(rule)
             needles = needle_map(
-                model.with_sparse_prefill(rule),
+                model,
                 [length - ANSWER_TOKENS],
                 depths,
                 max_batch_size=max_batch_size,
                 progress=progress,
             )
-            curve = loss_curve(model.with_sparse_prefill(rule), ids, length)
+            curve = loss_curve(model, ids, length)
             name = named(setting, rule)
             yield Cell(name, length, needles.by_length()[0], curve.perplexity, curve.density)
 

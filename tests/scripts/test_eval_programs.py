@@ -248,7 +248,7 @@ def test_experts_beside_a_dense_model():
             "give a longer text",
         ),
         (["eval_shipped.py", "--lengths", "0"], "--lengths takes numbers of tokens"),
-        (["eval_shipped.py", "--sparse_prefill", "0.1"], "does not go with ALiBi; leave out"),
+        (["eval_shipped.py", "--sparse_prefill", "0.1"], "does not go with ALiBi; leave alibi out"),
         (["bench_attention.py", "--decode_lengths", "x"], "--decode_lengths takes numbers"),
         (["bench_attention.py", "--cache_dtypes", "int9"], "--cache_dtypes takes float32"),
         (["bench_attention.py", "--heads", "3"], "does not divide --heads=3"),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lsjax.attention.kv_array import KVArray
 from lsjax.attention.partial import Partial, from_sums, update_softmax
+from lsjax.runtime.loops import to_overwrite
 from lsjax.runtime.precision import einsum
 
 MAX_DECODE_QUERIES = 16  # tokens of a decode step: the last one, and drafts of prompt lookup
@@ -164,11 +165,8 @@ def in_query_blocks(
         block = attend(take(q, 3), key_range.queries(functools.partial(take, axis=1)))
         return jax.tree.map(put, done, block)
 
-    # The initial values are overwritten, but they must depend on q: XLA would allocate constant
-    # zeros for all layers at program start.
-    anything = q[0, 0, 0, 0, 0].astype(jnp.float32)
-    done = Partial(jnp.full(q.shape, anything), jnp.full(q.shape[:-1], anything))
-    done = jax.lax.fori_loop(0, blocks, row_fn, done)
+    shapes = Partial(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in (q.shape, q.shape[:-1])))
+    done = jax.lax.fori_loop(0, blocks, row_fn, to_overwrite(shapes, q))
     return jax.tree.map(lambda x: x[:, :, :, :length], done)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.config import DELTA_CHUNK
+from lsjax.runtime.loops import scan
 from lsjax.runtime.precision import einsum
 
 _PIECE = 2048  # tokens whose chunks are solved at once, to bound memory
@@ -51,7 +52,7 @@ def run_steps(state: jax.Array, inputs: DeltaInputs) -> tuple[jax.Array, jax.Arr
         state, y = _step(state, jax.tree.map(lambda x: x[:, 0], inputs))
         return y[:, None], state
     by_token = jax.tree.map(lambda x: x.swapaxes(0, 1), inputs)
-    state, y = jax.lax.scan(_step, state, by_token)
+    state, y = scan(_step, state, by_token, inputs.v)
     return y.swapaxes(0, 1), state
 
 
@@ -88,7 +89,7 @@ def run_chunks(
         return x.reshape(batch, -1, size // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     run = jax.checkpoint(_run_piece, prevent_cse=False)
-    state, y = jax.lax.scan(run, state, jax.tree.map(pieces, (inputs, starts)))
+    state, y = scan(run, state, jax.tree.map(pieces, (inputs, starts)), inputs.v)
     return y.swapaxes(0, 1).reshape(batch, -1, *inputs.v.shape[2:])[:, :length], state
 
 
@@ -127,7 +128,7 @@ def _run_piece(
         return left * state + einsum("bhrie,bhrid->bhred", changes, kept), y
 
     per_chunk = changes, of_state, near, left * queries, kept * keys, left[..., -1:, :]
-    state, y = jax.lax.scan(run, state, per_chunk)
+    state, y = scan(run, state, per_chunk, inputs.v)
     return state, jnp.moveaxis(y, (0, -2), (1, 2))
 
 

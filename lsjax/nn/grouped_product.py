@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from lsjax.runtime.loops import map_in_turn
 from lsjax.runtime.precision import einsum
 
 # The rows are sorted by group, and a matrix is [group, out, in] as in checkpoints.
@@ -52,7 +53,7 @@ def _tiled(x, weight, sizes, product):
         matrix = jax.lax.dynamic_index_in_dim(weight, of[0], keepdims=False)
         return einsum(product, x[of[1]], matrix.astype(x.dtype))
 
-    y = jax.lax.map(one, (group, rows))
+    y = map_in_turn(one, (group, rows), x)
     return y.reshape(-1, y.shape[-1])[tile_of]
 
 

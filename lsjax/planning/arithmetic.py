@@ -6,6 +6,7 @@ Temporaries are one reserve for all platforms; tests/ahead compares it with comp
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 
 import jax
@@ -27,7 +28,8 @@ from lsjax.planning.shared_document import (
 
 # What a prefill program holds beside weights and cache: this many vectors per token of a chunk, of
 # the MLP's size (split over the model axis) and of the hidden size; and this share of a layer's
-# weights, which a context axis splits and prefill gathers. On a CPU, XLA gathers all layers whole.
+# weights, which a context axis splits and prefill gathers: all, if a product takes all experts of a
+# layer. On a CPU, XLA gathers all layers whole.
 _MLP_VECTORS, _HIDDEN_VECTORS, _GATHERED = 2, 5, 0.2
 _EXPERT_HIDDEN_VECTORS = 2  # of a token, for each of its experts
 # Float32 vectors of the queries' size, of rows that attend to a document and to their own tokens:
@@ -167,8 +169,9 @@ def _prefill_temporaries(
     widest = max(widest, *(_recurrence_bytes(net) / model for net in config.delta_nets), 0)
     total = tokens * (widest + _HIDDEN_VECTORS * config.hidden_size * itemsize)
     if context > 1:
-        gathered = sum(layers) if platform == "cpu" else _GATHERED * max(layers)
-        total += context * gathered
+        shares = [1 if kind.experts else _GATHERED for kind in config.layers]
+        most = max(map(operator.mul, shares, layers))
+        total += context * (sum(layers) if platform == "cpu" else most)
     return int(total) + _code_bytes(config, platform)
 
 

@@ -25,6 +25,7 @@ from lsjax.planning.result import fits
 QWEN3 = CONFIGS / "Qwen3-8B.json"
 DUAL_CHUNK = CONFIGS / "Qwen2.5-7B-Instruct-1M.json"
 QWEN3_5 = CONFIGS / "Qwen3.5-9B.json"
+QWEN3_MOE = CONFIGS / "Qwen3-30B-A3B.json"
 LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
 
 
@@ -45,6 +46,8 @@ LLAMA = CONFIGS / "Llama-3.1-70B-Instruct.json"
         (DUAL_CHUNK, "h100-80gb:1", (1, 1, 1), 1_008_000, 4096, "int8", 1),
         (DUAL_CHUNK, "v5e:2x4", (1, 2, 4), 1_008_000, 4096, "int8", 1),
         (QWEN3_5, "h100-80gb:1", (1, 1, 1), 261_120, 4096, "int8", 1),
+        (QWEN3_MOE, "h100-80gb:1", (1, 1, 1), 261_120, 4096, "int8", 1),
+        (QWEN3_MOE, "v5e:2x4", (1, 2, 4), 261_120, 4096, "int8", 1),
     ],
 )
 def test_arithmetic_is_within_a_tenth_of_the_compiler(path, target, mesh, length, chunk, kv, batch):
@@ -64,6 +67,19 @@ def test_prefill_layer_by_layer_needs_what_its_largest_layer_does():
     guessed = needs_of(config, target.platform, deployment, 261_120)
     for name, compiled in compile_for(config, target, deployment, 261_120).items():
         assert guessed[name].total == pytest.approx(compiled.total, rel=0.1), name
+
+
+def test_temporaries_of_prefill_are_those_of_one_layer():
+    """XLA would allocate the results of all layers' loops at program start, see runtime.loops."""
+    target, deployment = (
+        find_target("h100-80gb:1"),
+        deployment_of((1, 1, 1), "bfloat16", "int8", 4096, 1, 256),
+    )
+    one, more = (
+        compile_for(with_layers(QWEN3_5, n), target, deployment, 8192)["prefill"].temporaries
+        for n in (1, 3)
+    )
+    assert more < 1.1 * one
 
 
 @pytest.mark.parametrize(("target", "mesh"), [("h100-80gb:1", (1, 1, 1)), ("v5e:2x4", (1, 4, 2))])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lsjax.attention.partial import Partial, from_sums, update_softmax
+from lsjax.runtime.loops import map_in_turn
 from lsjax.runtime.precision import einsum
 
 # Positions of a tile of queries, and of a block of keys. Both begin at multiples of it, so that an
@@ -92,7 +93,7 @@ def attend_in_tiles(
     Returns:
       Partial with values shaped as q.
     """
-    partial = _by_tile(lambda tile: attend_tile(*tile), (rows_of_tiles(q), kept), q)
+    partial = map_in_turn(lambda tile: attend_tile(*tile), (rows_of_tiles(q), kept), q)
     return queries_of_tiles(partial, q.shape[2])
 
 
@@ -166,32 +167,8 @@ def choose(
         return rows.reshape(-1, len(tiles), *rows.shape[1:]).swapaxes(0, 1)
 
     rows = jax.tree.map(views_of_tiles, (q, estimating))
-    keep, partial = _by_tile(choose_for_tile, (*rows, tiles, stop), q)
+    keep, partial = map_in_turn(choose_for_tile, (*rows, tiles, stop), q)
     return jnp.moveaxis(keep, 0, 2), queries_of_tiles(partial, q.shape[2])
-
-
-def _by_tile(fn: Callable[[Any], Any], tiles: Any, q: jax.Array) -> Any:
-    """Maps `fn` over the first axis of `tiles`, as jax.lax.map does, one after the other.
-
-    The initial values are overwritten, but they depend on `q`: XLA would allocate constant zeros
-    for all layers at program start.
-    """
-
-    def take(i: jax.Array | int) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), tiles)
-
-    def step(i: jax.Array, done: Any) -> Any:
-        def put(x: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
-
-        return jax.tree.map(put, done, fn(take(i)))
-
-    count, anything = jax.tree.leaves(tiles)[0].shape[0], q[0, 0, 0, 0, 0]
-    done = jax.tree.map(
-        lambda x: jnp.full((count, *x.shape), anything.astype(x.dtype)),
-        jax.eval_shape(fn, take(0)),
-    )
-    return jax.lax.fori_loop(0, count, step, done)
 
 
 def rows_of_tiles(q: jax.Array) -> jax.Array:

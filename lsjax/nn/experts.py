@@ -148,7 +148,6 @@ def _run_chosen(x, ids, weights):
     The result is [tokens * per_token, hidden] float32, and without meaning where an id is past the
     last expert.
     """
-    ids = jnp.minimum(ids, weights[0][0].shape[0] - 1)
     rows = jnp.repeat(x, ids.size // x.shape[0], axis=0)
     return jax.lax.platform_dependent(rows, ids, weights, cuda=_gathered, default=_one_by_one)
 
@@ -158,6 +157,7 @@ def _gathered(x, ids, weights):
 
     A product is written as a sum, into which XLA for a GPU fuses the reading of the matrices.
     """
+    ids = jnp.minimum(ids, weights[0][0].shape[0] - 1)
 
     def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
         matrices = weight[ids].astype(jnp.float32)
@@ -168,15 +168,21 @@ def _gathered(x, ids, weights):
 
 
 def _one_by_one(x, ids, weights):
-    """Does what `_gathered` does, row by row: XLA for a TPU or a CPU would copy all matrices."""
+    """Does what `_gathered` does, row by row: XLA for a TPU or a CPU would copy all matrices.
+
+    Nothing is read for a row whose expert another device has.
+    """
+    local = weights[0][0].shape[0]
 
     def one(of: tuple[jax.Array, jax.Array]) -> jax.Array:
         row, expert = of
+        none = jnp.zeros(row.shape, jnp.float32)
+        # Without a condition XLA on a CPU would widen bfloat16 matrices of all experts at once.
+        return jax.lax.cond(expert < local, run, lambda *_: none, row, expert)
 
+    def run(row: jax.Array, expert: jax.Array) -> jax.Array:
         def project(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
-            # XLA on a CPU widens bfloat16 matrices of all experts outside of a loop, if it may.
-            weight, at = jax.lax.optimization_barrier((weight, expert))
-            matrix = jax.lax.dynamic_index_in_dim(weight, at, keepdims=False)
+            matrix = jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
             y = einsum("i,oi->o", x, matrix.astype(x.dtype))
             return y if scale is None else y * scale[expert]
 

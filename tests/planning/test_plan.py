@@ -217,7 +217,13 @@ def test_the_scores_by_which_sparse_prefill_chooses_take_memory_and_means_take_c
 
 
 def test_sparse_prefill_is_not_expected_of_a_model_that_refuses_it():
-    found = lsjax.plan(CONFIGS / "Qwen3.5-9B.json", "v5e:2x4", max_input_length=250_000)
+    scaling = {"rope_type": "dual_chunk", "chunk_size": 32768, "local_size": 100}
+    found = lsjax.plan(
+        CONFIGS / "Qwen2.5-7B-Instruct.json",
+        "v5e:2x4",
+        max_input_length=30_000,
+        rope_scaling=scaling,
+    )
     assert found.speed.sparse_prefill_seconds is None
 
 

@@ -667,6 +667,13 @@ FAULTS = (
         "tests/evals/test_cache_dtypes.py",
     ),
     Fault(
+        "results of a loop in constants, which all layers have at program start",
+        "lsjax/runtime/loops.py",
+        "jnp.full(x.shape, value.astype(x.dtype))",
+        "jnp.zeros(x.shape, x.dtype)",
+        "tests/nn/test_loops.py",
+    ),
+    Fault(
         "pruned blocks stand with the score of one token",
         "lsjax/attention/sparse/rule.py",
         "scores + math.log(TILE)",

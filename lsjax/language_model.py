@@ -72,7 +72,7 @@ def load(
       kv_compression: "razor" for RazorAttention, with which most heads keep only the last tokens;
         "streaming_llm" for StreamingLLM, which forgets all but the first and the last tokens; or a
         mapping with such a "kind" and its settings, or its JSON. "none" or None turns it off.
-      sparse_prefill: alpha, such as 0.1, with which prompts attend to the blocks of keys whose
+      sparse_prefill: alpha, such as 0.05, with which prompts attend to the blocks of keys whose
         estimated weight is at least that share of the largest, and to the means of the others; or a
         mapping with "alpha" and other settings of SparsePrefill, or its JSON. "none" or None has
         prompts attend to everything, as decoding always does.

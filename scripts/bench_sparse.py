@@ -1,7 +1,7 @@
 """Times the prefill of a text with dense attention and with sparse prefill.
 
     python scripts/bench_sparse.py --model_path FOLDER --text_file TEXT --length 32768 \
-        --rope_scaling '{"rope_type": "yarn", "factor": 4.0}' --sparse_prefill 0.1
+        --rope_scaling '{"rope_type": "yarn", "factor": 4.0}' --sparse_prefill 0.05
 
 Both run the same chunk in turn, and after each of them the first chunk again, whose attention is
 short. Attention's time is that of all chunks, less as often that of the first one. So whatever else

@@ -62,9 +62,9 @@ def define_sparse_prefill_flag() -> None:
     flags.DEFINE_string(
         "sparse_prefill",
         "none",
-        "Blocks of keys that a prompt attends to: none for all; a number alpha, such as 0.1, for "
+        "Blocks of keys that a prompt attends to: none for all; a number alpha, such as 0.05, for "
         "those with at least that share of the largest estimated weight; or settings as JSON, such "
-        'as \'{"alpha": 0.1, "first_layers": 2}\'. Decoding attends to everything.',
+        'as \'{"alpha": 0.05, "first_layers": 2}\'. Decoding attends to everything.',
     )
 
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 # Number of positions for which rotation angles are exact; longer sequences are refused.
 MAX_POSITIONS = 2**22
-
-# Tokens that a recurrence solves together, by matrix products.
-DELTA_CHUNK = 64
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -59,32 +58,54 @@ class Experts:
     shared_width: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class DeltaNet:
-    """Gated DeltaNet: a recurrence over tokens, with a state of constant size.
+class StateArray(NamedTuple):
+    """An array that a recurrence keeps of a row.
 
     Attributes:
-      key_heads: number of heads of queries and keys.
-      value_heads: number of heads of values; value_heads / key_heads of them share a key head.
-      key_dim, value_dim: width of one head of queries and keys, and of values.
-      conv_width: tokens that the causal convolution of queries, keys and values sees.
+      shape: its shape.
+      heads: the axis of `shape` that devices share.
+      dtype: its dtype; None for that of the activations.
     """
 
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    conv_width: int
+    shape: tuple[int, ...]
+    heads: int
+    dtype: str | None = None
+
+
+class Recurrence(Protocol):
+    """A recurrence over tokens with a state of constant size, which is in the place of attention.
+
+    The file of a family describes its own in a frozen dataclass. What runs it is a module, see
+    lsjax.nn.layer_modules.
+    """
 
     @property
-    def group(self) -> int:
-        """The number of value heads that share a key head."""
-        return self.value_heads // self.key_heads
+    def name(self) -> str:
+        """The module's name in the parameter tree: parameters are at layers_N/NAME/..."""
 
     @property
-    def channels(self) -> int:
-        """Inputs of the convolution for a key head: its query, its key, and its group's values."""
-        return 2 * self.key_dim + self.group * self.value_dim
+    def state(self) -> Mapping[str, StateArray]:
+        """The arrays of its state, by name."""
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        """Name and number of what the devices of context x model share; both divide it."""
+
+    @property
+    def float_weights(self) -> tuple[str, ...]:
+        """Paths below the module of the matrices that stay in floats beside int8 weights."""
+
+    @property
+    def matrix_rows(self) -> int:
+        """The number of vectors of the hidden size that a token is multiplied by."""
+
+    @property
+    def operations(self) -> float:
+        """The floating-point operations of a token, without those products."""
+
+    @property
+    def held_bytes(self) -> float:
+        """Bytes that a prefill program holds for a token, over all devices of a model axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +116,17 @@ class LayerKind:
       window: sliding window in tokens (a query sees itself and the window - 1 tokens before it), or
         None for full attention.
       experts: mixture of experts in the place of the gated MLP, or None.
-      delta_net: recurrence in the place of attention, or None.
+      recurrence: recurrence in the place of attention, or None.
     """
 
     window: int | None = None
     experts: Experts | None = None
-    delta_net: DeltaNet | None = None
+    recurrence: Recurrence | None = None
 
     @property
     def keeps_all(self) -> bool:
         """Whether the layer keeps all tokens, and later ones leave what it keeps as it is."""
-        return self.window is None and self.delta_net is None
+        return self.window is None and self.recurrence is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +197,7 @@ class ModelConfig:
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers of attention, without the recurrent ones."""
-        return tuple(i for i, layer in enumerate(self.layers) if not layer.delta_net)
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.recurrence)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -189,9 +210,9 @@ class ModelConfig:
         return tuple(dict.fromkeys(kind.experts for kind in self.layers if kind.experts))
 
     @property
-    def delta_nets(self) -> tuple[DeltaNet, ...]:
+    def recurrences(self) -> tuple[Recurrence, ...]:
         """The distinct recurrences among the layers."""
-        return tuple(dict.fromkeys(kind.delta_net for kind in self.layers if kind.delta_net))
+        return tuple(dict.fromkeys(kind.recurrence for kind in self.layers if kind.recurrence))
 
     @property
     def trained_length(self) -> int:

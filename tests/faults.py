@@ -79,8 +79,8 @@ FAULTS = (
     Fault(
         "a refused token of a draft kept in a recurrent state",
         "lsjax/nn/delta_net.py",
-        "run_steps(layer.matrix, _first(inputs, counts))",
-        "run_steps(layer.matrix, _first(inputs, counts + 1))",
+        '_, matrix = run_steps(state.arrays["matrix"], _first(inputs, counts))',
+        '_, matrix = run_steps(state.arrays["matrix"], _first(inputs, counts + 1))',
         "tests/nn/test_delta_net.py -k refused_token",
     ),
     Fault(
@@ -93,8 +93,8 @@ FAULTS = (
     Fault(
         "a recurrence that goes on from one document of a row to the next",
         "lsjax/nn/delta_net.py",
-        "None if since is None else since == 0",
-        "None",
+        "starts = None if since is None else since == 0",
+        "starts = None",
         "tests/training/test_recurrent_layers.py -k float64",
     ),
     Fault(

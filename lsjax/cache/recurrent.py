@@ -10,27 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lsjax.config import DeltaNet
+from lsjax.config import Recurrence
 from lsjax.distributed.sequence_layout import Zigzag
-from lsjax.distributed.sharding import STATE_SPEC, put_on_mesh
+from lsjax.distributed.sharding import STATE_AXES, put_on_mesh
 
 
 @flax.struct.dataclass
 class RecurrentState:
-    """What a Gated DeltaNet keeps of all tokens so far, by key head.
+    """What a recurrence keeps of all tokens so far.
 
     It cannot be rolled back: every token is run once, in order. So a decode step of several tokens,
     of which some may be refused, leaves it as it was, with the tokens beside it.
 
     Attributes:
-      matrix: [batch, key_heads, group, value_dim, key_dim] float32 state of the delta rule.
-      recent: [batch, conv_width - 1, key_heads, channels] last inputs of the convolution.
+      arrays: its arrays by name, as Recurrence.state has them, with an axis of rows before all.
+      recurrence: the recurrence.
       zigzag: layout of positions along the mesh's context axis, in which prefill chunks come.
-      draft: tokens of a decode step of several, [batch, length, key_heads, ...]; else None.
+      draft: tokens of a decode step of several, [batch, length, heads, ...]; else None.
     """
 
-    matrix: jax.Array
-    recent: jax.Array
+    arrays: dict[str, jax.Array]
+    recurrence: Recurrence = flax.struct.field(pytree_node=False)
     zigzag: Zigzag = flax.struct.field(pytree_node=False)
     draft: Any = None
 
@@ -39,19 +39,22 @@ class RecurrentState:
         return None
 
     def partition_specs(self) -> "RecurrentState":
-        tokens = PartitionSpec(STATE_SPEC[0], None, STATE_SPEC[1])
-        draft = jax.tree.map(lambda _: tokens, self.draft)
-        return self.replace(matrix=STATE_SPEC, recent=tokens, draft=draft)
+        arrays = {name: _spec(x.heads) for name, x in self.recurrence.state.items()}
+        draft = jax.tree.map(lambda _: _spec(1), self.draft)
+        return self.replace(arrays=arrays, draft=draft)
 
 
-def empty_state(net: DeltaNet, batch: int, dtype: str, zigzag: Zigzag) -> RecurrentState:
-    """Creates the state before the first token; `dtype` is that of the convolution's inputs."""
-    shape = batch, net.key_heads, net.group, net.value_dim, net.key_dim
-    return RecurrentState(
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((batch, net.conv_width - 1, net.key_heads, net.channels), dtype),
-        zigzag,
-    )
+def _spec(heads: int) -> PartitionSpec:
+    """Returns the partition spec of an array with `heads` axes between those of rows and heads."""
+    return PartitionSpec("data", *(None,) * heads, STATE_AXES)
+
+
+def empty_state(recurrence: Recurrence, batch: int, dtype: str, zigzag: Zigzag) -> RecurrentState:
+    """Creates the state before the first token; `dtype` is that of the activations."""
+    arrays = {
+        name: jnp.zeros((batch, *x.shape), x.dtype or dtype) for name, x in recurrence.state.items()
+    }
+    return RecurrentState(arrays, recurrence, zigzag)
 
 
 States = tuple[RecurrentState, ...]

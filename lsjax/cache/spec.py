@@ -149,8 +149,8 @@ def empty_entry(
     config: ModelConfig, spec: CacheSpec, platform: str, kind: LayerKind
 ) -> LayerCache | RecurrentState:
     """Creates what a layer of a kind has in a model's cache; see `empty_layer`."""
-    if kind.delta_net:
-        return empty_state(kind.delta_net, spec.batch, spec.compute_dtype, spec.zigzag)
+    if kind.recurrence:
+        return empty_state(kind.recurrence, spec.batch, spec.compute_dtype, spec.zigzag)
     return empty_layer(config, spec, platform, kind.window)
 
 

@@ -58,7 +58,7 @@ def convert_hf_to_orbax(
     abstract = _on_one_device(config)
     checkpoint = open_hf(hf_folder, config, abstract)
     abstract = _as_stored(abstract, checkpoint)
-    wanted = int8_shapes(abstract) if weight_dtype == "int8" else abstract
+    wanted = int8_shapes(abstract, config) if weight_dtype == "int8" else abstract
     needed = sum(map(nbytes, wanted.values())) + sidecar_bytes(hf_folder)
     note_left_out(hf_folder)
     with atomic_directory(out, needed) as folder:
@@ -98,7 +98,7 @@ def convert_orbax_to_hf(
     if not is_orbax(orbax_folder):
         raise UserError(f"{orbax_folder} is not a converted folder: it holds no params folder.")
     abstract = _on_one_device(config)
-    stored = int8_shapes(abstract) if holds_int8(orbax_folder) else abstract
+    stored = int8_shapes(abstract, config) if holds_int8(orbax_folder) else abstract
     checkpoint = open_orbax(orbax_folder, stored)
     stored = _as_stored(stored, checkpoint)
     abstract = {

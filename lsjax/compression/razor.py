@@ -159,7 +159,7 @@ class RazorAttention(Compression):
         lengths = jax.ShapeDtypeStruct((spec.batch,), "int32")
 
         def empty(kind: LayerKind, split: HeadSplit) -> HeadGroups | RecurrentState:
-            if kind.delta_net:
+            if kind.recurrence:
                 return empty_entry(config, spec, platform, kind)
             whole = jax.eval_shape(lambda: empty_entry(config, spec, platform, kind))
             shapes = jax.eval_shape(lambda c, n: self.compress(c, n, split), whole, lengths)

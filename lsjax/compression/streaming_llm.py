@@ -126,7 +126,7 @@ class StreamingLLM(Compression):
             and window.
         """
         check_no_windows("streaming_llm", config)
-        if config.delta_nets:
+        if config.recurrences:
             raise UserError(
                 "kv_compression streaming_llm does not go with recurrent layers, whose state does "
                 "not forget what lies between the sinks and the window; use kv_compression razor."

@@ -35,8 +35,8 @@ TOKENS_SPEC = PartitionSpec("data")
 CHUNK_QUERIES_SPEC = PartitionSpec("data", "context", "model", None)
 CHUNK_SPEC = PartitionSpec("data", "context")
 HEADS_SPEC = PartitionSpec("model")
-# A recurrence is sequential, so the devices of a context axis share its heads.
-STATE_SPEC = PartitionSpec("data", ("model", "context"))
+# Axes that share the heads of a recurrence, which is sequential.
+STATE_AXES = ("model", "context")
 
 
 def parse_mesh(mesh: str | Mapping[str, int]) -> dict[str, int]:
@@ -114,13 +114,12 @@ def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
       UserError: a size of the model is not divisible; the message names it, and a mesh of as many
         devices that divides the model.
     """
-    for net in config.delta_nets:
-        shards = sizes["model"] * sizes.get("context", 1)
-        if net.key_heads % shards:
+    shards = sizes["model"] * sizes.get("context", 1)
+    for what, size in (part for x in config.recurrences for part in x.split.items()):
+        if size % shards:
             raise UserError(
-                f"the {net.key_heads} key heads of the model's recurrent layers cannot be split "
-                f"over context x model = {shards}; make it a divisor of {net.key_heads}, and split "
-                "rows over data."
+                f"the {size} {what} of the model's recurrent layers cannot be split over context x "
+                f"model = {shards}; make it a divisor of {size}, and split rows over data."
             )
     split = {
         "KV heads": config.num_kv_heads,

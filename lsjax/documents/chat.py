@@ -165,7 +165,7 @@ class Chat:
             start = same // cached * cached
         if any(config.windows) and held.position - start > settings.prefill_chunk:
             start = 0
-        if config.delta_nets and not start == held.position == len(held.ids):
+        if config.recurrences and not start == held.position == len(held.ids):
             start = 0
         if same < len(held.ids) and not self._noted:
             self._noted = True

@@ -191,7 +191,7 @@ def sharing_borders(config: ModelConfig, settings: EngineConfig) -> tuple[int, i
     the chunk, and all shared tokens are cached.
     """
     in_blocks = settings.kv_cache_dtype in ("int8", "int4") or settings.compression is not None
-    block = settings.cache_block if in_blocks or config.delta_nets else 1
+    block = settings.cache_block if in_blocks or config.recurrences else 1
     shared = settings.zigzag.block_length or 1
     cached = math.lcm(shared, block)
     if any(config.windows):

@@ -111,7 +111,7 @@ def longest_prefix(
             continue
         differ = np.flatnonzero(ids != wanted[: len(ids)])
         common = int(differ[0]) if len(differ) else len(ids)
-        start = held.last_state(common) if document.engine.config.delta_nets else common
+        start = held.last_state(common) if document.engine.config.recurrences else common
         if start > longest:
             best, longest = (saved.folder, common), start
     return best

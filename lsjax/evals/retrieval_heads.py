@@ -94,7 +94,7 @@ def find_heads(
         positions = jnp.arange(capacity)[None]
         block = Block(config, mesh, kind)
         inputs = engine.decoder.layer_inputs(tables, positions)[0]
-        if kind.delta_net:
+        if kind.recurrence:
             return block.apply({"params": layer}, x, inputs, None)[0], None
         cache = empty_layer(config, spec, platform)
         (x, _), seen = block.apply({"params": layer}, x, inputs, cache, mutable=["intermediates"])

@@ -1,6 +1,8 @@
 """Tensor names in the checkpoint layouts that transformers writes."""
 
-from lsjax.config import Experts, ModelConfig
+from collections.abc import Callable
+
+from lsjax.config import Experts, ModelConfig, Recurrence
 from lsjax.families.family import Tensor, with_bias
 
 
@@ -9,6 +11,7 @@ def hf_tensors(
     norms: dict[str, str],
     fused_gate_up: bool = False,
     model: str = "model",
+    recurrence: Callable[[str, str, Recurrence], list[Tensor]] | None = None,
 ) -> tuple[Tensor, ...]:
     """Returns the tensors of a checkpoint whose layers are named `model.layers.N`.
 
@@ -17,12 +20,13 @@ def hf_tensors(
       norms: norm name in a checkpoint layer -> norm name in the parameter tree.
       fused_gate_up: whether one tensor holds gate and up, gate first.
       model: what all names but that of the head begin with.
+      recurrence: (name of a layer, path of its recurrence, the recurrence) -> its tensors.
     """
     tensors = [Tensor(f"{model}.embed_tokens.weight", ("embed/weight",))]
     for i in range(config.num_layers):
         layer, block, mlp = f"{model}.layers.{i}", f"layers_{i}", f"{model}.layers.{i}.mlp"
-        if config.layers[i].delta_net:
-            tensors += _delta_net(f"{layer}.linear_attn", f"{block}/delta_net")
+        if net := config.layers[i].recurrence:
+            tensors += recurrence(layer, f"{block}/{net.name}", net)
         else:
             tensors += _attention(f"{layer}.self_attn", f"{block}/attn", config)
         if config.layers[i].experts:
@@ -52,18 +56,6 @@ def _attention(attn: str, path: str, config: ModelConfig) -> list[Tensor]:
         for p in ("q", "k"):
             tensors += with_bias(f"{attn}.{p}_norm", (f"{path}/{p}_norm",), False)
     return tensors
-
-
-def _delta_net(attn: str, path: str) -> list[Tensor]:
-    """Returns the tensors of a Gated DeltaNet; those of queries, keys and values are fused."""
-    fused = ("q", "k", "v")
-    tensors = with_bias(f"{attn}.in_proj_qkv", tuple(f"{path}/{p}" for p in fused), False)
-    for p in ("z", "b", "a"):
-        tensors += with_bias(f"{attn}.in_proj_{p}", (f"{path}/{p}",), False)
-    tensors.append(Tensor(f"{attn}.conv1d.weight", tuple(f"{path}/{p}_conv" for p in fused)))
-    tensors += [Tensor(f"{attn}.{name}", (f"{path}/{name}",)) for name in ("A_log", "dt_bias")]
-    tensors += with_bias(f"{attn}.norm", (f"{path}/norm",), False)
-    return tensors + with_bias(f"{attn}.out_proj", (f"{path}/o",), False)
 
 
 def _experts(mlp: str, path: str, experts: Experts) -> list[Tensor]:

@@ -4,10 +4,12 @@ Checkpoints hold a vision encoder and draft layers as well, which are not read.
 Source: transformers' modeling_qwen3_5.py and modeling_qwen3_5_moe.py.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from lsjax.config import DeltaNet, Experts, LayerKind, ModelConfig
-from lsjax.families.family import Family, Tensor
+from lsjax.config import Experts, LayerKind, ModelConfig, StateArray
+from lsjax.families.family import Family, Tensor, with_bias
 from lsjax.families.fields import Fields
 from lsjax.families.hf_fields import parse_hf
 from lsjax.families.hf_names import PRE_NORMS, hf_tensors
@@ -24,6 +26,70 @@ _OF_BOTH = ("tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype")
 _DRAFTS = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 _OF_OTHERS = ("model.visual.", "mtp.")  # tensors of the encoder of images, and of draft layers
 _MROPE = ("mrope_section", "mrope_interleaved")  # all three positions of a token of text are one
+# Tokens that the delta rule solves together in prefill, by matrix products.
+DELTA_CHUNK = 64
+# Vectors that prefill holds for a token, of the convolution's size, in float32; see
+# lsjax/planning/arithmetic.py.
+_HELD_VECTORS = 4.3
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet: a Recurrence whose state is one matrix per value head.
+
+    Attributes:
+      key_heads: number of heads of queries and keys.
+      value_heads: number of heads of values; value_heads / key_heads of them share a key head.
+      key_dim, value_dim: width of one head of queries and keys, and of values.
+      conv_width: tokens that the causal convolution of queries, keys and values sees.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+    name = "delta_net"
+    # How much is forgotten and written: errors of them add up over the tokens.
+    float_weights = ("a/weight", "b/weight")
+
+    @property
+    def group(self) -> int:
+        """The number of value heads that share a key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def channels(self) -> int:
+        """Inputs of the convolution for a key head: its query, its key, and its group's values."""
+        return 2 * self.key_dim + self.group * self.value_dim
+
+    @property
+    def state(self) -> Mapping[str, StateArray]:
+        """The matrices of the value heads by key head, and the last inputs of the convolution."""
+        matrix = self.key_heads, self.group, self.value_dim, self.key_dim
+        recent = self.conv_width - 1, self.key_heads, self.channels
+        return {"matrix": StateArray(matrix, 0, "float32"), "recent": StateArray(recent, 1)}
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        return {"key heads": self.key_heads}
+
+    @property
+    def matrix_rows(self) -> int:
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return 2 * keys + 3 * values + 2 * self.value_heads
+
+    @property
+    def operations(self) -> float:
+        """About those of three products with the state, and of three halves within a chunk."""
+        state = 3 * self.key_dim * self.value_dim
+        within = 1.5 * DELTA_CHUNK * (self.key_dim + self.value_dim)
+        return 2.0 * self.value_heads * (state + within)
+
+    @property
+    def held_bytes(self) -> float:
+        return _HELD_VECTORS * self.key_heads * self.channels * 4
 
 
 def _parse(fields: Fields, architecture: str) -> ModelConfig:
@@ -114,7 +180,19 @@ def _layers(fields: Fields, experts: Experts | None) -> tuple[LayerKind, ...]:
 def _tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     with_images = config.architecture.endswith("ForConditionalGeneration")
     model = "model.language_model" if with_images else "model"
-    return hf_tensors(config, PRE_NORMS, model=model)
+    return hf_tensors(config, PRE_NORMS, model=model, recurrence=_recurrence_tensors)
+
+
+def _recurrence_tensors(layer: str, path: str, _: DeltaNet) -> list[Tensor]:
+    """Returns the tensors of a Gated DeltaNet; those of queries, keys and values are fused."""
+    net, fused = f"{layer}.linear_attn", ("q", "k", "v")
+    tensors = with_bias(f"{net}.in_proj_qkv", tuple(f"{path}/{p}" for p in fused), False)
+    for p in ("z", "b", "a"):
+        tensors += with_bias(f"{net}.in_proj_{p}", (f"{path}/{p}",), False)
+    tensors.append(Tensor(f"{net}.conv1d.weight", tuple(f"{path}/{p}_conv" for p in fused)))
+    tensors += [Tensor(f"{net}.{name}", (f"{path}/{name}",)) for name in ("A_log", "dt_bias")]
+    tensors += with_bias(f"{net}.norm", (f"{path}/norm",), False)
+    return tensors + with_bias(f"{net}.out_proj", (f"{path}/o",), False)
 
 
 QWEN3_5 = Family(

@@ -59,7 +59,7 @@ def prefill_by_layer(
             if n:  # wait only for the previous chunk: the device always has one queued
                 jax.block_until_ready(hidden[n - 1])
                 on_chunk(i, n - 1)
-        if not kind.delta_net:
+        if not kind.recurrence:
             split = model.compression.split(i, spec.prompt_capacity)
             cache = _COMPRESS(model, cache, lengths, split=split)
         entries.append(cache)

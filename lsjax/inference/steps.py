@@ -19,7 +19,7 @@ from lsjax.inference import prompt_lookup
 from lsjax.inference.layerwise_prefill import last_hidden
 from lsjax.inference.sampling import likeliest, next_token
 from lsjax.inference.sharded_model import ShardedModel
-from lsjax.nn.delta_net import keep_accepted
+from lsjax.nn.layer_modules import keep_accepted
 from lsjax.runtime.compilation import Program
 
 

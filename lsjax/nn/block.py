@@ -10,9 +10,9 @@ from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
 from lsjax.config import LayerKind, ModelConfig
 from lsjax.nn.attention import Attention, LayerInputs, SelfAttention
-from lsjax.nn.delta_net import GatedDeltaNet
 from lsjax.nn.experts import MixtureOfExperts
 from lsjax.nn.gated_mlp import GatedMLP
+from lsjax.nn.layer_modules import recurrence_module
 from lsjax.nn.linear import RMSNorm
 
 
@@ -34,8 +34,8 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(RMSNorm, c.norm_eps, c.zero_centered_norms)
         self.attn_norm = norm()
-        if self.kind.delta_net:
-            self.delta_net = GatedDeltaNet(self.kind.delta_net, c, self.mesh)
+        if net := self.kind.recurrence:
+            self.recurrence = recurrence_module(net)(net, c, self.mesh, name=net.name)
         else:
             self.attn = Attention(c, self.mesh, self.kind.window, self.self_attention)
         self.mlp_norm = norm()
@@ -57,8 +57,8 @@ class Block(nn.Module):
 
     def attend(self, x, inputs, cache):
         """Runs the half that mixes tokens, attention or a recurrence; see `__call__`."""
-        if self.kind.delta_net:
-            y, cache = self.delta_net(self.attn_norm(x), inputs, cache)
+        if self.kind.recurrence:
+            y, cache = self.recurrence(self.attn_norm(x), inputs, cache)
         else:
             y, cache = self.attn(self.attn_norm(x, inputs.decode), inputs, cache)
         return x + (self.post_attn_norm(y) if self.config.post_norms else y), cache

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lsjax.cache import KVCache, LayerCache, RecurrentState, empty_state
-from lsjax.config import DeltaNet, ModelConfig
+from lsjax.cache import RecurrentState, empty_state
+from lsjax.config import ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
-from lsjax.distributed.sharding import CHUNK_QUERIES_SPEC, STATE_SPEC, TOKENS_SPEC
+from lsjax.distributed.sharding import CHUNK_QUERIES_SPEC, STATE_AXES, TOKENS_SPEC
+from lsjax.families.qwen3_5 import DeltaNet
 from lsjax.nn.attention import LayerInputs
 from lsjax.nn.delta_rule import DeltaInputs, run_chunks, run_steps
 from lsjax.nn.linear import Linear, RMSNorm
 
-_HEADS = STATE_SPEC[1]  # axes of the mesh that share the heads
 _EPSILON = 1e-6  # of the norms of queries and keys, whatever config.json says
 
 
@@ -79,18 +79,25 @@ class GatedDeltaNet(nn.Module):
         devices, (batch, length) = self.mesh.shape["context"], tokens.shape[:2]
         exchange = devices > 1 and not inputs.decode
         held = state or empty_state(self.net, batch, tokens.dtype, Zigzag(devices, length))
-        by_head, specs = PartitionSpec("data", None, _HEADS), held.partition_specs()
+        by_head, specs = PartitionSpec("data", None, STATE_AXES), held.partition_specs()
         drafted = inputs.decode and length > 1
         spec = CHUNK_QUERIES_SPEC if exchange else by_head
         run = jax.shard_map(
             functools.partial(_on_device, decode=inputs.decode, exchange=exchange),
             mesh=self.mesh,
-            in_specs=(spec, PartitionSpec(_HEADS), *(TOKENS_SPEC,) * 3, specs),
+            in_specs=(spec, PartitionSpec(STATE_AXES), *(TOKENS_SPEC,) * 3, specs),
             out_specs=(spec, specs.replace(draft=by_head if drafted else None)),
             check_vma=False,
         )
         y, after = run(tokens, weights, inputs.positions, inputs.lengths, inputs.begin, held)
         return y, state and after
+
+    @staticmethod
+    def keep_accepted(state: RecurrentState, counts: jax.Array) -> RecurrentState:
+        """Runs the first `counts` [batch] tokens of the state's draft; see layer_modules."""
+        inputs, mixed = state.draft
+        _, matrix = run_steps(state.arrays["matrix"], _first(inputs, counts))
+        return _after(state, matrix, mixed, counts)
 
 
 def _on_device(tokens, weights, positions, lengths, begin, state, *, decode, exchange):
@@ -123,28 +130,16 @@ def _on_device(tokens, weights, positions, lengths, begin, state, *, decode, exc
         counts = jnp.sum(positions < lengths[:, None], axis=1)
         inputs = _first(inputs, counts)
     if decode:
-        y, matrix = run_steps(state.matrix, inputs)
+        y, matrix = run_steps(state.arrays["matrix"], inputs)
     else:
-        y, matrix = run_chunks(state.matrix, inputs, None if since is None else since == 0)
+        starts = None if since is None else since == 0
+        y, matrix = run_chunks(state.arrays["matrix"], inputs, starts)
     y = y.reshape(*y.shape[:3], -1).astype(dtype)
     if exchange:
         y = jax.lax.all_to_all(y[:, order], "context", 1, 2, tiled=True)
     if decode and length > 1:  # a draft, of which the next step may keep less
         return y, state.replace(draft=(inputs, mixed))
-    return y, state.replace(matrix=matrix, recent=_last(mixed, counts, state))
-
-
-def keep_accepted(cache: KVCache, counts: jax.Array) -> KVCache:
-    """Keeps the first `counts` [batch] tokens of a decode step of several in recurrent layers."""
-
-    def keep(layer: LayerCache | RecurrentState) -> LayerCache | RecurrentState:
-        if not isinstance(layer, RecurrentState):
-            return layer
-        inputs, mixed = layer.draft
-        _, matrix = run_steps(layer.matrix, _first(inputs, counts))
-        return layer.replace(matrix=matrix, recent=_last(mixed, counts, layer), draft=None)
-
-    return tuple(map(keep, cache))
+    return y, _after(state, matrix, mixed, counts)
 
 
 def _prepare(tokens, weights, state, since):
@@ -153,10 +148,10 @@ def _prepare(tokens, weights, state, since):
     `since` is the number of tokens before each one in its document, [batch, length], or None.
     """
     taps, log_rate, bias = weights
-    length, (*_, group, value_dim, key_dim) = tokens.shape[1], state.matrix.shape
+    length, (*_, group, value_dim, key_dim) = tokens.shape[1], state.arrays["matrix"].shape
     channels = taps.shape[1]
     mixed, beta, rate = jnp.split(tokens, [channels, channels + group], axis=-1)
-    mixed = jnp.concatenate([state.recent, mixed], axis=1)
+    mixed = jnp.concatenate([state.arrays["recent"], mixed], axis=1)
     wide, taps = mixed.astype(jnp.float32), taps.astype(jnp.float32)
     y, width = 0.0, taps.shape[-1]
     for i in range(width):
@@ -186,7 +181,10 @@ def _first(inputs: DeltaInputs, counts: jax.Array) -> DeltaInputs:
     return inputs.replace(beta=beta, log_decay=log_decay)
 
 
-def _last(mixed: jax.Array, counts: jax.Array, state: RecurrentState) -> jax.Array:
-    """Returns the last inputs of the convolution after `counts` [batch] tokens."""
-    at = counts[:, None] + jnp.arange(state.recent.shape[1])
-    return jnp.take_along_axis(mixed, at[..., None, None], axis=1)
+def _after(
+    state: RecurrentState, matrix: jax.Array, mixed: jax.Array, counts: jax.Array
+) -> RecurrentState:
+    """Returns the state after `counts` [batch] tokens: its matrix, and the convolution's inputs."""
+    at = counts[:, None] + jnp.arange(state.arrays["recent"].shape[1])
+    recent = jnp.take_along_axis(mixed, at[..., None, None], axis=1)
+    return state.replace(arrays={"matrix": matrix, "recent": recent}, draft=None)

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lsjax.config import DELTA_CHUNK
+from lsjax.families.qwen3_5 import DELTA_CHUNK
 from lsjax.runtime.loops import scan
 from lsjax.runtime.precision import einsum
 

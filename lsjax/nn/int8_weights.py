@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lsjax.config import ModelConfig
 from lsjax.distributed.sharding import sharding
 
 WEIGHT_DTYPES = ("int8",)  # beside auto, which is the dtype of the activations
 _QMAX = 127
-_FLOATS = ("router/weight", "delta_net/a/weight", "delta_net/b/weight")
+_FLOATS = ("router/weight",)
 
 
 def quantize_matrix(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,11 +39,15 @@ def scale_path(path: str) -> str:
     return path.removesuffix("weight") + "scale"
 
 
-def int8_shapes(abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+def int8_shapes(
+    abstract: dict[str, jax.ShapeDtypeStruct], config: ModelConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape, dtype and sharding of int8 parameters, from those of float ones, by path."""
+    floats = tuple(f"/{x.name}/{end}" for x in config.recurrences for end in x.float_weights)
     found = {}
     for path, leaf in abstract.items():
-        if len(leaf.shape) < 2 or not path.endswith("/weight") or path.endswith(_FLOATS):
+        in_floats = path.endswith((*_FLOATS, *floats))
+        if len(leaf.shape) < 2 or not path.endswith("/weight") or in_floats:
             found[path] = leaf
             continue
         rows = sharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:-1]))

@@ -41,7 +41,7 @@ def abstract_parameters(
             path = path.replace(_FIRST_LAYER, f"layers_{i}/")
             if path not in found:
                 found[path] = jax.ShapeDtypeStruct(shape, box.value.dtype, sharding=where)
-    return int8_shapes(found) if weight_dtype == "int8" else found
+    return int8_shapes(found, config) if weight_dtype == "int8" else found
 
 
 def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> dict:
@@ -60,7 +60,8 @@ def random_parameters(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0
 
 
 def _initializer(config: ModelConfig, path: str, leaf: jax.ShapeDtypeStruct) -> Initializer:
-    centered = config.zero_centered_norms and not path.endswith("delta_net/norm/weight")
+    in_recurrence = any(f"/{x.name}/" in path for x in config.recurrences)
+    centered = config.zero_centered_norms and not in_recurrence
     if path.endswith("/bias") or (path.endswith("norm/weight") and centered):
         return nn.initializers.zeros
     return _NORMAL if len(leaf.shape) > 1 else nn.initializers.ones

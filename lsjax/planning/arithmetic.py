@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from lsjax.attention.sparse.rule import TILE
 from lsjax.cache import CacheSpec
-from lsjax.config import DeltaNet, LayerKind, ModelConfig
+from lsjax.config import LayerKind, ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
@@ -35,7 +35,6 @@ _EXPERT_HIDDEN_VECTORS = 2  # of a token, for each of its experts
 # Float32 vectors of the queries' size, of rows that attend to a document and to their own tokens:
 # the two Partials, and what they are made of.
 _BESIDE_DOCUMENT_VECTORS = 10
-_RECURRENCE_VECTORS = 4.3  # of a token, of the convolution's size, in float32
 _ALL: Mapping[str, float] = {}
 _TPU_CODE_BYTES = 2 * 2**20  # of a layer's code, which lies in the memory of the data
 
@@ -166,7 +165,7 @@ def _prefill_temporaries(
     if deployment.document_length:
         query_channels = config.num_heads * config.head_dim / model
         widest += 4 * _BESIDE_DOCUMENT_VECTORS * query_channels
-    widest = max(widest, *(_recurrence_bytes(net) / model for net in config.delta_nets), 0)
+    widest = max(widest, *(x.held_bytes / model for x in config.recurrences), 0)
     total = tokens * (widest + _HIDDEN_VECTORS * config.hidden_size * itemsize)
     if context > 1:
         shares = [1 if kind.experts else _GATHERED for kind in config.layers]
@@ -193,11 +192,6 @@ def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:
     of_expert = _MLP_VECTORS * kind.experts.width + _EXPERT_HIDDEN_VECTORS * config.hidden_size
     shared = _MLP_VECTORS * kind.experts.shared_width / model
     return kind.experts.per_token * of_expert + shared
-
-
-def _recurrence_bytes(net: DeltaNet) -> float:
-    """Returns the bytes of what a recurrence holds for a token."""
-    return _RECURRENCE_VECTORS * net.key_heads * net.channels * jnp.dtype("float32").itemsize
 
 
 def _code_bytes(config: ModelConfig, platform: str) -> int:

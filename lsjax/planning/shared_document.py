@@ -103,7 +103,7 @@ def saved_bytes(config: ModelConfig, deployment: Deployment) -> int:
     """Returns the bytes of keys, values, ids and snapshots, at most, of a saved document."""
     tokens, border = deployment.document_length, sharing_borders(config, deployment)[1]
     cached = tokens // border * border
-    attention = tuple(layer for layer in config.layers if not layer.delta_net)
+    attention = tuple(layer for layer in config.layers if not layer.recurrence)
     layers = tuple(dataclasses.replace(layer, window=None) for layer in attention)
     document = document_spec(deployment, cached)
     spec = dataclasses.replace(_without_tail(document), policy=None)
@@ -132,7 +132,7 @@ def _by_sharing(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
 
 def _recurrent(config: ModelConfig) -> ModelConfig:
     """Returns the model with its recurrent layers alone."""
-    layers = tuple(layer for layer in config.layers if layer.delta_net)
+    layers = tuple(layer for layer in config.layers if layer.recurrence)
     return dataclasses.replace(config, layers=layers)
 
 

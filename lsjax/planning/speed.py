@@ -18,7 +18,6 @@ from lsjax.planning.arithmetic import active_weight_bytes, cache_bytes, weight_b
 from lsjax.planning.deployment import Deployment
 from lsjax.planning.targets import Target
 from lsjax.runtime.devices import Rates
-from lsjax.runtime.flops import recurrence_cost
 
 # Shares of the peak rates that programs are assumed to reach.
 _OF_FLOPS, _OF_BANDWIDTH, _OF_LINK = 0.5, 0.7, 0.7
@@ -79,8 +78,7 @@ def expected_speed(
     pairs = deployment.batch * _pairs(config, total, deployment.span(total))
     pairs -= (deployment.batch - data) * _pairs(config, document, deployment.span(document))
     attention = 4 * config.num_heads * config.head_dim * pairs
-    recurrence = tokens * sum(recurrence_cost(k.delta_net) for k in config.layers if k.delta_net)
-    products += recurrence
+    products += tokens * sum(k.recurrence.operations for k in config.layers if k.recurrence)
     rate = devices * rates.flops * _OF_FLOPS
     of_each = tokens / (devices / model) * config.hidden_size * itemsize
     summed = 4 * config.num_layers * of_each * (model - 1) / model
@@ -112,7 +110,7 @@ def _pairs(config: ModelConfig, length: int, span: int) -> float:
     """
     seen = 0.0
     for kind in config.layers:
-        if not kind.delta_net:
+        if not kind.recurrence:
             within = min(span, kind.window or length)
             seen += length * within - within**2 / 2
     return seen

@@ -84,7 +84,7 @@ def expected_nll():
     x = lm.params["embed"]["weight"][ids]
     for i, kind in enumerate(lm.config.layers):
         of_heads = functools.partial(attend, WHOLE[i // 2])
-        attends = {} if kind.delta_net else {"self_attention": of_heads}
+        attends = {} if kind.recurrence else {"self_attention": of_heads}
         x = run(Block(lm.config, lm.options.mesh, kind, **attends), lm.params[f"layers_{i}"], x)
     return np.split(np.asarray(nll(lm.params, x)), 2)
 

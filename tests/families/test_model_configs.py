@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
-from lsjax.config import DeltaNet, Experts, LayerKind, RopeScaling
+from lsjax.config import Experts, LayerKind, RopeScaling
 from lsjax.families import FAMILIES, parse_config, read_config
+from lsjax.families.qwen3_5 import DeltaNet
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.runtime.errors import UserError
 
@@ -102,7 +103,7 @@ EXPECTED = {
         "architecture": "Qwen3_5ForConditionalGeneration",
         "num_kv_heads": 4,
         "intermediate_size": 12288,
-        "layers": (*(LayerKind(delta_net=_DELTA_NET),) * 3, LayerKind()) * 8,
+        "layers": (*(LayerKind(recurrence=_DELTA_NET),) * 3, LayerKind()) * 8,
     },
     "Qwen3.5-35B-A3B": _QWEN3_5
     | {

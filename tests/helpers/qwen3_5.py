@@ -20,8 +20,8 @@ def logits(config, params, tokens, begin):
     for i, kind in enumerate(config.layers):
         weights = params[f"layers_{i}"]
         y = _norm(config, weights["attn_norm"], x)
-        if kind.delta_net:
-            x += gated_delta_net(kind.delta_net, weights["delta_net"], y, begin, config.norm_eps)
+        if kind.recurrence:
+            x += gated_delta_net(kind.recurrence, weights["delta_net"], y, begin, config.norm_eps)
         else:
             x += _attention(config, weights["attn"], y, begin)
         y, mlp = _norm(config, weights["mlp_norm"], x), weights["mlp"]

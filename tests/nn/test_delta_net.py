@@ -19,7 +19,8 @@ from lsjax.distributed.sequence_layout import ONE_DEVICE
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 from lsjax.families import read_config
 from lsjax.nn.attention import LayerInputs
-from lsjax.nn.delta_net import GatedDeltaNet, keep_accepted
+from lsjax.nn.delta_net import GatedDeltaNet
+from lsjax.nn.layer_modules import keep_accepted
 from lsjax.nn.parameters import flatten
 
 DENSE, IMAGES, EXPERTS = "qwen3_5", "qwen3_5_with_images", "qwen3_5_moe"
@@ -71,7 +72,7 @@ def step_by_step(ids, name=DENSE, tokens=6):
 def layer():
     """The first layer of the dense model: (x, state, lengths) -> (y, state), and an empty state."""
     config = changed_config(DENSE, 0)
-    (net,) = config.delta_nets
+    (net,) = config.recurrences
     module = GatedDeltaNet(net, config, make_mesh(""))
     params = {"params": parameters(DENSE, 0, "", "auto")["layers_0"]["delta_net"]}
 
@@ -140,7 +141,7 @@ def test_a_state_takes_the_same_memory_whatever_the_length():
     config = changed_config("qwen3_5", 0)
     recurrent = dataclasses.replace(config, layers=config.layers[:1])
     sizes = [CacheSpec(1, n, "int8", "float32").nbytes(recurrent) for n in (256, 2**20)]
-    (net,) = config.delta_nets
+    (net,) = config.recurrences
     channels = 2 * net.key_heads * net.key_dim + net.value_heads * net.value_dim
     matrices = net.value_heads * net.key_dim * net.value_dim
     assert sizes == [4 * (matrices + (net.conv_width - 1) * channels)] * 2

@@ -51,7 +51,7 @@ def of_a_layer():
     x, ways = rng.standard_normal((2, 2, LENGTH, config.hidden_size)).astype(np.float32)
     begin = documents(2, LENGTH, seed=1).begin
     weights = golden_parameters(config)["layers_0"]["delta_net"]
-    (net,) = config.delta_nets
+    (net,) = config.recurrences
 
     def loss(weights, x):
         y = gated_delta_net(net, weights, x, begin, config.norm_eps)
@@ -71,7 +71,7 @@ def test_a_layers_gradients_are_those_of_float64(mesh):
     (x, begin, ways), (wanted, (of_weights, of_x)) = of_a_layer()
     config, devices = model(), make_mesh(mesh_of(mesh))
     assert len(np.unique(begin[0])) > 1
-    module = GatedDeltaNet(*config.delta_nets, config, devices)
+    module = GatedDeltaNet(*config.recurrences, config, devices)
     order = Zigzag(devices.shape["context"], LENGTH).permutation(LENGTH)
     x, begin, ways = (
         put_on_mesh(a[:, order], sharding(devices, CHUNK_SPEC)) for a in (x, begin, ways)

@@ -10,6 +10,9 @@ MAX_POSITIONS = 2**22
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# Vectors of a gated MLP's width that a prefill program holds for a token: those of gate and up.
+HELD_MLP_VECTORS = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -36,28 +39,6 @@ class RopeScaling:
     local_size: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """A mixture of experts: gated MLPs, of which a router chooses a few for each token.
-
-    Attributes:
-      count: number of experts.
-      per_token: number of experts that are chosen for a token.
-      width: width of one expert's gated MLP.
-      renormalized: whether the chosen experts' probabilities are scaled to a sum of 1.
-      balance_weight: weight of the router's load-balancing loss in training.
-      shared_width: width of a gated MLP that runs on every token beside the chosen experts, times
-        the sigmoid of a gate of its own; 0 for none.
-    """
-
-    count: int
-    per_token: int
-    width: int
-    renormalized: bool
-    balance_weight: float
-    shared_width: int = 0
-
-
 class StateArray(NamedTuple):
     """An array that a recurrence keeps of a row.
 
@@ -81,7 +62,10 @@ class Recurrence(Protocol):
 
     @property
     def name(self) -> str:
-        """The module's name in the parameter tree: parameters are at layers_N/NAME/..."""
+        """The module's name in the parameter tree: parameters are at layers_N/NAME/...
+
+        Norms among them multiply by their weight, whatever those of the model do.
+        """
 
     @property
     def state(self) -> Mapping[str, StateArray]:
@@ -108,6 +92,65 @@ class Recurrence(Protocol):
         """Bytes that a prefill program holds for a token, over all devices of a model axis."""
 
 
+class MLP(Protocol):
+    """The half of a layer that runs on each token by itself; its parameters are at layers_N/mlp.
+
+    As with a Recurrence, a family's file describes it and lsjax.nn.layer_modules has its module.
+    """
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        """Name and number of what the devices of the model axis share, which must divide it."""
+
+    @property
+    def float_weights(self) -> tuple[str, ...]:
+        """Paths below the module of the matrices that stay in floats beside int8 weights."""
+
+    @property
+    def matrix_rows(self) -> int:
+        """The number of vectors of the hidden size that a token is multiplied by."""
+
+    @property
+    def multiplies_at_once(self) -> bool:
+        """Whether prefill multiplies by all of its weights at once, so that they are gathered."""
+
+    def held_channels(self, hidden_size: int, model: int) -> float:
+        """Returns the numbers that prefill holds for a token on each of `model` devices."""
+
+    def share_read(self, name: str, tokens: int) -> float:
+        """Returns the share of a parameter that a step of some tokens reads, by path below it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMLP:
+    """A gated MLP: the MLP of layers whose kind names no other.
+
+    Attributes:
+      width: width of gate and up.
+      bias: whether the projections add a bias.
+    """
+
+    width: int
+    bias: bool
+
+    float_weights = ()
+    multiplies_at_once = False
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        return {"MLP channels": self.width}
+
+    @property
+    def matrix_rows(self) -> int:
+        return 3 * self.width
+
+    def held_channels(self, hidden_size: int, model: int) -> float:
+        return HELD_MLP_VECTORS * self.width / model
+
+    def share_read(self, name: str, tokens: int) -> float:
+        return 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """The kind of a decoder block; blocks of one kind have parameters of the same shapes.
@@ -115,12 +158,12 @@ class LayerKind:
     Attributes:
       window: sliding window in tokens (a query sees itself and the window - 1 tokens before it), or
         None for full attention.
-      experts: mixture of experts in the place of the gated MLP, or None.
+      mlp: what is in the place of the gated MLP, or None.
       recurrence: recurrence in the place of attention, or None.
     """
 
     window: int | None = None
-    experts: Experts | None = None
+    mlp: MLP | None = None
     recurrence: Recurrence | None = None
 
     @property
@@ -137,7 +180,7 @@ class ModelConfig:
       architecture: name in config.json's `architectures`.
       vocab_size: rows of the embedding and of the output head.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP; see LayerKind for layers of experts.
+      intermediate_size: width of the gated MLP; see LayerKind for layers with another MLP.
       layers: kind of each decoder block.
       num_heads: number of query heads.
       num_kv_heads: number of KV heads; each serves num_heads / num_kv_heads query heads.
@@ -204,10 +247,14 @@ class ModelConfig:
         """The sliding window of each layer, or None."""
         return tuple(layer.window for layer in self.layers)
 
+    def mlp_of(self, kind: LayerKind) -> MLP:
+        """Returns the MLP of a kind of layer."""
+        return kind.mlp or DenseMLP(self.intermediate_size, self.mlp_bias)
+
     @property
-    def experts(self) -> tuple[Experts, ...]:
-        """The distinct mixtures of experts among the layers."""
-        return tuple(dict.fromkeys(kind.experts for kind in self.layers if kind.experts))
+    def mlps(self) -> tuple[MLP, ...]:
+        """The distinct MLPs of the layers."""
+        return tuple(dict.fromkeys(map(self.mlp_of, self.layers)))
 
     @property
     def recurrences(self) -> tuple[Recurrence, ...]:

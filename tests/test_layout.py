@@ -2,7 +2,11 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
+
+import pytest
+from helpers.programs import ROOT as REPOSITORY
 
 import lsjax
 
@@ -22,6 +26,17 @@ FLOORS = (
     "__init__",
 )
 MOST_ENTRIES, MOST_LINES = 20, 400
+# An example of docs/extending.md: the names of what its family brought, and files of later families
+# that make use of it.
+MOST_FILES = 6
+FOLDERS = ("lsjax", "scripts", "checkpoints_convert")
+EXAMPLES = {
+    "a mixture of experts": (
+        r"qwen_moe|qwen3_?moe|experts|router|balance_loss|grouped_product",
+        {"lsjax/families/qwen3_5.py"},
+    ),
+    "a recurrence": (r"qwen3_5|delta_?net|delta_?rule|delta_?inputs|delta_?chunk", set()),
+}
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.split()}
 
 
@@ -80,3 +95,22 @@ def test_folders_and_files_stay_small():
     for file in modules:
         lines = len(file.read_text(encoding="utf-8").splitlines())
         assert lines <= MOST_LINES, f"{file} has {lines} lines"
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_family_is_named_in_the_few_files_that_the_docs_list(example):
+    words, others = EXAMPLES[example]
+    files = [
+        *(file for folder in FOLDERS for file in (REPOSITORY / folder).rglob("*.py")),
+        *(REPOSITORY / name for name in ("Makefile", "pyproject.toml")),
+    ]
+    naming = re.compile(words, re.IGNORECASE)
+    found = {
+        str(file.relative_to(REPOSITORY))
+        for file in files
+        if naming.search(file.name) or naming.search(file.read_text(encoding="utf-8"))
+    }
+    docs = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = docs.split(f"### An example: {example}\n")[1].split("\n#")[0]
+    assert found - others == set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
+    assert len(found - others) <= MOST_FILES

@@ -20,8 +20,7 @@ AXES = ("data", "context", "model")
 PARAMETER_AXES = {
     "heads": "model",
     "kv_heads": "model",
-    "mlp": "model",
-    "experts": "model",
+    "mlp": "model",  # the channels of an MLP, or its parts
     "vocab": "model",
     "embed": None,
     None: None,
@@ -121,16 +120,10 @@ def check_fits_mesh(config: ModelConfig, sizes: Mapping[str, int]) -> None:
                 f"the {size} {what} of the model's recurrent layers cannot be split over context x "
                 f"model = {shards}; make it a divisor of {size}, and split rows over data."
             )
-    split = {
-        "KV heads": config.num_kv_heads,
-        "query heads": config.num_heads,
-        "MLP channels": config.intermediate_size,
-        "vocabulary entries": config.vocab_size,
-    }
-    if config.experts:
-        split["experts"] = math.gcd(*(experts.count for experts in config.experts))
-        if all(kind.experts and not kind.experts.shared_width for kind in config.layers):
-            del split["MLP channels"]
+    split = {"KV heads": config.num_kv_heads, "query heads": config.num_heads}
+    for what, size in (part for mlp in config.mlps for part in mlp.split.items()):
+        split[what] = math.gcd(size, split.get(what, 0))
+    split["vocabulary entries"] = config.vocab_size
     model = math.gcd(sizes["model"], *split.values())
     for what, size in split.items():
         if size % sizes["model"]:

@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lsjax.config import Experts, LayerKind, ModelConfig, StateArray
+from lsjax.config import LayerKind, ModelConfig, StateArray
 from lsjax.families.family import Family, Tensor, with_bias
 from lsjax.families.fields import Fields
 from lsjax.families.hf_fields import parse_hf
 from lsjax.families.hf_names import PRE_NORMS, hf_tensors
-from lsjax.families.qwen_moe import QWEN3_MOE, parse_experts
+from lsjax.families.qwen_moe import QWEN3_MOE, Experts, experts_tensors, parse_experts
 from lsjax.runtime.errors import UserError
 
 # What config.json says beside `text_config`: of images, videos and other models.
@@ -180,7 +180,8 @@ def _layers(fields: Fields, experts: Experts | None) -> tuple[LayerKind, ...]:
 def _tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     with_images = config.architecture.endswith("ForConditionalGeneration")
     model = "model.language_model" if with_images else "model"
-    return hf_tensors(config, PRE_NORMS, model=model, recurrence=_recurrence_tensors)
+    others = {"recurrence": _recurrence_tensors, "mlp": experts_tensors}
+    return hf_tensors(config, PRE_NORMS, model=model, **others)
 
 
 def _recurrence_tensors(layer: str, path: str, _: DeltaNet) -> list[Tensor]:

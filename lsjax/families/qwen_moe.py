@@ -4,10 +4,12 @@ Source: transformers' modeling_qwen3_moe.py.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-from lsjax.config import Experts, ModelConfig
-from lsjax.families.family import Family
+from lsjax.config import HELD_MLP_VECTORS, ModelConfig
+from lsjax.families.family import Family, Tensor, with_bias
 from lsjax.families.fields import Fields
+from lsjax.families.hf_names import PRE_NORMS, hf_tensors
 from lsjax.families.qwen import QWEN3
 from lsjax.runtime.errors import UserError
 
@@ -19,6 +21,52 @@ _STACKED = {
     ),
     "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
 }
+_PROJECTIONS = ("gate", "up", "down")
+_HELD_HIDDEN_VECTORS = 2  # of the hidden size, that prefill holds for each expert of a token
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: gated MLPs, of which a router chooses a few for each token.
+
+    Attributes:
+      count: number of experts.
+      per_token: number of experts that are chosen for a token.
+      width: width of one expert's gated MLP.
+      renormalized: whether the chosen experts' probabilities are scaled to a sum of 1.
+      balance_weight: weight of the router's load-balancing loss in training.
+      shared_width: width of a gated MLP that runs on every token beside the chosen experts, times
+        the sigmoid of a gate of its own; 0 for none.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    renormalized: bool
+    balance_weight: float
+    shared_width: int = 0
+
+    float_weights = ("router/weight",)  # rounding would change which experts are chosen
+    multiplies_at_once = True
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        shared = {"MLP channels": self.shared_width} if self.shared_width else {}
+        return shared | {"experts": self.count}
+
+    @property
+    def matrix_rows(self) -> int:
+        return 3 * (self.width * self.per_token + self.shared_width) + self.count
+
+    def held_channels(self, hidden_size: int, model: int) -> float:
+        """Returns those of a copy of the token for each of its experts, on every device."""
+        of_expert = HELD_MLP_VECTORS * self.width + _HELD_HIDDEN_VECTORS * hidden_size
+        return self.per_token * of_expert + HELD_MLP_VECTORS * self.shared_width / model
+
+    def share_read(self, name: str, tokens: int) -> float:
+        """Returns 1 but for the experts' own: those that the tokens choose, and all at most."""
+        stacked = name.split("/")[0] in _PROJECTIONS
+        return min(1.0, tokens * self.per_token / self.count) if stacked else 1.0
 
 
 def _parse(fields: Fields, architecture: str) -> ModelConfig:
@@ -34,7 +82,7 @@ def _parse(fields: Fields, architecture: str) -> ModelConfig:
         )
     experts = parse_experts(fields, 128, 768)
     layers = tuple(
-        dataclasses.replace(kind, experts=None if i in dense or (i + 1) % step else experts)
+        dataclasses.replace(kind, mlp=None if i in dense or (i + 1) % step else experts)
         for i, kind in enumerate(config.layers)
     )
     return dataclasses.replace(config, layers=layers)
@@ -67,4 +115,22 @@ def parse_experts(
     return experts
 
 
-QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), _parse, QWEN3.tensors, stacked=_STACKED)
+def experts_tensors(mlp: str, path: str, experts: Experts) -> list[Tensor]:
+    """Returns the tensors of a router and its experts, which are stacked by projection."""
+    tensors = with_bias(f"{mlp}.gate", (f"{path}/router",), False)
+    if experts.shared_width:
+        for p in _PROJECTIONS:
+            tensors += with_bias(f"{mlp}.shared_expert.{p}_proj", (f"{path}/shared/{p}",), False)
+        tensors += with_bias(f"{mlp}.shared_expert_gate", (f"{path}/shared_gate",), False)
+    for i in range(experts.count):
+        for p in _PROJECTIONS:
+            name = f"{mlp}.experts.{i}.{p}_proj.weight"
+            tensors.append(Tensor(name, (f"{path}/{p}/weight",), i))
+    return tensors
+
+
+def _tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    return hf_tensors(config, PRE_NORMS, mlp=experts_tensors)
+
+
+QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), _parse, _tensors, stacked=_STACKED)

@@ -1,6 +1,7 @@
 """One decoder layer: attention or a recurrence, and an MLP, around the residual stream."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,7 @@ from lsjax.attention.differentiable import self_attention
 from lsjax.cache import LayerCache
 from lsjax.config import LayerKind, ModelConfig
 from lsjax.nn.attention import Attention, LayerInputs, SelfAttention
-from lsjax.nn.experts import MixtureOfExperts
-from lsjax.nn.gated_mlp import GatedMLP
-from lsjax.nn.layer_modules import recurrence_module
+from lsjax.nn.layer_modules import mlp_module, recurrence_module
 from lsjax.nn.linear import RMSNorm
 
 
@@ -39,12 +38,7 @@ class Block(nn.Module):
         else:
             self.attn = Attention(c, self.mesh, self.kind.window, self.self_attention)
         self.mlp_norm = norm()
-        experts = self.kind.experts
-        self.mlp = (
-            MixtureOfExperts(experts, self.mesh)
-            if experts
-            else GatedMLP(c.intermediate_size, c.mlp_bias)
-        )
+        self.mlp = mlp_module(c.mlp_of(self.kind), self.mesh)
         if c.post_norms:
             self.post_attn_norm = norm()
             self.post_mlp_norm = norm()
@@ -65,12 +59,9 @@ class Block(nn.Module):
 
     def feed_forward(self, x: jax.Array, decode: bool = False) -> jax.Array:
         """Runs the MLP half on each token separately; [batch, length, hidden] in and out."""
-        if self.kind.experts:
-            y = self.mlp(self.mlp_norm(x), decode)
-        else:
-            y = self.mlp(self.mlp_norm(x, decode))
+        y = self.mlp(self.mlp_norm(x, decode and self.mlp.takes_scaled), decode)
         return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
 
-    def balance(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns how a layer's router spreads the tokens; see MixtureOfExperts.balance."""
-        return self.mlp.balance(self.mlp_norm(x))
+    def loss_terms(self, x: jax.Array) -> Any:
+        """Returns the terms of the MLP's own loss in training; see layer_modules.own_loss."""
+        return self.mlp.loss_terms(self.mlp_norm(x))

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lsjax.config import Experts
 from lsjax.distributed.sharding import CHUNK_SPEC, TOKENS_SPEC, parameter_spec
+from lsjax.families.qwen_moe import Experts
 from lsjax.nn.gated_mlp import GatedMLP, gated
 from lsjax.nn.grouped_product import grouped_product
 from lsjax.nn.linear import Linear
 from lsjax.runtime.precision import einsum
 
-_AXES = ("experts", None, None)
+_AXES = ("mlp", None, None)
 
 
 class _Matrices(nn.Module):
@@ -58,6 +58,8 @@ class MixtureOfExperts(nn.Module):
     experts: Experts
     mesh: Mesh
 
+    takes_scaled = False
+
     def setup(self):
         self.router = Router(self.experts.count)
         if self.experts.shared_width:
@@ -93,7 +95,7 @@ class MixtureOfExperts(nn.Module):
             y = y + nn.sigmoid(self.shared_gate(x)) * self.shared(x)
         return y
 
-    def balance(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss_terms(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns how evenly tokens are spread: [experts] tokens each has, and its probability.
 
         Both are float32 sums over the tokens of x [batch, length, hidden]; see balance_loss.
@@ -115,15 +117,19 @@ def choose_experts(experts: Experts, probabilities: jax.Array) -> tuple[jax.Arra
     return top, chosen
 
 
-def balance_loss(counts: jax.Array, probabilities: jax.Array, tokens: int) -> jax.Array:
-    """Returns the load-balancing loss, `per_token` for a router that spreads tokens evenly.
+def balance_loss(experts: Experts, terms: tuple[jax.Array, jax.Array], tokens: int) -> jax.Array:
+    """Returns the load-balancing loss, times its weight.
+
+    Without the weight it is `per_token` for a router that spreads tokens evenly.
 
     Args:
-      counts: [experts] number of tokens that were sent to each expert, over all layers.
-      probabilities: [experts] sums of their probabilities.
+      experts: the mixture.
+      terms: sums over layers of what MixtureOfExperts.loss_terms returns.
       tokens: number of tokens, times that of layers.
     """
-    return counts.shape[0] * jnp.sum(counts / tokens * probabilities / tokens)
+    counts, probabilities = terms
+    even = counts.shape[0] * jnp.sum(counts / tokens * probabilities / tokens)
+    return experts.balance_weight * even
 
 
 def _run_local_experts(x, probabilities, chosen, weights, *, axes):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lsjax.nn.linear import Linear
+from lsjax.nn.linear import Linear, Scaled
 
 
 class GatedMLP(nn.Module):
@@ -18,8 +18,11 @@ class GatedMLP(nn.Module):
     width: int
     use_bias: bool = False
 
+    takes_scaled = True
+
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Scaled, decode: bool = False) -> jax.Array:
+        """Runs [batch, length, hidden], in a decode step as elsewhere."""
         gate, up = (
             Linear(self.width, ("mlp", "embed"), self.use_bias, name=name)(x)
             for name in ("gate", "up")

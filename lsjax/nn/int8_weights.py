@@ -1,9 +1,8 @@
 """int8 weights: every matrix is stored in int8 with a float32 scale per output channel.
 
 A matrix [..., out, in] is the pair of parameters `weight` (int8) and `scale` [..., out]; an entry
-is weight * scale. Embedding and head are matrices too; norms and biases stay as they are. So do
-routers, since rounding them would change which experts are chosen, and the few rows of a recurrence
-that say how much it forgets and writes, since errors of them add up.
+is weight * scale. Embedding and head are matrices too; norms and biases stay as they are, and so do
+the few matrices that a layer's description wants in floats.
 """
 
 import functools
@@ -17,7 +16,6 @@ from lsjax.distributed.sharding import sharding
 
 WEIGHT_DTYPES = ("int8",)  # beside auto, which is the dtype of the activations
 _QMAX = 127
-_FLOATS = ("router/weight",)
 
 
 def quantize_matrix(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,11 +41,11 @@ def int8_shapes(
     abstract: dict[str, jax.ShapeDtypeStruct], config: ModelConfig
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape, dtype and sharding of int8 parameters, from those of float ones, by path."""
-    floats = tuple(f"/{x.name}/{end}" for x in config.recurrences for end in x.float_weights)
+    parts = [(x.name, x) for x in config.recurrences] + [("mlp", x) for x in config.mlps]
+    floats = tuple(f"/{name}/{end}" for name, part in parts for end in part.float_weights)
     found = {}
     for path, leaf in abstract.items():
-        in_floats = path.endswith((*_FLOATS, *floats))
-        if len(leaf.shape) < 2 or not path.endswith("/weight") or in_floats:
+        if len(leaf.shape) < 2 or not path.endswith("/weight") or path.endswith(floats):
             found[path] = leaf
             continue
         rows = sharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[:-1]))

@@ -6,7 +6,6 @@ Temporaries are one reserve for all platforms; tests/ahead compares it with comp
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Mapping
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from lsjax.attention.sparse.rule import TILE
 from lsjax.cache import CacheSpec
-from lsjax.config import LayerKind, ModelConfig
+from lsjax.config import ModelConfig
 from lsjax.inference.engine_config import round_up
 from lsjax.nn.parameters import abstract_parameters
 from lsjax.planning.deployment import Deployment, MemoryUsage
@@ -26,12 +25,11 @@ from lsjax.planning.shared_document import (
     shared_bytes,
 )
 
-# What a prefill program holds beside weights and cache: this many vectors per token of a chunk, of
-# the MLP's size (split over the model axis) and of the hidden size; and this share of a layer's
-# weights, which a context axis splits and prefill gathers: all, if a product takes all experts of a
-# layer. On a CPU, XLA gathers all layers whole.
-_MLP_VECTORS, _HIDDEN_VECTORS, _GATHERED = 2, 5, 0.2
-_EXPERT_HIDDEN_VECTORS = 2  # of a token, for each of its experts
+# What a prefill program holds beside weights and cache, and beside what an MLP or a recurrence says
+# that it holds: this many vectors of the hidden size per token of a chunk; and this share of a
+# layer's weights, which a context axis splits and prefill gathers: all, if its MLP multiplies by
+# them at once. On a CPU, XLA gathers all layers whole.
+_HIDDEN_VECTORS, _GATHERED = 5, 0.2
 # Float32 vectors of the queries' size, of rows that attend to a document and to their own tokens:
 # the two Partials, and what they are made of.
 _BESIDE_DOCUMENT_VECTORS = 10
@@ -103,21 +101,18 @@ def active_weight_bytes(
 ) -> tuple[tuple[int, ...], int]:
     """Does what weight_bytes does, for those that a step of some tokens reads.
 
-    Of experts it reads those that the tokens choose, and all of them at most.
+    An MLP may read a share of its weights; see MLP.share_read.
     """
 
     def share(path: str) -> float:
-        experts = config.layers[int(path.split("/")[0].removeprefix("layers_"))].experts
-        return min(1.0, tokens * experts.per_token / experts.count)
+        layer, _, name = path.partition("/mlp/")
+        if not name:
+            return 1.0
+        kind = config.layers[int(layer.removeprefix("layers_"))]
+        return config.mlp_of(kind).share_read(name, tokens)
 
     leaves = abstract_parameters(config, mesh, dtype, weight_dtype)
-    shares = {path: share(path) for path, leaf in leaves.items() if _is_expert(path, leaf)}
-    return _sum_by_layer(config, leaves, shares)
-
-
-def _is_expert(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
-    """Tells whether a parameter stacks those of experts; their scales have an axis less."""
-    return "/mlp/" in path and len(leaf.shape) - path.endswith("weight") == 2
+    return _sum_by_layer(config, leaves, {path: share(path) for path in leaves})
 
 
 def _sum_by_layer(
@@ -161,16 +156,16 @@ def _prefill_temporaries(
     data, context, model = deployment.sizes.values()
     tokens = deployment.batch // data * deployment.prefill_chunk // context
     itemsize = jnp.dtype(deployment.dtype).itemsize
-    widest = max(_mlp_channels(config, kind, model) * itemsize for kind in config.layers)
+    widest = max(x.held_channels(config.hidden_size, model) * itemsize for x in config.mlps)
     if deployment.document_length:
         query_channels = config.num_heads * config.head_dim / model
         widest += 4 * _BESIDE_DOCUMENT_VECTORS * query_channels
     widest = max(widest, *(x.held_bytes / model for x in config.recurrences), 0)
     total = tokens * (widest + _HIDDEN_VECTORS * config.hidden_size * itemsize)
     if context > 1:
-        shares = [1 if kind.experts else _GATHERED for kind in config.layers]
-        most = max(map(operator.mul, shares, layers))
-        total += context * (sum(layers) if platform == "cpu" else most)
+        at_once = [config.mlp_of(kind).multiplies_at_once for kind in config.layers]
+        gathered = [n * (1 if x else _GATHERED) for n, x in zip(layers, at_once, strict=True)]
+        total += context * (sum(layers) if platform == "cpu" else max(gathered))
     return int(total) + _code_bytes(config, platform)
 
 
@@ -183,15 +178,6 @@ def _choice_bytes(config: ModelConfig, deployment: Deployment, input_length: int
     blocks = deployment.cache_spec_for(input_length).capacity // TILE
     arrays = 3 if config.rope_scaling.kind == "dual_chunk" else 2
     return arrays * deployment.batch // data * config.num_heads // model * TILE * blocks * 4
-
-
-def _mlp_channels(config: ModelConfig, kind: LayerKind, model: int) -> float:
-    """Returns the width of what an MLP holds for a token; a copy of it for each of its experts."""
-    if kind.experts is None:
-        return _MLP_VECTORS * config.intermediate_size / model
-    of_expert = _MLP_VECTORS * kind.experts.width + _EXPERT_HIDDEN_VECTORS * config.hidden_size
-    shared = _MLP_VECTORS * kind.experts.shared_width / model
-    return kind.experts.per_token * of_expert + shared
 
 
 def _code_bytes(config: ModelConfig, platform: str) -> int:

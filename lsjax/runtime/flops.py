@@ -15,7 +15,7 @@ def prefill_cost(
     """
     c, total = config, 0.0
     for kind in c.layers:
-        total += 2.0 * c.hidden_size * (_mixing_channels(c, kind) + _mlp_channels(c, kind))
+        total += 2.0 * c.hidden_size * (_mixing_rows(c, kind) + c.mlp_of(kind).matrix_rows)
         if kind.recurrence:
             total += kind.recurrence.operations
         else:
@@ -24,17 +24,9 @@ def prefill_cost(
     return length * total
 
 
-def _mixing_channels(config: ModelConfig, kind: LayerKind) -> int:
+def _mixing_rows(config: ModelConfig, kind: LayerKind) -> int:
     """Returns the vectors of the hidden size that attention or a recurrence multiplies by."""
     if kind.recurrence:
         return kind.recurrence.matrix_rows
     queries = (2 + config.gated_attention) * config.num_heads
     return config.head_dim * (queries + 2 * config.num_kv_heads)
-
-
-def _mlp_channels(config: ModelConfig, kind: LayerKind) -> int:
-    """Returns the number of vectors of the hidden size that a token's MLP multiplies by."""
-    if kind.experts is None:
-        return 3 * config.intermediate_size
-    width = kind.experts.width * kind.experts.per_token + kind.experts.shared_width
-    return 3 * width + kind.experts.count

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lsjax.config import Experts, ModelConfig
+from lsjax.config import MLP, ModelConfig
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CHUNK_SPEC, drop_axis, sharding
 from lsjax.nn.attention import LayerInputs
 from lsjax.nn.block import Block
 from lsjax.nn.decoder import Decoder
-from lsjax.nn.experts import balance_loss
+from lsjax.nn.layer_modules import own_loss
 from lsjax.nn.parameters import abstract_parameters, unflatten
 from lsjax.positions.rotary import RotaryTables
 from lsjax.training.batch import Batch
@@ -37,11 +37,10 @@ class ChunkSizes:
 
 
 class Loss:
-    """Computes (params, batch, tables) -> the losses of the targets, and that of the routers.
+    """Computes (params, batch, tables) -> the losses of the targets, and the loss of the MLPs.
 
     The first are [rows, length] float32 in nats. The tokens of a row are in zigzag order, in the
-    batch and in the result. The second is the weighted load-balancing loss of the mixtures of
-    experts, 0 without them.
+    batch and in the result. The second is the sum of what MLPs add, see own_loss, 0 if none does.
 
     Only the input of each layer is kept; the layer is recomputed for its gradients. The layers run
     in a scan, forward and backward, so that XLA cannot see that a recomputed value already exists
@@ -69,7 +68,7 @@ class Loss:
         hidden = self._placed(embed(self._mesh, table, batch.tokens))
         inputs = LayerInputs(begin=batch.begin)
         layers = self._decoder.layer_inputs(tables, batch.positions, inputs)
-        hidden, balance = self._decoder.apply(
+        hidden, of_mlps = self._decoder.apply(
             {"params": narrow}, hidden, layers, None, self._scan, method="run"
         )
         head = table
@@ -79,26 +78,26 @@ class Loss:
                 head = head / jnp.linalg.norm(head, axis=-1, keepdims=True)
             head = _whole(self._shardings["lm_head"]["weight"], head.astype(self._dtype))
         logits = self._chunks.logits
-        return cross_entropy(self._mesh, logits, hidden, head, batch.targets), balance
+        return cross_entropy(self._mesh, logits, hidden, head, batch.targets), of_mlps
 
     def _scan(self, decoder, x, inputs, cache):
-        """Runs the layers; see LayerRunner. The loss of the routers is in the cache's place.
+        """Runs the layers; see LayerRunner. The loss of the MLPs is in the cache's place.
 
         Groups of layers with parameters of the same shapes are one scan.
         """
         kinds = [dataclasses.replace(kind, window=None) for kind in self._config.layers]
-        spread: dict[Experts, list] = {}
+        found: dict[MLP, list] = {}
         for groups in repeated_groups(kinds):
-            x, sums = self._scan_groups(decoder, x, inputs[0], groups)
-            for i, of_layer in zip(groups[0], sums, strict=True):
-                if kinds[i].experts:
-                    spread.setdefault(kinds[i].experts, []).append(of_layer)
-        balance = jnp.zeros(())
-        for experts, sums in spread.items():
-            counts, probabilities = (jnp.concatenate(of).sum(0) for of in zip(*sums, strict=True))
-            tokens = x.shape[0] * x.shape[1] * sum(len(of[0]) for of in sums)
-            balance += experts.balance_weight * balance_loss(counts, probabilities, tokens)
-        return x, balance
+            x, terms = self._scan_groups(decoder, x, inputs[0], groups)
+            for i, of_layer in zip(groups[0], terms, strict=True):
+                if own_loss(kinds[i].mlp):
+                    found.setdefault(kinds[i].mlp, []).append(of_layer)
+        total = jnp.zeros(())
+        for mlp, terms in found.items():
+            layers = sum(len(jax.tree.leaves(of)[0]) for of in terms)
+            sums = jax.tree.map(lambda *of: jnp.concatenate(of).sum(0), *terms)
+            total += own_loss(mlp)(mlp, sums, x.shape[0] * x.shape[1] * layers)
+        return x, total
 
     def _scan_groups(self, decoder, x, inputs, groups):
         """Runs groups of layers in a scan over the groups, which keeps only the layers' inputs."""
@@ -112,16 +111,16 @@ class Loss:
             weights.append((stacked, windows))
 
         def group(x: jax.Array, of_group: list) -> tuple[jax.Array, list]:
-            sums = []
+            terms = []
             for layer, of_layer in zip(layers, of_group, strict=True):
-                x, of_router = layer(x, of_layer)
-                sums.append(of_router)
-            return x, sums
+                x, of_mlp = layer(x, of_layer)
+                terms.append(of_mlp)
+            return x, terms
 
         return jax.lax.scan(group, x, weights)
 
     def _layer(self, i, length, inputs):
-        """Returns what runs a layer like layer i: (x, (weights, window)) -> (x, router's sums)."""
+        """Returns what runs a layer like layer i: (x, (weights, window)) -> (x, terms of loss)."""
         kind = dataclasses.replace(self._config.layers[i], window=None)
         block = Block(self._config, self._mesh, kind, parent=None)
         order = jnp.asarray(Zigzag(self._mesh.shape["context"], length).permutation(length))
@@ -140,9 +139,10 @@ class Loss:
             x, _ = block.apply({"params": weights}, *row, method="attend")
             x = self._placed(x)
             mlp = {name: w for name, w in weights.items() if "mlp" in name}
-            balance = block.apply({"params": mlp}, x, method="balance") if kind.experts else ()
+            has_loss = own_loss(kind.mlp) is not None
+            terms = block.apply({"params": mlp}, x, method="loss_terms") if has_loss else ()
             x = in_chunks(feed_forward, self._mesh, self._chunks.mlp, mlp, x)
-            return self._placed(x), balance
+            return self._placed(x), terms
 
         return layer
 

@@ -44,7 +44,7 @@ class Metrics:
     """Metrics of one step.
 
     Attributes:
-      loss: [] float32 weighted mean loss of the targets, in nats, plus that of the routers.
+      loss: [] float32 weighted mean loss of the targets, in nats, plus that of the MLPs.
       grad_norm: [] float32 global norm of the gradients, before the optimizer clips them.
       tokens: [] int32 number of targets with a weight above 0.
     """
@@ -193,8 +193,8 @@ class Trainer:
         total = jnp.where(total > 0, total, 1.0)
 
         def loss_of(params: dict, part: Batch) -> jax.Array:
-            losses, balance = self._loss(params, part, tables)
-            return jnp.sum(losses * part.weights) / total + balance / batch.tokens.shape[0]
+            losses, of_mlps = self._loss(params, part, tables)
+            return jnp.sum(losses * part.weights) / total + of_mlps / batch.tokens.shape[0]
 
         def add(sums, part: Batch):
             return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(state.params, part)), ()

@@ -6,9 +6,10 @@ import pathlib
 
 import pytest
 
-from lsjax.config import Experts, LayerKind, RopeScaling
+from lsjax.config import LayerKind, RopeScaling
 from lsjax.families import FAMILIES, parse_config, read_config
 from lsjax.families.qwen3_5 import DeltaNet
+from lsjax.families.qwen_moe import Experts
 from lsjax.positions.scaling import override_rope_scaling
 from lsjax.runtime.errors import UserError
 
@@ -96,7 +97,7 @@ EXPECTED = {
         "qk_norm": True,
         "num_kv_heads": 4,
         "max_position_embeddings": 262144,
-        "layers": (LayerKind(experts=Experts(128, 8, 768, True, 0.001)),) * 48,
+        "layers": (LayerKind(mlp=Experts(128, 8, 768, True, 0.001)),) * 48,
     },
     "Qwen3.5-9B": _QWEN3_5
     | {

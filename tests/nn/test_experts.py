@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 from lsjax import UserError
 from lsjax.checkpoint import convert_hf_to_orbax, convert_orbax_to_hf, load_parameters
 from lsjax.checkpoint.random_weights import write_random_checkpoint
-from lsjax.config import Experts, LayerKind
+from lsjax.config import LayerKind
 from lsjax.distributed.sharding import check_fits_mesh, make_mesh
 from lsjax.families import parse_config, read_config
+from lsjax.families.qwen_moe import Experts
 from lsjax.nn.decoder import Decoder
 from lsjax.nn.experts import MixtureOfExperts, choose_experts
 from lsjax.nn.parameters import flatten
@@ -89,7 +90,7 @@ def test_of_equal_experts_the_first_are_chosen():
 
 def with_experts():
     """A tiny model whose first layer has experts, and whose second has none."""
-    kinds = LayerKind(experts=EXPERTS), LayerKind(11)
+    kinds = LayerKind(mlp=EXPERTS), LayerKind(11)
     return dataclasses.replace(tiny("rotary"), layers=kinds)
 
 
@@ -208,7 +209,7 @@ def test_settings_that_cannot_be_are_refused(changes, said):
 def test_experts_that_cannot_be_split_are_refused():
     config = dataclasses.replace(
         read_config(CONFIGS["qwen3_moe"]),
-        layers=(LayerKind(experts=dataclasses.replace(EXPERTS, count=6)),),
+        layers=(LayerKind(mlp=dataclasses.replace(EXPERTS, count=6)),),
     )
     with pytest.raises(UserError, match="6 experts cannot be split over model=4"):
         check_fits_mesh(config, {"data": 1, "context": 1, "model": 4})

@@ -56,8 +56,8 @@ def _of_settings(given: str | float | Mapping[str, Any]) -> SparsePrefill:
 
 def _unknown(given: Any) -> UserError:
     return UserError(
-        f"sparse_prefill {given!r} is not known; use none, a number alpha such as 0.05, or settings "
-        'as in {"alpha": 0.05, "first_layers": 2}.'
+        f"sparse_prefill {given!r} is not known; use none, a number alpha such as 0.05, or "
+        'settings as in {"alpha": 0.05, "first_layers": 2}.'
     )
 
 

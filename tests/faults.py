@@ -189,6 +189,20 @@ FAULTS = (
         "tests/attention/test_dual_chunk.py",
     ),
     Fault(
+        "a window's tokens of the lap before in another chunk of positions",
+        "lsjax/cache/window.py",
+        "slots(oldest, lap, lap - last - sinks)",
+        "slots(oldest, lap, oldest - sinks)",
+        "tests/compression/test_dual_chunk.py",
+    ),
+    Fault(
+        "a compensation token that counts all dropped tokens for each range of keys",
+        "lsjax/cache/window.py",
+        "count = token.count_between(step.begin, step.end, self.spec.sinks)",
+        "count = None",
+        "tests/compression/test_dual_chunk.py",
+    ),
+    Fault(
         "a wrong slot in the zigzag",
         "lsjax/distributed/sequence_layout.py",
         "rest - (2 * self.devices - 1 - device) * self.piece_length, 0",
@@ -522,7 +536,7 @@ FAULTS = (
     Fault(
         "a compressed document without what stands for its dropped tokens",
         "lsjax/cache/window.py",
-        "        return merge(partial, attend_to_compensation_token(q, self.compensation_token))",
+        "        return merge(partial, self._attend_to_dropped(q, step))",
         "        return partial",
         "tests/compression/test_document.py",
     ),

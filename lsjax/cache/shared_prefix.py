@@ -150,7 +150,7 @@ class SharedPrefix:
 
     def _attend(self, held: FullCache | WindowCache, q: jax.Array, step: Step) -> Partial:
         if isinstance(held, WindowCache):
-            return held.attend_to_held(q, step, self.length, step.end)
+            return held.attend_to_held(q, step, self.length)
         args = q, held.k, held.v, step, held.zigzag, step.begin, step.end, self.length
         return merge_devices(attend_to_slots(*args), step, held.zigzag)
 

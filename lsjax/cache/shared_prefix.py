@@ -81,6 +81,10 @@ class SharedPrefix:
     def block(self) -> None:
         return None
 
+    @property
+    def chunk(self) -> int:
+        return self.own.chunk
+
     def partition_specs(self) -> "SharedPrefix":
         return SharedPrefix(
             self.document.partition_specs(), PartitionSpec(), self.own.partition_specs()

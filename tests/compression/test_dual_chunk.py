@@ -95,10 +95,10 @@ class Layer:
         zigzag = zigzag_of(CHUNK, self.mesh.shape["context"])
         shape = rows or len(self.totals), KV_HEADS, 512, HEAD_DIM
         store = empty_kv_array(shape, dtype)
-        cache = FullCache(store, store, zigzag)
+        cache = FullCache(store, store, zigzag, CHUNK)
         if dtype != "float32":
             zeros = jnp.zeros((*shape[:2], 64, HEAD_DIM))
-            cache = FloatTail(cache, FloatBlock(zeros, zeros), CHUNK)
+            cache = FloatTail(cache, FloatBlock(zeros, zeros))
         specs = cache.partition_specs()
         return jax.device_put(cache, jax.tree.map(lambda s: sharding(self.mesh, s), specs))
 
@@ -131,11 +131,8 @@ class Layer:
         order = empty.zigzag.permutation(512)
         k = rotated(self.k, np.arange(512) % STRIDE)
         k, v = (x.astype(np.float32)[:, order].swapaxes(1, 2) for x in (k, self.v))
-        return jax.tree.map(
-            lambda x, held: jax.device_put(x, held.sharding),
-            FullCache(KVArray(k, None), KVArray(v, None), empty.zigzag),
-            empty,
-        )
+        filled = empty.replace(k=KVArray(k, None), v=KVArray(v, None))
+        return jax.tree.map(lambda x, held: jax.device_put(x, held.sharding), filled, empty)
 
     def compress(self, cache, lengths, spec, whole=1):
         parts = HeadSplit(whole, ((KV_HEADS // self.shards - whole, spec),))

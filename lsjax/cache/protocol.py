@@ -84,7 +84,7 @@ class Step:
 
         With dual chunk attention they are if they belong to one chunk of positions; else always.
         """
-        return self.views == 1 or (size > 0 and self.tables.chunks.stride % size == 0)
+        return self.views == 1 or self.tables.chunks.holds_whole(size)
 
     def around_ring(self, zigzag: Zigzag) -> bool:
         """Returns whether the tokens are sharded over the context axis, as a prefill chunk is."""

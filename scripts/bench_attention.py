@@ -47,7 +47,7 @@ from lsjax.cache import (
     WindowSpec,
     compress,
 )
-from lsjax.cache.window import attend_to_compensation_token
+from lsjax.cache.compensation_token import attend_to_compensation_token
 from lsjax.cli.flags import parse_lengths
 from lsjax.cli.program import run_program
 from lsjax.compression import RazorConfig

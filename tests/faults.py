@@ -203,6 +203,27 @@ FAULTS = (
         "tests/attention/test_dual_chunk.py",
     ),
     Fault(
+        "a window's tokens of the lap before in another chunk of positions",
+        "lsjax/cache/window.py",
+        "slots(oldest, lap, lap - last - sinks)",
+        "slots(oldest, lap, oldest - sinks)",
+        "tests/compression/test_dual_chunk.py",
+    ),
+    Fault(
+        "a compensation token that counts all dropped tokens for each range of keys",
+        "lsjax/cache/window.py",
+        "count = token.count_between(step.begin, step.end, self.spec.sinks)",
+        "count = None",
+        "tests/compression/test_dual_chunk.py",
+    ),
+    Fault(
+        "keys of an earlier chunk of positions in a view of the query's own",
+        "lsjax/attention/cudnn.py",
+        "begin = 0 if key_range.start is None else key_range.start[0, 0]",
+        "begin = 0",
+        "tests/attention/test_gpu_kernels.py -k all_see",
+    ),
+    Fault(
         "a wrong slot in the zigzag",
         "lsjax/distributed/sequence_layout.py",
         "rest - (2 * self.devices - 1 - device) * self.piece_length, 0",
@@ -536,7 +557,7 @@ FAULTS = (
     Fault(
         "a compressed document without what stands for its dropped tokens",
         "lsjax/cache/window.py",
-        "        return merge(partial, attend_to_compensation_token(q, self.compensation_token))",
+        "        return merge(partial, self._attend_to_dropped(q, step))",
         "        return partial",
         "tests/compression/test_document.py",
     ),

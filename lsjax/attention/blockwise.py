@@ -82,8 +82,9 @@ class QueryBlocks(NamedTuple):
       size: queries per block, a divisor of their number.
       causal: whether queries see slots of their block.
       before: number of slots before a block that it sees at most; `start` is the first of them, the
-        same for all of its queries. None if queries see from slot 0 (`start` is None); then the
-        numbers of slots before two blocks of a row differ by at most the number of queries.
+        same for all of its queries. None if all queries and rows see from one slot on, `start`, or
+        from slot 0 (`start` is None); then the numbers of slots before two blocks of a row differ
+        by at most the number of queries.
       window: sliding window, more than `size`, or None: query i of a block whose own slots are from
         s on sees slots from s + i + 1 - window on, but none before the `start` of the block's first
         query. `before` is None with it.

@@ -60,7 +60,8 @@ def in_blocks(
         partial = _by_block(q, k, v, start, own - start, span, partial)
     if partial is not None and k.capacity <= length:
         return partial  # no slot is before all blocks
-    return _piece_by_piece(q, k, v, first, partial)
+    begin = 0 if key_range.start is None else key_range.start[0, 0]
+    return _piece_by_piece(q, k, v, first, partial, begin)
 
 
 def in_general(
@@ -86,8 +87,6 @@ def in_general(
     """
     first = jnp.clip(jnp.max(begin), 0, k.capacity)
     last = jnp.clip(jnp.min(end), first, k.capacity)
-    # A slice of a piece's size from `first` on must fit into the capacity.
-    last = jnp.where(first + _piece_size(k) <= k.capacity, last, first)
     partial = merge(edges(begin, jnp.minimum(end, first)), edges(jnp.maximum(begin, last), end))
     return _piece_by_piece(q, k, v, jnp.full(q.shape[0], last), partial, first)
 
@@ -199,14 +198,20 @@ def _piece_by_piece(
     """Adds to `partial` the slots from `begin` to before `end` [batch], which all queries see."""
     folded, size = _fold(q, q.shape[3]), _piece_size(k)
 
+    def slots_from(start: jax.Array, x: KVArray) -> KVArray:
+        if isinstance(begin, int):
+            return x.block(None, start, size)
+        # A slice would have to end within the capacity.
+        return jax.tree.map(lambda x: jnp.take(x, start + jnp.arange(size), 2, mode="clip"), x)
+
     def piece(start: jax.Array, stop: jax.Array) -> Partial:
-        keys, values = (_bfloat16(x.block(None, start, size)) for x in (k, v))
+        keys, values = (_bfloat16(slots_from(start, x)) for x in (k, v))
         length = jnp.clip(jnp.minimum(end, stop) - start, 0, size)
         return _unfold(_attend(folded, keys, values, length), q.shape)
 
     last = jnp.max(end)
-    if size == k.capacity and isinstance(begin, int):  # a loop would only make the host wait
-        return _merged(partial, piece(jnp.int32(0), last))
+    if size == k.capacity:  # a loop would only make the host wait
+        return _merged(partial, piece(jnp.int32(begin), last))
     pieces = -(-(last - begin) // size)
 
     def step(i: jax.Array, partial: Partial) -> Partial:

@@ -8,7 +8,8 @@
   piece. Queries in blocks need nothing else, see QueryBlocks. The edges of other key ranges are
   left to the blockwise loop: those of chunks that may begin within a block of a quantized cache, of
   a window within which a block of queries does not fit or that is larger than a piece, of
-  StreamingLLM, and of windows around the ring.
+  StreamingLLM, of windows around the ring, and of dual chunk attention there, after a document and
+  in chunks that may reach into another chunk of positions.
 - GPU, gradients: cuDNN's backward pass for the slots that 1,024 queries all see; edges as above.
 - GPU and TPU, sparse prefill: our own kernels, which read the blocks that were chosen.
 - TPU: our own kernel, since splash attention reads no int8 and needs masks and lengths that are

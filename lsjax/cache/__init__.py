@@ -6,6 +6,7 @@ SharedPrefix puts a document before the tokens of each row. SparseCache has pref
 blocks that matter.
 """
 
+from lsjax.cache.compensation_token import CompensationToken
 from lsjax.cache.float_tail import BLOCK, FloatBlock, FloatTail
 from lsjax.cache.full import FullCache
 from lsjax.cache.head_groups import HeadGroups, HeadSplit, compress
@@ -43,7 +44,7 @@ from lsjax.cache.spec import (
     layer_bytes,
 )
 from lsjax.cache.token_slices import TokenSlice, from_slices, take_tokens
-from lsjax.cache.window import CompensationToken, WindowCache, WindowSpec
+from lsjax.cache.window import WindowCache, WindowSpec
 
 __all__ = [
     "BLOCK",

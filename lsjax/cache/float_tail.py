@@ -60,13 +60,10 @@ class FloatTail:
     Attributes:
       inner: quantized cache of all blocks.
       tail: current block.
-      chunk: positions of which each prefill chunk's first one is a multiple, and at most that many
-        are in a chunk; 0 if chunks may start anywhere.
     """
 
     inner: LayerCache
     tail: FloatBlock
-    chunk: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def zigzag(self) -> Zigzag:
@@ -138,10 +135,12 @@ class FloatTail:
 
         Both are None where a block of positions might begin among the queries of a QueryBlocks.
         """
-        block, zigzag = self.block, self.zigzag
-        starts_block = self.chunk > 0 and self.chunk % block == 0
+        block, chunk, zigzag = self.block, self.inner.chunk, self.zigzag
+        starts_block = chunk > 0 and chunk % block == 0
         window = step.blocks and step.blocks.window
         if step.blocks is None or (window is not None and (window <= block or not starts_block)):
+            return None, None
+        if not step.within_chunks(chunk) or not step.within_chunks(block):
             return None, None
         if step.around_ring(zigzag):
             size, whole = zigzag.piece_length, starts_block and length * zigzag.devices % block == 0
@@ -154,7 +153,7 @@ class FloatTail:
                 return None, None
         elif starts_block and (length % block == 0 or length < block):
             size, near = min(length, block), 0
-        elif 0 < length <= self.chunk and block % self.chunk == 0:
+        elif 0 < length <= chunk and block % chunk == 0:
             size, near = length, block
         else:
             return None, None
@@ -190,7 +189,8 @@ class FloatTail:
         partial = attend_around_ring(q, *chunk, step, zigzag, begin, end, slot, length, blocks)
         if blocks:
             partial = merge(partial, attend_to_own_piece(q, *chunk, step, zigzag))
-        if math.lcm(zigzag.block_length, self.chunk or 1) % self.block:  # may begin within a block
+        chunk_begins = math.lcm(zigzag.block_length, self.inner.chunk or 1)
+        if chunk_begins % self.block:  # maybe within a block
             first = start // self.block * self.block
             shifted = step.replace(positions=step.positions - first)
             end = jnp.minimum(step.end, start) - first

@@ -26,11 +26,14 @@ class FullCache:
     Attributes:
       k, v: [batch, kv_heads, capacity, head_dim]; slot s holds position s of `zigzag`.
       zigzag: layout of positions along the mesh's context axis.
+      chunk: positions of which each prefill chunk's first one is a multiple, and at most that many
+        are in a chunk; 0 if chunks may start anywhere.
     """
 
     k: KVArray
     v: KVArray
     zigzag: Zigzag = flax.struct.field(pytree_node=False, default=ONE_DEVICE)
+    chunk: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def block(self) -> None:
@@ -43,6 +46,8 @@ class FullCache:
         self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step
     ) -> tuple[Partial, "FullCache"]:
         cache, new_k, new_v = self._written(k, v, step)
+        if not step.within_chunks(self.chunk):
+            step = step.replace(blocks=None)
         if step.around_ring(self.zigzag) and step.blocks:
             args = q, cache.k, cache.v, new_k, new_v, step, self.zigzag
             return attend_by_chunk(*args), cache

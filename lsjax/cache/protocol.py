@@ -69,13 +69,22 @@ class Step:
         key_range = KeyRange(start, stop, self.query_positions, positions)
         if self.views == 1 or (self.decode and dispatch.reads_once(self.platform)):
             return dispatch.attend(self.platform, q, k, v, key_range, self.slopes, blocks)
-        # The views of a block of queries see keys far apart: each reads only its own.
+        # The views of a block of queries see keys far apart: each reads only its own. All queries
+        # of a chunk of positions see the same keys of others.
         partials, length = [], self.positions.shape[1]
+        last, others = (self.views - 1) * length, blocks and QueryBlocks(length, causal=False)
         for first in range(0, self.views * length, length):
             of_view = key_range.queries(lambda x, at=first: x[:, at : at + length])
-            view = q[:, :, :, first : first + length]
-            partials.append(dispatch.attend(self.platform, view, k, v, of_view, None, blocks))
+            view, known = q[:, :, :, first : first + length], blocks if first == last else others
+            partials.append(dispatch.attend(self.platform, view, k, v, of_view, None, known))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *partials)
+
+    def within_chunks(self, size: int) -> bool:
+        """Returns whether positions from one multiple of `size` to the next are seen alike.
+
+        With dual chunk attention they are if they belong to one chunk of positions; else always.
+        """
+        return self.views == 1 or self.tables.chunks.holds_whole(size)
 
     def around_ring(self, zigzag: Zigzag) -> bool:
         """Returns whether the tokens are sharded over the context axis, as a prefill chunk is."""

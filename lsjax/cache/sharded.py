@@ -92,7 +92,9 @@ def update_and_attend(
 def _on_device(q, k, v, positions, lengths, cache, slopes, tables, *, window, **static):
     dtype, length, views = v.dtype, k.shape[1], q.shape[3] // k.shape[3]
     q, k, v = by_head(jnp.concatenate(jnp.split(q, views, axis=3), axis=1), k, v)
-    in_blocks = dispatch.takes_blocks(static["platform"]) and not static["decode"] and views == 1
+    in_blocks = dispatch.takes_blocks(static["platform"]) and not static["decode"]
+    if views > 1 and cache.zigzag.devices > 1:  # pieces of the ring's keys are of several views
+        in_blocks = False
     begin = None if window is None else jnp.maximum(positions + 1 - window, 0)
     end = positions + 1
     if views > 1:

@@ -81,6 +81,10 @@ class SharedPrefix:
     def block(self) -> None:
         return None
 
+    @property
+    def chunk(self) -> int:
+        return self.own.chunk
+
     def partition_specs(self) -> "SharedPrefix":
         return SharedPrefix(
             self.document.partition_specs(), PartitionSpec(), self.own.partition_specs()
@@ -150,7 +154,7 @@ class SharedPrefix:
 
     def _attend(self, held: FullCache | WindowCache, q: jax.Array, step: Step) -> Partial:
         if isinstance(held, WindowCache):
-            return held.attend_to_held(q, step, self.length, step.end)
+            return held.attend_to_held(q, step, self.length)
         args = q, held.k, held.v, step, held.zigzag, step.begin, step.end, self.length
         return merge_devices(attend_to_slots(*args), step, held.zigzag)
 

@@ -119,12 +119,12 @@ def empty_layer(
     if spec.sparse is not None and spec.chunk and window is None:
         cache = _empty_sparse(config, spec, spec.sparse, store)
     else:
-        cache = kind(store, store, spec.zigzag)
+        cache = kind(store, store, spec.zigzag, spec.chunk)
     if spec.dtype not in _QUANTIZED:
         return cache
     shape = (*rows, spec.block, config.head_dim)
     zeros = empty_kv_array(shape, spec.compute_dtype, platform).data
-    return FloatTail(cache, FloatBlock(zeros, zeros), spec.chunk)
+    return FloatTail(cache, FloatBlock(zeros, zeros))
 
 
 def _empty_sparse(
@@ -139,6 +139,7 @@ def _empty_sparse(
         k=store,
         v=store,
         zigzag=spec.zigzag,
+        chunk=spec.chunk,
         means=BlockMeans(means, means, ints),
         counts=counts,
         rule=rule,

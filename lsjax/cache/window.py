@@ -5,12 +5,16 @@ tokens dropped in between: it has the means of their keys and values, and counts
 there are dropped tokens. With ALiBi it keeps only the last tokens, because the tokens that it drops
 have next to no weight. Source: RazorAttention (arXiv 2407.15891).
 
+With dual chunk attention each view of a query sees what is left of its range of keys, and the
+compensation token as many times as tokens of that range were dropped.
+
 The queries of a prefill chunk see the window as it was before the chunk, the compensation token,
 and the chunk's tokens up to themselves. So tokens past the first windowful see less than with a
 cache that is compressed after the whole prompt.
 """
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -20,10 +24,10 @@ from lsjax.attention.blockwise import QueryBlocks
 from lsjax.attention.hadamard import hadamard_transform
 from lsjax.attention.kv_array import KVArray, write_tokens
 from lsjax.attention.partial import Partial, merge, merge_over_axis
+from lsjax.cache.compensation_token import CompensationToken, attend_to_compensation_token
 from lsjax.cache.protocol import Step
 from lsjax.distributed.sequence_layout import CAPACITY_MULTIPLE, Zigzag
 from lsjax.distributed.sharding import CACHE_SPEC, FLOAT_TAIL_SPEC, TOKENS_SPEC
-from lsjax.runtime.precision import einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +70,30 @@ class WindowSpec:
         rolled = newest - (newest - slots) % self.last
         return jnp.where((slots < self.sinks) | (rolled < self.sinks), slots, rolled)
 
+    def slot_ranges(
+        self, begin: jax.Array, end: jax.Array, length: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Returns the slots of those positions begin .. end - 1 that are kept.
 
-@flax.struct.dataclass
-class CompensationToken:
-    """The compensation token of each head, which stands for the tokens that the head has dropped.
+        Args:
+          begin, end: [..., queries] positions.
+          length: [...] number of tokens of the text.
 
-    Attributes:
-      k, v: [batch, kv_heads, head_dim] float32 means of the dropped keys and values; keys in the
-        form that queries attend to.
-      count: [batch] number of dropped tokens.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    count: jax.Array
-
-    def add(self, k: jax.Array, v: jax.Array, valid: jax.Array) -> "CompensationToken":
-        """Adds one dropped token to each row in which `valid` [batch] is true.
-
-        `k` and `v` are [batch, kv_heads, head_dim] float32.
+        Returns:
+          Start and stop, [..., queries] each, of three ranges of slots: those of the sinks, of the
+          ring buffer's present lap, and of the rest of the lap before.
         """
-        count = self.count + valid
-        share = (valid / jnp.maximum(count, 1))[:, None, None]
-        return CompensationToken(
-            self.k + share * (k - self.k), self.v + share * (v - self.v), count
+        length, sinks, last = length[..., None], self.sinks, self.last
+        lap = sinks + jnp.maximum(length - 1 - sinks, 0) // last * last  # its first position
+        oldest = jnp.clip(length - last, sinks, lap)
+
+        def slots(first: jax.Array, stop: jax.Array, offset: jax.Array | int) -> tuple:
+            return tuple(jnp.clip(at, first, stop) - offset for at in (begin, end))
+
+        return (
+            slots(jnp.zeros_like(length), jnp.minimum(length, sinks), 0),
+            slots(lap, jnp.maximum(length, lap), lap - sinks),
+            slots(oldest, lap, lap - last - sinks),
         )
 
 
@@ -137,7 +141,7 @@ class WindowCache:
     def _decode(self, q, k, v, step):
         """Runs a decode step of a single token; see update_and_attend."""
         spec, position = self.spec, step.positions[:, 0]
-        before, own_slots = self._slots()
+        before, _ = self._slots()
         slot = spec.slot(position)
 
         def put(store: KVArray, new: jax.Array) -> KVArray:
@@ -146,18 +150,13 @@ class WindowCache:
             return write_tokens(store, new, *args)
 
         cache = self.replace(k=put(self.k, k), v=put(self.v, v))
-        end = jnp.minimum(step.positions + 1, spec.slots) - before
-        end = jnp.clip(end, 0, self.k.capacity)
-        positions = spec.positions(own_slots, position + 1)
-        partial = step.attend(q, cache.k, cache.v, None, end, positions)
-        if self.zigzag.devices > 1:
-            partial = merge_over_axis(partial, "context")
+        partial = cache._attend_to_kept(q, step, step.end, position + 1)
         if self.compensation_token is None:
             return partial, cache
         token = self.compensation_token.add(*self.next_evicted, position >= spec.slots)
         evicted = next_evicted(cache, position + 1)
         cache = cache.replace(compensation_token=token, next_evicted=evicted)
-        return merge(partial, attend_to_compensation_token(q, token)), cache
+        return merge(partial, cache._attend_to_dropped(q, step)), cache
 
     def _prefill(self, q, k, v, step):
         """Runs a chunk; see update_and_attend."""
@@ -170,14 +169,9 @@ class WindowCache:
             at = jnp.broadcast_to(start + jnp.arange(k.shape[2]), (k.shape[0], k.shape[2]))
             all_tokens = step.replace(positions=at)
         before = jnp.minimum(start, step.lengths)  # tokens per row that the window has seen
-        first, own_slots = self._slots()
-        held = jnp.clip(jnp.minimum(before, self.spec.slots) - first, 0, self.k.capacity)
-        held = jnp.broadcast_to(held[:, None], all_tokens.positions.shape)
-        positions = self.spec.positions(own_slots, before)
-        alike = QueryBlocks(everyone.shape[3], causal=False)
-        partial = all_tokens.attend(everyone, self.k, self.v, None, held, positions, alike)
+        held = jnp.broadcast_to(before[:, None], all_tokens.positions.shape)
+        partial = self._attend_to_kept(everyone, all_tokens, held, before)
         if self.zigzag.devices > 1:
-            partial = merge_over_axis(partial, "context")
             order = self.zigzag.permutation(k.shape[2]).reshape(self.zigzag.devices, -1)
             local_order = jnp.asarray(order)[jax.lax.axis_index("context")]
             partial = jax.tree.map(lambda x: jnp.take(x, local_order, axis=3), partial)
@@ -186,38 +180,28 @@ class WindowCache:
         blocks = QueryBlocks(k.shape[2], causal=True) if self.zigzag.devices == 1 else None
         partial = merge(partial, step.attend(q, *chunk, None, end, positions, blocks))
         if self.compensation_token is not None:
-            partial = merge(partial, attend_to_compensation_token(q, self.compensation_token))
+            partial = merge(partial, self._attend_to_dropped(q, step))
         after = jnp.minimum(start + k.shape[2], step.lengths)
         return partial, _rolled(self, k, v, start, before, after)
 
-    def attend_to_held(
-        self, q: jax.Array, step: Step, length: jax.Array, end: jax.Array
-    ) -> Partial:
+    def attend_to_held(self, q: jax.Array, step: Step, length: jax.Array) -> Partial:
         """Attends to what is held of a text, and writes nothing.
 
         Args:
           q: queries; see LayerCache. On a mesh each device has its own around the ring, and else
             all of them.
-          step: the step.
+          step: the step. Its `end` is zero for queries that are padding, which may see nothing.
           length: [] number of tokens of the text.
-          end: [batch, queries] zero for queries that are padding, which may see nothing; for the
-            others a position from `length` on.
         """
         everyone, all_tokens, around = q, step, step.around_ring(self.zigzag)
         if around:  # the window's shards stay where they are
             everyone = jax.lax.all_gather(q, "context", axis=3, tiled=True)
-            at, end = (
-                jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (step.positions, end)
+            positions, begin, end = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True),
+                (step.positions, step.begin, step.end),
             )
-            all_tokens = step.replace(positions=at)
-        first, own_slots = self._slots()
-        held = jnp.minimum(jnp.minimum(end, length), self.spec.slots)
-        held = jnp.clip(held - first, 0, self.k.capacity)
-        positions = self.spec.positions(own_slots, length)
-        alike = QueryBlocks(everyone.shape[3], causal=False)
-        partial = all_tokens.attend(everyone, self.k, self.v, None, held, positions, alike)
-        if self.zigzag.devices > 1:
-            partial = merge_over_axis(partial, "context")
+            all_tokens = step.replace(positions=positions, begin=begin, end=end)
+        partial = self._attend_to_kept(everyone, all_tokens, all_tokens.end, length)
         if around:
             here, size = jax.lax.axis_index("context"), q.shape[3]
             partial = jax.tree.map(
@@ -225,7 +209,42 @@ class WindowCache:
             )
         if self.compensation_token is None:
             return partial
-        return merge(partial, attend_to_compensation_token(q, self.compensation_token))
+        return merge(partial, self._attend_to_dropped(q, step))
+
+    def _attend_to_kept(
+        self, q: jax.Array, step: Step, end: jax.Array, length: jax.Array
+    ) -> Partial:
+        """Attends to the slots of all devices.
+
+        Args:
+          q: all devices' queries; see LayerCache.
+          step: the step. Queries see what is kept from its `begin` on.
+          end: [batch, queries] position before which they see it.
+          length: [batch] or [] number of tokens of which the window is what is kept.
+        """
+        first, own_slots = self._slots()
+        positions = self.spec.positions(own_slots, length)
+
+        def attend(start: jax.Array | None, stop: jax.Array, blocks: QueryBlocks | None) -> Partial:
+            start, stop = jax.tree.map(
+                lambda slot: jnp.clip(slot - first, 0, self.k.capacity), (start, stop)
+            )
+            return step.attend(q, self.k, self.v, start, stop, positions, blocks)
+
+        if step.begin is None:
+            stop = jnp.minimum(jnp.minimum(end, length[..., None]), self.spec.slots)
+            partial = attend(None, stop, QueryBlocks(q.shape[3], causal=False))
+        else:
+            ranges = self.spec.slot_ranges(step.begin, end, length)
+            partial = functools.reduce(merge, (attend(*x, None) for x in ranges))
+        return merge_over_axis(partial, "context") if self.zigzag.devices > 1 else partial
+
+    def _attend_to_dropped(self, q: jax.Array, step: Step) -> Partial:
+        """Attends to the compensation token."""
+        token, count = self.compensation_token, None
+        if step.begin is not None:
+            count = token.count_between(step.begin, step.end, self.spec.sinks)
+        return attend_to_compensation_token(q, token, count)
 
     def _slots(self) -> tuple[jax.Array, jax.Array]:
         """Returns this device's first slot, and all its slots."""
@@ -350,19 +369,3 @@ def next_evicted(cache: WindowCache, position: jax.Array) -> tuple[jax.Array, ja
     slot = cache.spec.slot(position) - jax.lax.axis_index("context") * cache.k.capacity
     # Only one device has the slot; the others give zeros.
     return jax.lax.psum(tuple(floats_at(store, slot) for store in (cache.k, cache.v)), "context")
-
-
-def attend_to_compensation_token(q: jax.Array, token: CompensationToken) -> Partial:
-    """Computes attention of queries to the compensation token.
-
-    The log of the number of dropped tokens is added to the scaled score: with equal keys, the
-    compensation token gets their combined weight. Source: RazorAttention (arXiv 2407.15891).
-
-    Args:
-      q: [batch, kv_heads, group, length, head_dim], already scaled by 1/sqrt(head_dim).
-      token: compensation token of these heads.
-    """
-    scores = einsum("bkgld,bkd->bkgl", q.astype(jnp.float32), token.k)
-    lse = scores + jnp.log(token.count.astype(jnp.float32))[:, None, None, None]
-    values = jnp.where(token.count > 0, 1.0, 0.0)[:, None, None] * token.v
-    return Partial(jnp.broadcast_to(values[:, :, None, None], q.shape), lse)

@@ -165,7 +165,8 @@ def _print(p: Plan) -> None:
     planned, run = p.prefill_paths
     compiled = "" if planned == run else f"; compiled for this plan, without the GPU, to {planned}"
     prefill = "dense prefill" if p.deployment.sparse_prefill else "prefill"
-    print(f"attention  {prefill} by {run}{compiled}")
+    views = f", {p.prefill_views}" if p.prefill_views else ""
+    print(f"attention  {prefill} by {run}{views}{compiled}")
     print(f"\nper device, {'compiled' if p.compiled else 'by arithmetic'}")
     print("program       weights       cache  temporaries       total        free          of")
     for name, n in p.programs.items():

@@ -76,10 +76,10 @@ class Compression:
     def served_length(self, config: ModelConfig) -> int:
         """Returns the longest sequence, in tokens, that the model serves with this cache.
 
-        Dual chunk attention needs all keys.
+        Dual chunk attention needs all keys of a prompt while it is read.
         """
-        dual_chunk = config.rope_scaling.kind == "dual_chunk"
-        return config.trained_length if dual_chunk else config.served_length
+        forgets = config.rope_scaling.kind == "dual_chunk" and not self.by_layer
+        return config.trained_length if forgets else config.served_length
 
     def span(self, length: int) -> int:
         """Returns how far apart positions get in a text of `length` tokens, at most."""

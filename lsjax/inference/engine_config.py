@@ -83,16 +83,21 @@ class EngineConfig:
 
 
 def check_chunks(config: ModelConfig, settings: EngineConfig, length: int) -> None:
-    """Refuses a compressed cache for requests that need dual chunk attention.
+    """Refuses requests that need dual chunk attention where a cache forgets while it reads.
 
     Raises:
       UserError: a request of `length` tokens, prompt and output together, is one.
     """
-    if settings.compression and chunks_for(config, settings.span(length)):
+    compression = settings.compression
+    if compression is None or compression.by_layer:
+        return
+    if chunks_for(config, settings.span(length)):
         raise UserError(
-            f"kv_compression does not go with dual chunk attention, which {length} tokens need: "
-            "what a head keeps of them belongs to no one chunk of positions; set kv_compression "
-            f"none, or ask for at most {config.trained_length} tokens."
+            "a kv_compression that forgets while it reads (streaming_llm, or razor with streaming) "
+            f"does not go with dual chunk attention, which {length} tokens need: what tokens of a "
+            "prompt see of those before them belongs to no one chunk of positions; set "
+            "kv_compression razor without streaming, or none, or ask for at most "
+            f"{config.trained_length} tokens."
         )
 
 

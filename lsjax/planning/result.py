@@ -10,6 +10,7 @@ from lsjax.planning.deployment import Deployment, MemoryUsage
 from lsjax.planning.shared_document import DocumentPlan
 from lsjax.planning.speed import Speed
 from lsjax.planning.targets import Target
+from lsjax.positions.dual_chunk import chunks_for
 from lsjax.runtime.html import grid, table
 from lsjax.runtime.memory import human_bytes
 
@@ -69,6 +70,25 @@ class Plan:
             for asked in (0 if ahead else capability, capability)
         )
 
+    @property
+    def prefill_views(self) -> str | None:
+        """What the views of dual chunk attention are in prefill as run; None without it."""
+        d, (_, run) = self.deployment, self.prefill_paths
+        chunks = chunks_for(self.config, d.span(d.document_length + self.length + d.output_length))
+        if chunks is None:
+            return None
+        sizes = [
+            d.prefill_chunk,
+            *([d.cache_block] if d.kv_cache_dtype in ("int8", "int4") else []),
+        ]
+        alone = d.sizes["context"] == 1 and not d.document_length
+        if run != "cuDNN" or (alone and all(map(chunks.holds_whole, sizes))):
+            return "each of three views in a call of its own"
+        return (
+            "each of three views in a call of its own, and the blockwise loop for slots that only "
+            "some queries see"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Returns the plan as JSON data; memory is in bytes per device, lengths are in tokens."""
         return {
@@ -84,7 +104,8 @@ class Plan:
             "settings": _as_flags(self.deployment),
             "document": self.document and dataclasses.asdict(self.document),
             "compiled": self.compiled,
-            "prefill_attention": dict(zip(("planned", "run"), self.prefill_paths, strict=True)),
+            "prefill_attention": dict(zip(("planned", "run"), self.prefill_paths, strict=True))
+            | {"views": self.prefill_views},
             "expected": self.speed and dataclasses.asdict(self.speed),
             "table": [
                 {"length": n, "programs": _with_totals(needs, self.target)}

@@ -38,6 +38,10 @@ class DualChunk:
         farthest = jnp.full_like(position, min(2 * self.stride - 1, self.size))
         return farthest, jnp.minimum(place + self.stride, self.size), place
 
+    def holds_whole(self, size: int) -> bool:
+        """Returns whether positions from one multiple of `size` to the next are in one chunk."""
+        return size > 0 and self.stride % size == 0
+
     def unlimited_offsets(self) -> tuple[int, ...]:
         """Returns how far beyond its place in its chunk a query is rotated to choose among keys.
 

@@ -20,6 +20,8 @@ from lsjax.planning import find_target, target_mesh
 from lsjax.planning.arithmetic import cache_bytes, hidden_bytes, needs_of
 from lsjax.planning.compiled import compile_for
 
+DUAL_CHUNK = CONFIGS / "Qwen2.5-7B-Instruct-1M.json"
+
 
 @pytest.mark.parametrize(
     ("path", "target", "devices", "length", "batch"),
@@ -88,10 +90,16 @@ def test_decode_over_a_compressed_cache_copies_nothing_of_it(target, mesh):
 
 
 @pytest.mark.parametrize(
-    ("path", "devices", "kv", "window"),
-    [(QWEN, 1, "int8", None), (QWEN, 1, "bfloat16", 4096), (QWEN, 8, "int8", None)],
+    ("path", "devices", "kv", "window", "views"),
+    [
+        (QWEN, 1, "int8", None, 1),
+        (QWEN, 1, "bfloat16", 4096, 0),
+        (QWEN, 8, "int8", None, 1),
+        (DUAL_CHUNK, 1, "int8", None, 3),
+        (DUAL_CHUNK, 1, "bfloat16", None, 3),
+    ],
 )
-def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, kv, window):
+def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_view(path, devices, kv, window, views):
     """The host decides after each iteration whether a loop goes on, unless their number is known to
     the compiler."""
     config = with_layers(path, 1)
@@ -101,12 +109,13 @@ def test_prefill_on_a_gpu_waits_for_the_host_in_one_loop_a_layer(path, devices, 
     deployment = deployment_of((1, devices, 1), "bfloat16", kv, 4096, 1, 256)
     mesh = target_mesh(find_target(f"h100-80gb:{devices}"), deployment.sizes)
     engine = Engine(config, dataclasses.replace(deployment, mesh=mesh))
-    prefill, _ = engine.lower_ahead(deployment.cache_spec_for(2**17))
+    length = 1_008_000 if path == DUAL_CHUNK else 2**17
+    prefill, _ = engine.lower_ahead(deployment.cache_spec_for(length))
     text = prefill.compile().as_text()
     assert "__cudnn$fmha" in text
     loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
     unknown = [line for line in loops if "known_trip_count" not in line]
-    assert len(unknown) == (1 if window is None else 0)
+    assert len(unknown) == views
 
 
 @pytest.mark.as_users_compile

@@ -7,7 +7,6 @@ and in chunks may be at most twice as far from the truth.
 import functools
 from typing import NamedTuple
 
-import helpers.cudnn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 from helpers.oracle import attention, dequantised
 from helpers.plain_attention import causal_attention
 
-from lsjax.attention import cudnn, dispatch
 from lsjax.attention.blockwise import KeyRange, attend
 from lsjax.attention.hadamard import hadamard_matrix
 from lsjax.attention.kv_array import KVArray, empty_kv_array
@@ -27,7 +25,6 @@ from lsjax.cache import (
     RollingCache,
     attach,
     detach,
-    sharded,
     update_and_attend,
 )
 from lsjax.distributed.sequence_layout import Zigzag, round_up_to_blocks
@@ -60,10 +57,10 @@ class Case(NamedTuple):
 def empty(case, batch, kv_heads):
     store = empty_kv_array((batch, kv_heads, case.capacity, HEAD_DIM), case.cache)
     kind = FullCache if case.window is None or case.capacity >= case.length else RollingCache
-    cache = kind(store, store, zigzag(case))
+    cache = kind(store, store, zigzag(case), case.chunk if case.chunk > 1 else 0)
     if quantised(case):
         zeros = empty_kv_array((batch, kv_heads, BLOCK, HEAD_DIM), case.dtype).data
-        cache = FloatTail(cache, FloatBlock(zeros, zeros), case.chunk if case.chunk > 1 else 0)
+        cache = FloatTail(cache, FloatBlock(zeros, zeros))
     mesh = make_mesh(MESHES[case.mesh])
     specs = jax.tree.map(lambda s: sharding(mesh, s), cache.partition_specs())
     return jax.device_put(cache, specs)
@@ -228,18 +225,6 @@ def test_as_near_the_truth_as_plain_attention(case):
     assert error <= 2 * plain_error + 1e-7
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Dispatches as on a GPU, with a stand-in for cuDNN that sees pieces of 24 slots."""
-    monkeypatch.setattr(cudnn, "dot_product_attention", helpers.cudnn.dot_product_attention)
-    monkeypatch.setattr(cudnn, "PIECE", 24)
-    monkeypatch.setattr(dispatch, "_GPU_DECODE_QUERIES", 0)
-    monkeypatch.setattr(dispatch, "takes_blocks", lambda _: True)
-    monkeypatch.setattr(sharded, "_WINDOW_QUERIES", 8)
-    attend = dispatch.attend
-    monkeypatch.setattr(dispatch, "attend", lambda _, *args: attend("gpu", *args))
-
-
 def on_gpu(length, chunk, cache, mesh="111", **more):
     return Case(length, 256, chunk, cache=cache, mesh=mesh, dtype="bfloat16", **more)
 
@@ -278,7 +263,7 @@ def after_a_document(case, q, k, v):
     _, document = in_chunks(whole, *(x[:rows, :DOCUMENT] for x in (q, k, v)))
     own = empty(case, q.shape[0], k.shape[2])
     if quantised(case):
-        own = own.replace(chunk=0)
+        own = own.replace(inner=own.inner.replace(chunk=0))
     held = DocumentCache((arrays(document),), np.int32(DOCUMENT), ())
     mesh = make_mesh(MESHES[case.mesh])
 

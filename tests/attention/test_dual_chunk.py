@@ -95,10 +95,10 @@ def empty(case, kv_heads, head_dim):
     zigzag = Zigzag(devices.shape["context"], case.chunk)
     shape = 2, kv_heads, CAPACITY, head_dim
     store = empty_kv_array(shape, case.cache)
-    cache = FullCache(store, store, zigzag)
+    cache = FullCache(store, store, zigzag, case.chunk)
     if case.cache == "int8":
         zeros = jnp.zeros((2, kv_heads, case.block, head_dim))
-        cache = FloatTail(cache, FloatBlock(zeros, zeros), case.chunk)
+        cache = FloatTail(cache, FloatBlock(zeros, zeros))
     return jax.device_put(
         cache, jax.tree.map(lambda s: sharding(devices, s), cache.partition_specs())
     )

@@ -408,3 +408,21 @@ def test_prefill_in_blocks_is_as_near_the_truth_from_every_start(monkeypatch, bl
         got = run(KeyRange(start, stop, stop))
         args = q, k, v, k_scale, v_scale, np.zeros_like(stop) if start is None else start, stop
         assert_as_near(got, in_bfloat16(*args), args)
+
+
+@pytest.mark.parametrize(
+    "blocks", [BLOCKS[0], pytest.param(QueryBlocks(32, causal=False), marks=slow)]
+)
+def test_blocks_may_all_see_from_one_slot_on(monkeypatch, blocks):
+    monkeypatch.setattr(cudnn, "dot_product_attention", dot_product_attention)
+    monkeypatch.setattr(cudnn, "PIECE", 128)
+    case = Case(((0, 0),) * 2, 16, 2, "int8", "bfloat16", CAPACITY, kv_heads=1, length=LENGTH)
+    q, k, v, k_scale, v_scale, _, _ = inputs(case)
+    arrays = KVArray(k, k_scale), KVArray(v, v_scale)
+    run = jax.jit(lambda key_range: cudnn.in_blocks(q, *arrays, key_range, blocks))
+    # A piece from slot 200 on would be past the capacity.
+    for first, at in ((0, 40), (40, 40), (33, 210), (200, CAPACITY - LENGTH)):
+        _, stop = ranges(blocks, at)
+        stop, start = np.tile(stop[:1], (2, 1)), np.full_like(stop, first)
+        args = q, k, v, k_scale, v_scale, start, stop
+        assert_as_near(run(KeyRange(start, stop, stop)), in_bfloat16(*args), args)

@@ -22,7 +22,7 @@ from lsjax.cache import (
     compress,
     update_and_attend,
 )
-from lsjax.cache.window import attend_to_compensation_token
+from lsjax.cache.compensation_token import attend_to_compensation_token
 from lsjax.distributed.sequence_layout import zigzag_of
 from lsjax.distributed.sharding import make_mesh
 

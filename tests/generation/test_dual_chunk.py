@@ -147,8 +147,8 @@ def test_without_the_growing_factor_a_document_serves_any_question():
 
 
 @pytest.mark.slow("two models, to show two sentences")
-def test_a_compressed_cache_is_refused_past_the_chunk_size():
-    lm = lsjax.load(rope_scaling=SCALING, kv_compression="razor")
+def test_a_cache_that_forgets_while_it_reads_is_refused_past_the_chunk_size():
+    lm = lsjax.load(rope_scaling=SCALING, kv_compression={"streaming": True})
     lm.generate([[5] * 50], 4)
     with pytest.raises(UserError, match="at most 64 tokens"):
         lm.generate([[5] * 61], 4, allow_untrained_length=True)

@@ -180,6 +180,24 @@ def test_the_path_of_prefill_is_named_as_compiled_and_as_run(config, target, pat
     assert dataclasses.replace(planned, compiled=True).prefill_paths == paths
 
 
+@pytest.mark.parametrize(
+    ("target", "options", "loop"),
+    [
+        ("h100-80gb:1", {}, False),
+        ("h100-80gb:1", {"prefill_chunk": 5000}, True),
+        ("h100-80gb:1", {"document_length": 300_000, "max_input_length": 9}, True),
+        ("h100-80gb:2", {"mesh": "context=2"}, True),
+        ("v5e:2x4", {}, False),
+        ("h100-80gb:1", {"max_input_length": 100_000}, None),
+    ],
+)
+def test_the_loop_that_views_leave_edges_to_is_named(target, options, loop):
+    config = ROOT / "tests" / "golden" / "configs" / "Qwen2.5-7B-Instruct-1M.json"
+    given = {"kv_cache_dtype": "int8", "prefill_chunk": 4096, "max_input_length": 500_000}
+    views = lsjax.plan(config, target, **given | options).prefill_views
+    assert (None if views is None else "blockwise loop" in views) == loop
+
+
 def test_what_was_asked_for_is_planned_and_the_better_one_named():
     plan = lsjax.plan(LLAMA, "h100-80gb:8", mesh="context=8", kv_cache_dtype="bfloat16")
     assert plan.deployment.mesh_text == "context=8" and plan.deployment.kv_cache_dtype == "bfloat16"

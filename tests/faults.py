@@ -415,10 +415,9 @@ FAULTS = (
     ),
     Fault(
         "the compensation token counted once",
-        "lsjax/cache/window.py",
-        "lse = scores + jnp.log(token.count.astype(jnp.float32))[:, None, None, None]",
-        "lse = scores + jnp.log(jnp.minimum(token.count, 1).astype(jnp.float32))"
-        "[:, None, None, None]",
+        "lsjax/cache/compensation_token.py",
+        "lse = scores + jnp.log(count.astype(jnp.float32))[:, None, None]",
+        "lse = scores + jnp.log(jnp.minimum(count, 1).astype(jnp.float32))[:, None, None]",
         "tests/compression/test_window.py",
     ),
     Fault(

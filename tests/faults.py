@@ -773,7 +773,7 @@ FAULTS = (
     Fault(
         "a document read with sparse prefill used without",
         "lsjax/documents/fingerprint.py",
-        '"sparse_prefill": str(settings.sparse_prefill),',
+        '"sparse_prefill": str(sparse and _told(sparse)),',
         '"sparse_prefill": "None",',
         "tests/generation/test_sparse_prefill.py -k another_alpha",
     ),

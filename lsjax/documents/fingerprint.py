@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +27,16 @@ def fingerprint(config: ModelConfig, settings: EngineConfig, params: dict) -> di
     """
     scaling = {k: v for k, v in dataclasses.asdict(config.rope_scaling).items() if v is not None}
     architecture = dataclasses.replace(config, rope_scaling=None, dtype="")
+    sparse = settings.sparse_prefill
     return {
-        "architecture": _hash(repr(architecture).encode()),
+        "architecture": _hash(_told(architecture).encode()),
         "weights": _hash_of_weights(config, settings, params),
         "rope_scaling": json.dumps(scaling, sort_keys=True, default=list),
         "dtype": settings.dtype,
         "weight_dtype": settings.weight_dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "block": str(settings.cache_block),
-        "sparse_prefill": str(settings.sparse_prefill),
+        "sparse_prefill": str(sparse and _told(sparse)),
         "kv_compression": str(settings.compression and settings.compression.identity),
     }
 
@@ -55,6 +57,24 @@ def check_fingerprint(where: str, found: Mapping[str, str], wanted: Mapping[str,
 
 def hash_of_ids(ids: Sequence[int]) -> str:
     return _hash(np.asarray(ids, "<i4").tobytes())
+
+
+def _told(settings: Any) -> str:
+    """Describes a dataclass as JSON, without fields that have their defaults.
+
+    So a field that is added later leaves what was saved before as it is.
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return [plain(value) for value in x]
+        if not dataclasses.is_dataclass(x):
+            return x
+        fields = {f.name: f.default for f in dataclasses.fields(x)}
+        given = {n: getattr(x, n) for n, default in fields.items() if getattr(x, n) != default}
+        return {type(x).__name__: {name: plain(value) for name, value in given.items()}}
+
+    return json.dumps(plain(settings), sort_keys=True)
 
 
 def _hash_of_weights(config: ModelConfig, settings: EngineConfig, params: dict) -> str:

@@ -34,7 +34,8 @@ class Cells:
         if os.path.exists(path):
             found, self.values = _read(path)
             for name in {**found, **self._measured}:
-                if found.get(name) != self._measured.get(name):
+                # "None": measured before there was such an option.
+                if found.get(name, "None") != self._measured.get(name):
                     raise UserError(
                         f"{path} holds results of another {name} ({found.get(name)}, not "
                         f"{self._measured.get(name)}); name another file, or remove it."

@@ -16,9 +16,12 @@ from helpers.golden_models import build
 
 from lsjax import UserError
 from lsjax.attention.kv_array import KVArray
+from lsjax.attention.sparse.rule import SparsePrefill
 from lsjax.cache import FullCache, RollingCache, from_slices
+from lsjax.config import LayerKind
 from lsjax.distributed.sequence_layout import Zigzag
 from lsjax.distributed.sharding import CACHE_SPEC, make_mesh, sharding
+from lsjax.documents.fingerprint import fingerprint
 from lsjax.documents.folder import DocumentFolder, slice_tokens
 from lsjax.documents.library import delete, prune, saved_documents
 from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes
@@ -26,6 +29,21 @@ from lsjax.planning.shared_document import held_bytes, own_bytes, saved_bytes
 LENGTH, SLICE = 330, 64  # as long as a chunk
 DOCUMENT = np.random.default_rng(0).integers(0, 64, LENGTH).tolist()
 QUESTIONS = [[5, 6, 7], [8] * 20]
+
+
+def test_what_a_document_depends_on_has_no_defaults():
+    """So a setting that is added later leaves saved documents valid."""
+    lm, rule = build("qwen2"), SparsePrefill(0.5, last_tokens=0)
+    options = dataclasses.replace(lm.options, sparse_prefill=rule)
+    plain, sparse = (fingerprint(lm.config, x, lm.params) for x in (lm.options, options))
+    assert sparse["sparse_prefill"] == '{"SparsePrefill": {"alpha": 0.5, "last_tokens": 0}}'
+    kind = dataclasses.make_dataclass(
+        "LayerKind", [("new", int, 0)], bases=(LayerKind,), frozen=True
+    )
+    for added, same in ((kind(), True), (kind(window=7), False), (kind(new=1), False)):
+        config = dataclasses.replace(lm.config, layers=(added,) * lm.config.num_layers)
+        found = fingerprint(config, lm.options, lm.params)
+        assert (found == plain) is same
 
 
 def read(lm, folder, **options):

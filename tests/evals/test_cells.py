@@ -19,6 +19,8 @@ def test_a_later_run_finds_the_cells_of_an_earlier_one(tmp_path):
     assert cells.missing(["y", "x", "z"]) == ["y", "z"]
     cells.add({"y": [0.5]})
     assert read_cells(path) == {"x": 1, "y": [0.5]}
+    # An option that there was none of, and that is not used.
+    assert Cells(path, {"model": "a", "option": "None"}).missing(["x", "z"]) == ["z"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _STACKED = {
     "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
 }
 _PROJECTIONS = ("gate", "up", "down")
-_HELD_HIDDEN_VECTORS = 2  # of the hidden size, that prefill holds for each expert of a token
+_HELD_HIDDEN_VECTORS = 3  # of the hidden size, that prefill holds for each expert of a token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ the int8 cache and into the block of floats beside it. XLA makes a chain of ten 
 of which waits for the one before.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,9 @@ from lsjax.attention.hadamard import hadamard_signs
 from lsjax.attention.kv_array import BYTE_SIZES
 
 _TILE = 16  # smallest number of rows that a tensor core multiplies
+# Rows of the transform's matrix that are multiplied at a time: all rows of heads of 256 channels
+# would not fit into the shared memory of an L40S.
+_MOST_SIGNS = 128
 
 
 class Stores(NamedTuple):
@@ -94,22 +96,27 @@ def _kernel(
     rows, columns = max(_TILE, pl.next_power_of_2(group + 1)), pl.next_power_of_2(head_dim)
     row, channels = jnp.arange(rows), pl.ds(0, columns)
     in_head = jnp.arange(columns) < head_dim
-    is_query = (row < group)[:, None] & in_head[None, :]
-    load = functools.partial(plgpu.load, mask=in_head, other=0)
-    q_at = pl.ds(0, rows), channels
-    q = plgpu.load(q_ref.at[q_at], mask=is_query, other=0)
-    k, v = load(k_ref.at[channels]), load(v_ref.at[channels]).astype(jnp.float32)
-    signs = plgpu.load(
-        signs_ref.at[channels, channels], mask=in_head[:, None] & in_head[None, :], other=0
-    )
-    # The key is one more row of the queries' product.
-    both = jnp.where((row == group)[:, None], k[None, :], q)
-    precision = jax.lax.Precision.HIGHEST if signs.dtype == jnp.float32 else None
-    transformed = jnp.dot(
-        both.astype(signs.dtype), signs, precision=precision, preferred_element_type=jnp.float32
-    )
+    precision = jax.lax.Precision.HIGHEST if signs_ref.dtype == jnp.float32 else None
+    transformed = jnp.zeros((rows, columns), jnp.float32)
+    size = columns
+    if head_dim > _MOST_SIGNS and head_dim % _TILE == 0:
+        size = min(head_dim & -head_dim, _MOST_SIGNS)
+    for first in range(0, head_dim, size):
+        some, exists = pl.ds(first, size), first + jnp.arange(size) < head_dim
+        is_query = (row < group)[:, None] & exists[None, :]
+        q = plgpu.load(q_ref.at[pl.ds(0, rows), some], mask=is_query, other=0)
+        k = plgpu.load(k_ref.at[some], mask=exists, other=0)
+        signs = plgpu.load(
+            signs_ref.at[some, channels], mask=exists[:, None] & in_head[None, :], other=0
+        )
+        # The key is one more row of the queries' product.
+        both = jnp.where((row == group)[:, None], k[None, :], q).astype(signs.dtype)
+        transformed += jnp.dot(both, signs, precision=precision, preferred_element_type=jnp.float32)
     transformed *= head_dim**-0.5
-    plgpu.store(queries_ref.at[q_at], transformed.astype(queries_ref.dtype), mask=is_query)
+    is_query = (row < group)[:, None] & in_head[None, :]
+    queries = transformed.astype(queries_ref.dtype)
+    plgpu.store(queries_ref.at[pl.ds(0, rows), channels], queries, mask=is_query)
+    v = plgpu.load(v_ref.at[channels], mask=in_head, other=0).astype(jnp.float32)
     k = jnp.sum(jnp.where((row == group)[:, None], transformed, 0), axis=0)
 
     def write(ref, at, x):

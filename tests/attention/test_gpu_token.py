@@ -34,12 +34,13 @@ def floats(x: KVArray):
     return np.asarray(x.dequantize())
 
 
-def test_a_token_is_quantized_and_written_to_its_slots_alone():
+@pytest.mark.parametrize("head_dim", [16, 160])
+def test_a_token_is_quantized_and_written_to_its_slots_alone(head_dim):
     rng = np.random.default_rng(0)
-    held = drawn_cache(rng, 1, 16, "float32", "gpu")
+    held = drawn_cache(rng, 1, head_dim, "float32", "gpu")
     stores = gpu_token.Stores(*jax.tree.leaves((held.inner.k, held.inner.v, held.tail)))
     q, k, v = (
-        jnp.asarray(rng.standard_normal((1, KV_HEADS, *shape, 1, 16)), jnp.float32)
+        jnp.asarray(rng.standard_normal((1, KV_HEADS, *shape, 1, head_dim)), jnp.float32)
         for shape in ((GROUP,), (), ())
     )
     slots = jnp.asarray([[70], [6]])

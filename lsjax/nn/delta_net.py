@@ -139,7 +139,8 @@ def _on_device(tokens, weights, positions, lengths, begin, state, *, decode, exc
         y = jax.lax.all_to_all(y[:, order], "context", 1, 2, tiled=True)
     if decode and length > 1:  # a draft, of which the next step may keep less
         return y, state.replace(draft=(inputs, mixed))
-    return y, _after(state, matrix, mixed, counts)
+    # XLA for a GPU would take the last tokens at the program's end, and hold `mixed` of all layers.
+    return jax.lax.optimization_barrier((y, _after(state, matrix, mixed, counts)))
 
 
 def _prepare(tokens, weights, state, since):

@@ -139,8 +139,11 @@ def _on_device(tokens, weights, positions, lengths, begin, state, *, decode, exc
         y = jax.lax.all_to_all(y[:, order], "context", 1, 2, tiled=True)
     if decode and length > 1:  # a draft, of which the next step may keep less
         return y, state.replace(draft=(inputs, mixed))
+    after = _after(state, matrix, mixed, counts)
+    if decode:
+        return y, after
     # XLA for a GPU would take the last tokens at the program's end, and hold `mixed` of all layers.
-    return jax.lax.optimization_barrier((y, _after(state, matrix, mixed, counts)))
+    return jax.lax.optimization_barrier((y, after))
 
 
 def _prepare(tokens, weights, state, since):

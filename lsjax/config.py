@@ -53,12 +53,31 @@ class StateArray(NamedTuple):
     dtype: str | None = None
 
 
-class Recurrence(Protocol):
-    """A recurrence over tokens with a state of constant size, which is in the place of attention.
+class HalfLayer(Protocol):
+    """A half of a layer: what brings tokens together, or what runs on each token by itself.
 
     The file of a family describes its own in a frozen dataclass. What runs it is a module, see
     lsjax.nn.layer_modules.
     """
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        """Name and number of what devices share; the number of these devices must divide it.
+
+        They are those of the axes context and model for a recurrence, and of model for an MLP.
+        """
+
+    @property
+    def float_weights(self) -> tuple[str, ...]:
+        """Paths below the module of the matrices that stay in floats beside int8 weights."""
+
+    @property
+    def matrix_rows(self) -> int:
+        """The number of vectors of the hidden size that a token is multiplied by."""
+
+
+class Recurrence(HalfLayer, Protocol):
+    """A recurrence over tokens in the place of attention, with a state of constant size."""
 
     @property
     def name(self) -> str:
@@ -72,18 +91,6 @@ class Recurrence(Protocol):
         """The arrays of its state, by name."""
 
     @property
-    def split(self) -> Mapping[str, int]:
-        """Name and number of what the devices of context x model share; both divide it."""
-
-    @property
-    def float_weights(self) -> tuple[str, ...]:
-        """Paths below the module of the matrices that stay in floats beside int8 weights."""
-
-    @property
-    def matrix_rows(self) -> int:
-        """The number of vectors of the hidden size that a token is multiplied by."""
-
-    @property
     def operations(self) -> float:
         """The floating-point operations of a token, without those products."""
 
@@ -92,23 +99,8 @@ class Recurrence(Protocol):
         """Bytes that a prefill program holds for a token, over all devices of a model axis."""
 
 
-class MLP(Protocol):
-    """The half of a layer that runs on each token by itself; its parameters are at layers_N/mlp.
-
-    As with a Recurrence, a family's file describes it and lsjax.nn.layer_modules has its module.
-    """
-
-    @property
-    def split(self) -> Mapping[str, int]:
-        """Name and number of what the devices of the model axis share, which must divide it."""
-
-    @property
-    def float_weights(self) -> tuple[str, ...]:
-        """Paths below the module of the matrices that stay in floats beside int8 weights."""
-
-    @property
-    def matrix_rows(self) -> int:
-        """The number of vectors of the hidden size that a token is multiplied by."""
+class MLP(HalfLayer, Protocol):
+    """The half that runs on each token by itself; its parameters are at layers_N/mlp."""
 
     @property
     def multiplies_at_once(self) -> bool:
@@ -246,6 +238,11 @@ class ModelConfig:
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer, or None."""
         return tuple(layer.window for layer in self.layers)
+
+    @property
+    def attention_windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer of attention, or None."""
+        return tuple(self.windows[i] for i in self.attention_layers)
 
     def mlp_of(self, kind: LayerKind) -> MLP:
         """Returns the MLP of a kind of layer."""

@@ -95,7 +95,7 @@ def why_not_sparse(config: ModelConfig, platform: str, settings: EngineConfig) -
             f"chooses blocks of {TILE} keys, of which dual chunk attention rotates each as one; "
             f"make chunk_size - local_size a multiple of {TILE}"
         )
-    if all(config.windows[i] for i in config.attention_layers):
+    if all(config.attention_windows):
         return "does not go with sliding windows in all layers, which read few keys as it is"
     return None
 

@@ -68,7 +68,7 @@ def measure(
     tiles = -(-np.asarray(lengths, np.float64) // TILE)
     before = start // TILE
     full = float(np.sum(tiles * (tiles + 1) - before * (before + 1)) / 2)  # of one head
-    whole = sum(config.windows[i] is None for i in config.attention_layers)
+    whole = sum(window is None for window in config.attention_windows)
     sparse = sum(float(x.blocks.astype(np.float64).mean(axis=1).sum()) for x in counts.values())
     density = ((whole - len(layers)) * full + sparse) / (whole * full)
     samples = int(next(iter(counts.values())).samples.sum())

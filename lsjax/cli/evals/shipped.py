@@ -4,7 +4,7 @@
 
 or one scaling with sparse prefill:
 
-    python scripts/eval_shipped.py --rope_settings yarn --sparse_prefill none --sparse_prefill 0.1
+    python scripts/eval_shipped.py --rope_settings yarn --sparse_prefill none --sparse_prefill 0.05
 """
 
 import dataclasses
